@@ -1,0 +1,252 @@
+"""Validated parameters: ``params.yaml``, overlaid with a profile.
+
+Every key is checked for spelling, type and possible value before anything runs. ``python -m medsec.params`` prints the
+parameters of a profile, or the one line that says what is wrong.
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medsec import paths
+from medsec.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys, wrong types and later changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Seeds(Section):
+    tuning: list[Seed] = Field(min_length=1)
+    evaluation: list[Seed] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _disjoint(self):
+        for name in ("tuning", "evaluation"):
+            seeds = getattr(self, name)
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{name} seeds repeat; every seed is one run")
+        if both := sorted(set(self.tuning) & set(self.evaluation)):
+            raise ValueError(f"seeds {both} are both tuning and evaluation seeds; the two lists must not overlap")
+        return self
+
+
+class SplitCounts(Section):
+    """Images of each split of a cohort that we make ourselves."""
+
+    client: Count
+    public: Count
+    reference: Count
+    val: Count
+    test: Count
+
+
+class SplitShares(Section):
+    """Shares of an official training set."""
+
+    client: Rate
+    public: Rate
+    reference: Rate
+
+    @model_validator(mode="after")
+    def _sum(self):
+        if abs(self.client + self.public + self.reference - 1) > 1e-9:
+            raise ValueError("client + public + reference must be 1")
+        return self
+
+
+class PhantomCohort(Section):
+    size: int = Field(ge=28, le=224, multiple_of=4)
+    seed: Seed
+    images: SplitCounts
+
+
+class MedMNISTCohort(Section):
+    size: Literal[28, 64, 128, 224]
+    seed: Seed
+    shares: SplitShares
+
+
+class NpzCohort(Section):
+    path: str | None
+    seed: Seed
+    shares: SplitShares
+
+
+class Cohorts(Section):
+    phantom: PhantomCohort
+    medmnist: MedMNISTCohort
+    npz: NpzCohort
+
+
+class Threats(Section):
+    gallery: Count
+    n_clients: Count
+    dirichlet_alpha: Positive
+    shift_images: Count
+    shift_epochs: Count
+
+
+class Federation(Section):
+    n_clients: Count
+    malicious: list[Annotated[int, Field(ge=0)]]
+    partition: Literal["iid", "dirichlet", "style"]
+    dirichlet_alpha: Positive
+    images_per_client: Count
+    rounds: Count
+    average: Literal["generator", "both"]
+
+    @model_validator(mode="after")
+    def _clients_exist(self):
+        if len(set(self.malicious)) < len(self.malicious):
+            raise ValueError("malicious names a client twice")
+        if len(self.malicious) > self.n_clients:
+            raise ValueError(f"{len(self.malicious)} malicious clients of only {self.n_clients}; raise n_clients")
+        if self.malicious and max(self.malicious) >= self.n_clients:
+            raise ValueError(f"malicious client {max(self.malicious)} does not exist; clients are 0 to {self.n_clients - 1}")
+        return self
+
+
+class GAN(Section):
+    z_dim: Count
+    width: Count
+    lr_g: Positive
+    lr_d: Positive
+    beta1: float = Field(ge=0, lt=1)
+    batch: int = Field(ge=2)
+    decay_from: int = Field(ge=0)
+
+
+class TriggerParams(Section):
+    kind: Literal["checker", "grid", "moving", "blended"]
+    size: Count
+    opacity: Rate
+
+
+class Poison(Section):
+    ratio: Rate
+    label: Annotated[int, Field(ge=0)] | None
+    boost: float = Field(ge=1, allow_inf_nan=False)
+    boost_from: int = Field(ge=0)
+
+
+class Measure(Section):
+    synthetic: int = Field(ge=100)
+    threshold_fpr: float = Field(gt=0, lt=1)
+    extractor_epochs: Count
+    downstream_epochs: Count
+    probe: Count
+
+
+class FedGANParams(Section):
+    federation: Federation
+    gan: GAN
+    trigger: TriggerParams
+    poison: Poison
+    measure: Measure
+
+
+class Params(Section):
+    seeds: Seeds
+    cohorts: Cohorts
+    threats: Threats
+    fedgan: FedGANParams
+
+
+def load(profile: str = "quick", file: Path | None = None) -> Params:
+    """Parameters of a profile: ``params.yaml`` (quick), overlaid with ``profiles/<profile>.yaml`` for any other.
+
+    Raises:
+        InputError: the file is missing, is no YAML, or a key is unknown, of the wrong type or impossible.
+    """
+    file = file or paths.PARAMS
+    tree = _read(file)
+    if profile != "quick":
+        overlay = paths.PROFILES / f"{profile}.yaml"
+        if not overlay.is_file():
+            known = ["quick", *sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))]
+            raise InputError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+        tree, file = merge(tree, _read(overlay)), overlay
+    return validate(tree, file.name)
+
+
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``base`` with the keys of ``change`` replaced, section by section."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def validate(tree: dict[str, Any], name: str = "params.yaml") -> Params:
+    """Parameters from nested dictionaries; `InputError` names the first wrong key of the file ``name``."""
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelling explains the rest
+        raise InputError(f"{name}: {_explain(first)}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file.name} is missing; restore it with: git checkout {file.name}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        raise InputError(f"{file.name} is not valid YAML{f' at line {where.line + 1}' if where else ''}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file.name} must be a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "extra_forbidden":
+        known = _keys(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"unknown key {where}; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    hint = ' (YAML reads 1e-3 as text; write 1.0e-3)' if error["type"] == "float_type" else ""
+    return f"{where} = {error['input']!r}: {message[0].lower() + message[1:]}{hint}"
+
+
+def _keys(loc: tuple) -> list[str]:
+    model: Any = Params
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m medsec.params", description="Check and print the parameters.")
+    parser.add_argument("--profile", default="quick")
+    args = parser.parse_args(argv)
+    try:
+        params = load(args.profile)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(yaml.safe_dump(params.model_dump(), sort_keys=False), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
