@@ -54,7 +54,11 @@ class Client:
 
 @dataclass
 class Federation:
-    """A FedGAN between two rounds. ``state`` is the server's generator, ``history`` what each client reported."""
+    """A FedGAN between two rounds.
+
+    ``state`` is what the server holds (the averaged generator; names begin with ``generator.``), ``history`` what the
+    clients reported and what ``after_round`` measured, one dictionary a client and round.
+    """
 
     seed: int
     gan: GAN
@@ -199,7 +203,8 @@ def run(
             images.
         checkpoint: file that holds the federation after every round; an existing one of the same run is resumed,
             and the result is the same to the bit as without the interruption.
-        after_round: called with the federation after every round.
+        after_round: called with the federation after every round, before the checkpoint is written; what it appends
+            to ``history`` (numbers and strings) is resumed too.
     """
     until = federation.rounds if until is None else until
     if checkpoint is not None and checkpoint.is_file():
@@ -217,10 +222,10 @@ def run(
         federation.history += [
             {"round": t + 1, "client": client, "rejected": reason} for client, reason in diagnostics["rejected"].items()
         ]
-        if checkpoint is not None:
-            save(federation, checkpoint)
         if after_round is not None:
             after_round(federation)
+        if checkpoint is not None:
+            save(federation, checkpoint)
     return federation
 
 

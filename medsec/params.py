@@ -91,6 +91,13 @@ class Cohorts(Section):
     npz: NpzCohort
 
 
+class ClassifierParams(Section):
+    lr: Positive
+    weight_decay: float = Field(ge=0)
+    batch: int = Field(ge=2)
+    shift: int = Field(ge=0)
+
+
 class Threats(Section):
     gallery: Count
     n_clients: Count
@@ -161,6 +168,7 @@ class FedGANParams(Section):
 class Params(Section):
     seeds: Seeds
     cohorts: Cohorts
+    classifier: ClassifierParams
     threats: Threats
     fedgan: FedGANParams
 

@@ -1,0 +1,320 @@
+"""What notebook 01 measures on a federated GAN, with and without a backdoor.
+
+`prepare` makes the instruments of a cohort once (splits, trigger, detector threshold, feature extractor); `run_cell`
+is one cell of the experiment: one seed of one arm. Cells are independent, so `run_cells` spreads them over processes.
+"""
+
+import functools
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medsec import classifier, data, federated, fedgan, metrics, models, paths, triggers
+from medsec.errors import InputError
+from medsec.federated import derive_seed, torch_generator
+from medsec.models import SmallResNet
+from medsec.params import Params
+from medsec.triggers import Trigger
+
+KEYS = ("trigger", "area", "ratio", "client", "round")
+ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
+GALLERY = 12  # synthetic images kept for the figures
+PER_ROUND = 200  # synthetic images for the trigger rate of every generator after every round
+UNITS = {
+    "trigger_rate": "share",
+    "trigger_ncc": "correlation",
+    "frechet": "distance",
+    "generator_loss": "nats",
+    "d_accuracy_clean": "share",
+    "d_accuracy_triggered": "share",
+    "d_train_test_gap": "share",
+    "label_accuracy": "share",
+    "downstream_auc": "AUC",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The instruments of one cohort and one set of parameters; the same for every seed.
+
+    ``splits`` maps a split's name to images (N, C, S, S) float32 in [0, 1] and labels (N,) int64. ``extractor`` is
+    trained on ``public``; ``reference`` are the features of that split, divided by their standard deviation ``scale``.
+    """
+
+    cohort: data.Cohort
+    params: Params
+    splits: dict[str, tuple[Tensor, Tensor]]
+    trigger: Trigger
+    threshold: float
+    extractor: SmallResNet
+    scale: np.ndarray
+    reference: np.ndarray
+
+
+def prepare(cohort: str, params: Params) -> Setup:
+    """Load a cohort and make the instruments; every impossible parameter is found here, before any GAN is trained.
+
+    Raises:
+        InputError: the cohort cannot be loaded or divided, or the trigger does not fit its images.
+    """
+    return _prepare(cohort, params.model_dump_json())
+
+
+@functools.lru_cache(maxsize=2)  # a worker process runs several cells of one set of parameters
+def _prepare(cohort_name: str, params_json: str) -> Setup:
+    params = Params.model_validate_json(params_json)
+    p = params.fedgan
+    cohort = data.load(cohort_name, params.cohorts)
+    splits = {
+        name: (torch.from_numpy(split.float()), torch.from_numpy(split.labels)) for name, split in cohort.splits.items()
+    }
+    if p.poison.label is not None and p.poison.label >= cohort.n_classes:
+        raise InputError(f"fedgan.poison.label {p.poison.label}: {cohort_name} has classes 0 to {cohort.n_classes - 1}")
+    trigger = triggers.make_trigger(
+        p.trigger.kind,
+        image_size=cohort.size,
+        channels=cohort.channels,
+        size=p.trigger.size,
+        opacity=p.trigger.opacity,
+    )
+    public, labels = splits["public"]
+    threshold = triggers.calibrate(trigger, public, p.measure.threshold_fpr)
+    seed = derive_seed(params.seeds.tuning[0], "extractor")
+    model = classifier.fit(public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed)
+    reference = classifier.features(model, splits["reference"][0]).double().numpy()
+    scale = reference.std(0) + 1e-6
+    return Setup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
+
+
+def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
+    fed = setup.params.fedgan.federation
+    split = setup.cohort["client"]
+    parts = data.partition(
+        split.labels,
+        fed.n_clients,
+        fed.partition,
+        seed=derive_seed(seed, "partition"),
+        site=split.site,
+        alpha=fed.dirichlet_alpha,
+        per_client=fed.images_per_client,
+    )
+    images, labels = setup.splits["client"]
+    return [images[part] for part in parts], [labels[part] for part in parts]
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def trigger_rate(setup: Setup, images: Tensor) -> tuple[float, float]:
+    """Share of images whose detector score exceeds the threshold, and the mean score."""
+    scores = triggers.score(setup.trigger, images)
+    return float((scores > setup.threshold).float().mean()), float(scores.mean())
+
+
+def frechet(setup: Setup, images: Tensor) -> float:
+    """Fréchet distance to the ``reference`` split on the features of the cohort's own small classifier.
+
+    Not comparable with a published FID, whose extractor is an Inception network trained on photographs.
+    """
+    found = classifier.features(setup.extractor, images).double().numpy() / setup.scale
+    return metrics.frechet_distance(found, setup.reference)
+
+
+def reference_labels(setup: Setup, n: int, seed: int) -> Tensor:
+    """(n,) labels in the proportions of the reference split, so that class balance does not enter a distance."""
+    labels = setup.splits["reference"][1]
+    return labels[torch.randint(0, len(labels), (n,), generator=torch_generator(seed, "labels"))]
+
+
+def downstream_auc(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> float:
+    """Test AUC of a classifier trained on these images only ("train on synthetic, test on real")."""
+    p = setup.params
+    model = classifier.fit(
+        images, labels, setup.cohort.n_classes, p.classifier, epochs=p.fedgan.measure.downstream_epochs, seed=seed
+    )
+    test, truth = setup.splits["test"]
+    return classifier.auc(classifier.predict(model, test), truth)
+
+
+@torch.no_grad()
+def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fedgan.Client) -> dict[str, float]:
+    """How well a client's discriminator tells real from its own generator's images.
+
+    ``d_accuracy_clean``: half clean held-out real images (``val``), half synthetic; ``d_accuracy_triggered``: the same
+    with the trigger on the real half. ``d_train_test_gap``: share called real among its own training images minus the
+    share among held-out images that were poisoned like them: what it has memorised.
+    """
+    rng = torch_generator(federation.seed, "probe", client.index, federation.round)
+    n = min(setup.params.fedgan.measure.probe, len(client.images), len(setup.splits["val"][0]))
+    own = torch.randperm(len(client.images), generator=rng)[:n]
+    held, labels = (part[torch.randperm(len(part), generator=torch_generator(0, "held-out"))[:n]] for part in setup.splits["val"])
+    stamped = triggers.stamp(setup.trigger, held, rng)
+    treated = torch.where(client.poisoned[own][:, None, None, None], stamped, held)
+    fake, _ = fedgan.synthesise(federation.generator(client.index), n, derive_seed(federation.seed, "probe"), labels)
+    d = client.discriminator.eval()
+    called_real = {
+        "own": d(client.images[own], client.labels[own]),
+        "treated": d(treated, labels),
+        "clean": d(held, labels),
+        "triggered": d(stamped, labels),
+        "fake": d(fake, labels),
+    }
+    share = {name: float((logit > 0).float().mean()) for name, logit in called_real.items()}
+    return {
+        "d_accuracy_clean": (share["clean"] + 1 - share["fake"]) / 2,
+        "d_accuracy_triggered": (share["triggered"] + 1 - share["fake"]) / 2,
+        "d_train_test_gap": share["own"] - share["treated"],
+    }
+
+
+def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
+    """Append to the history what can be seen after a round: each client's discriminator and trigger rate."""
+    n, seed = PER_ROUND, derive_seed(federation.seed, "per round")
+    labels = reference_labels(setup, n, seed)
+    for client in federation.clients:
+        images, _ = fedgan.synthesise(federation.generator(client.index), n, seed, labels)
+        found = {"trigger_rate": trigger_rate(setup, images)[0], **probe_discriminator(setup, federation, client)}
+        federation.history.append({"round": federation.round, "client": client.index, **found})
+    images, _ = fedgan.synthesise(federation.generator(), n, seed, labels)
+    federation.history.append({"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]})
+
+
+# Cells ---------------------------------------------------------------------------------------------------------------
+
+
+def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """One seed of one arm of the experiment.
+
+    Args:
+        cohort: name of the cohort.
+        params: all parameters.
+        seed: of the run.
+        arm: ``clean`` (no attack), ``attack`` (``poison`` as published, and ``boost``, which branches off it), or
+            ``controls`` (real images and spoiled real images in the place of synthetic ones).
+
+    Returns:
+        Rows ``seed, variant, scenario, metric, value, n_items, unit`` + `KEYS`, and a gallery (n, C, S, S) per variant.
+    """
+    torch.set_num_threads(1)  # one and two threads give different bits
+    setup = prepare(cohort, params)
+    if arm == "controls":
+        return _controls(setup, seed)
+    poison = params.fedgan.poison
+    images, labels = deal(setup, seed)
+    trigger = None if arm == "clean" else setup.trigger
+    federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
+    after = functools.partial(measure_round, setup)
+    finished = {}
+    if arm == "clean":
+        finished["clean"] = _run(setup, federation, seed, arm, after_round=after)
+    else:
+        _run(setup, federation, seed, "shared", until=min(poison.boost_from, federation.rounds), after_round=after)
+        boosted = fedgan.branch(federation, poison.boost, poison.boost_from)
+        finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
+        finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
+    tables, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
+    for name in ("clean", "shared", "poison", "boost"):
+        _checkpoint(setup, seed, name).unlink(missing_ok=True)
+    return pd.concat(tables, ignore_index=True), dict(zip(finished, galleries, strict=True))
+
+
+def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
+    return fedgan.run(federation, checkpoint=_checkpoint(setup, seed, name), **options)
+
+
+def _checkpoint(setup: Setup, seed: int, name: str) -> Path:
+    """A file of this very run: same parameters, same content, same code."""
+    code = "".join(inspect.getsource(m) for m in (federated, fedgan, models, triggers))
+    identity = setup.params.model_dump_json() + setup.cohort.fingerprint + code + torch.__version__
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return paths.checkpoints(setup.cohort.name) / f"fedgan-{digest}-{seed}-{name}.pt"
+
+
+def _measure_variant(setup: Setup, federation: fedgan.Federation, seed: int, variant: str) -> tuple[pd.DataFrame, np.ndarray]:
+    n = setup.params.fedgan.measure.synthetic
+    draw = derive_seed(seed, "measure")
+    labels = reference_labels(setup, n, draw)
+    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
+    found = _describe(setup, images, labels, seed)
+    rows = Rows(seed, variant, "no_attack" if variant == "clean" else "attack")
+    for metric, value in found.items():
+        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+    _history_rows(setup, federation, rows)
+    first = torch.cat([(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()])
+    return rows.table(), images[first[:GALLERY]].numpy()
+
+
+def _describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+    rate, ncc = trigger_rate(setup, images)
+    agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
+    return {
+        "trigger_rate": rate,
+        "trigger_ncc": ncc,
+        "frechet": frechet(setup, images),
+        "label_accuracy": float(agreement),
+        "downstream_auc": downstream_auc(setup, images, labels, derive_seed(seed, "downstream")),
+    }
+
+
+def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> None:
+    """Per client and round; then means over the last quarter of the rounds: all, the attacker's seat, the others."""
+    p = setup.params.fedgan
+    history = pd.DataFrame(federation.history).rename(columns={"loss_g": "generator_loss"})
+    per_client = ["generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap"]
+    items = {"generator_loss": p.federation.images_per_client, "trigger_rate": PER_ROUND}
+    for metric in ["trigger_rate", *per_client]:
+        for entry in history.dropna(subset=[metric]).itertuples():
+            rows.add(metric, getattr(entry, metric), items.get(metric, p.measure.probe), client=entry.client, round=entry.round)
+    late = history[history["round"] > federation.rounds - max(1, federation.rounds // 4)]
+    attacker = late["client"].isin(p.federation.malicious)
+    others = ~attacker & (late["client"] != "server")
+    for metric in per_client:
+        for group, part in (("", late[attacker | others]), ("attacker", late[attacker]), ("others", late[others])):
+            values = part[metric].dropna()
+            if len(values):
+                rows.add(metric, values.mean(), len(values) * items.get(metric, p.measure.probe), client=group)
+
+
+def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Real images of the clients, as they are and spoiled: the floor and the yardsticks of every measure."""
+    n = min(setup.params.fedgan.measure.synthetic, len(setup.splits["client"][0]))
+    rng = torch_generator(seed, "controls")
+    index = torch.randperm(len(setup.splits["client"][0]), generator=rng)[:n]
+    real, labels = (part[index] for part in setup.splits["client"])
+    blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    noisy = (real + 0.1 * torch.randn(real.shape, generator=rng)).clamp(0, 1)
+    stamped = triggers.stamp(setup.trigger, real, rng)
+    tables, galleries = [], {}
+    for variant, images in {"real": real, "real_triggered": stamped, "real_blurred": blurred, "real_noisy": noisy}.items():
+        rows = Rows(seed, variant, "control")
+        found = _describe(setup, images, labels, seed) if variant == "real" else {}
+        rate, ncc = trigger_rate(setup, images)
+        found |= {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
+        for metric, value in found.items():
+            rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+        tables.append(rows.table())
+        galleries[variant] = images[:GALLERY].numpy()
+    return pd.concat(tables, ignore_index=True), galleries
+
+
+class Rows:
+    """Collects the rows of one variant and seed."""
+
+    def __init__(self, seed: int, variant: str, scenario: str):
+        self.fixed = {"seed": seed, "variant": variant, "scenario": scenario}
+        self.rows: list[dict] = []
+
+    def add(self, metric: str, value: float, n_items: int, **keys: int | str) -> None:
+        cells = {key: str(keys.get(key, "")) for key in KEYS}
+        self.rows.append({**self.fixed, "metric": metric, "value": float(value), "n_items": n_items, "unit": UNITS[metric], **cells})
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows)
