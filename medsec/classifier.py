@@ -13,7 +13,9 @@ from medsec.models import SmallResNet
 from medsec.params import ClassifierParams
 
 
-def fit(images: Tensor, labels: Tensor, n_classes: int, params: ClassifierParams, *, epochs: int, seed: int) -> SmallResNet:
+def fit(
+    images: Tensor, labels: Tensor, n_classes: int, params: ClassifierParams, *, epochs: int, seed: int
+) -> SmallResNet:
     """Train a `SmallResNet` with AdamW, a one-cycle learning rate and random shifts.
 
     Args:

@@ -295,7 +295,9 @@ def _shared_state(client: Client, average: str) -> State:
     if average == "both":
         parts["discriminator"] = client.discriminator
     return {
-        f"{part}.{name}": value.detach().clone() for part, net in parts.items() for name, value in net.state_dict().items()
+        f"{part}.{name}": value.detach().clone()
+        for part, net in parts.items()
+        for name, value in net.state_dict().items()
     }
 
 
@@ -320,7 +322,10 @@ def save(federation: Federation, file: Path) -> None:
         "state": federation.state,
         "history": federation.history,
         "clients": [
-            {name: getattr(c, name).state_dict() for name in ("generator", "discriminator", "optimizer_g", "optimizer_d")}
+            {
+                name: getattr(c, name).state_dict()
+                for name in ("generator", "discriminator", "optimizer_g", "optimizer_d")
+            }
             for c in federation.clients
         ],
     }

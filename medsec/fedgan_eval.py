@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from medsec import classifier, data, federated, fedgan, metrics, models, paths, triggers
@@ -26,6 +27,7 @@ from medsec.triggers import Trigger
 KEYS = ("trigger", "area", "ratio", "client", "round")
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
+PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap")
 PER_ROUND = 200  # synthetic images for the trigger rate of every generator after every round
 UNITS = {
     "trigger_rate": "share",
@@ -35,6 +37,7 @@ UNITS = {
     "d_accuracy_clean": "share",
     "d_accuracy_triggered": "share",
     "d_train_test_gap": "share",
+    "d_attribution": "share",
     "label_accuracy": "share",
     "downstream_auc": "AUC",
 }
@@ -87,7 +90,9 @@ def _prepare(cohort_name: str, params_json: str) -> Setup:
     public, labels = splits["public"]
     threshold = triggers.calibrate(trigger, public, p.measure.threshold_fpr)
     seed = derive_seed(params.seeds.tuning[0], "extractor")
-    model = classifier.fit(public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed)
+    model = classifier.fit(
+        public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed
+    )
     reference = classifier.features(model, splits["reference"][0]).double().numpy()
     scale = reference.std(0) + 1e-6
     return Setup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
@@ -155,7 +160,9 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
     rng = torch_generator(federation.seed, "probe", client.index, federation.round)
     n = min(setup.params.fedgan.measure.probe, len(client.images), len(setup.splits["val"][0]))
     own = torch.randperm(len(client.images), generator=rng)[:n]
-    held, labels = (part[torch.randperm(len(part), generator=torch_generator(0, "held-out"))[:n]] for part in setup.splits["val"])
+    held, labels = (
+        part[torch.randperm(len(part), generator=torch_generator(0, "held-out"))[:n]] for part in setup.splits["val"]
+    )
     stamped = triggers.stamp(setup.trigger, held, rng)
     treated = torch.where(client.poisoned[own][:, None, None, None], stamped, held)
     fake, _ = fedgan.synthesise(federation.generator(client.index), n, derive_seed(federation.seed, "probe"), labels)
@@ -175,6 +182,22 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
     }
 
 
+def attribution(setup: Setup, client: fedgan.Client, n: int = 64) -> Tensor:
+    """Where a client's discriminator looks on triggered held-out images: mean absolute Integrated Gradients (S, S).
+
+    Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one, normalised to sum 1.
+    """
+    held, labels = (part[:: max(1, len(part) // n)][:n] for part in setup.splits["val"])
+    stamped = triggers.stamp(setup.trigger, held, torch_generator(0, "attribution"))
+    model = client.discriminator.eval()
+    explainer = IntegratedGradients(lambda x, y: model(x, y))
+    maps = explainer.attribute(
+        stamped, torch.full_like(stamped, 0.5), additional_forward_args=labels, n_steps=16, internal_batch_size=256
+    )
+    mean = maps.detach().abs().sum(1).mean(0)
+    return mean / mean.sum()
+
+
 def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
     """Append to the history what can be seen after a round: each client's discriminator and trigger rate."""
     n, seed = PER_ROUND, derive_seed(federation.seed, "per round")
@@ -184,7 +207,9 @@ def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
         found = {"trigger_rate": trigger_rate(setup, images)[0], **probe_discriminator(setup, federation, client)}
         federation.history.append({"round": federation.round, "client": client.index, **found})
     images, _ = fedgan.synthesise(federation.generator(), n, seed, labels)
-    federation.history.append({"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]})
+    federation.history.append(
+        {"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]}
+    )
 
 
 # Cells ---------------------------------------------------------------------------------------------------------------
@@ -201,7 +226,9 @@ def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataF
             ``controls`` (real images and spoiled real images in the place of synthetic ones).
 
     Returns:
-        Rows ``seed, variant, scenario, metric, value, n_items, unit`` + `KEYS`, and a gallery (n, C, S, S) per variant.
+        Rows ``seed, variant, scenario, metric, value, n_items, unit`` + `KEYS`; and pictures by name: a gallery
+        (n, C, S, S) for each variant, for GANs also ``<variant>_attribution`` (2, S, S), the maps of `attribution` at
+        the attackers' seats and at the others.
     """
     torch.set_num_threads(1)  # one and two threads give different bits
     setup = prepare(cohort, params)
@@ -223,7 +250,7 @@ def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataF
     tables, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
     for name in ("clean", "shared", "poison", "boost"):
         _checkpoint(setup, seed, name).unlink(missing_ok=True)
-    return pd.concat(tables, ignore_index=True), dict(zip(finished, galleries, strict=True))
+    return pd.concat(tables, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
 
 def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
@@ -238,7 +265,9 @@ def _checkpoint(setup: Setup, seed: int, name: str) -> Path:
     return paths.checkpoints(setup.cohort.name) / f"fedgan-{digest}-{seed}-{name}.pt"
 
 
-def _measure_variant(setup: Setup, federation: fedgan.Federation, seed: int, variant: str) -> tuple[pd.DataFrame, np.ndarray]:
+def _measure_variant(
+    setup: Setup, federation: fedgan.Federation, seed: int, variant: str
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     n = setup.params.fedgan.measure.synthetic
     draw = derive_seed(seed, "measure")
     labels = reference_labels(setup, n, draw)
@@ -248,8 +277,27 @@ def _measure_variant(setup: Setup, federation: fedgan.Federation, seed: int, var
     for metric, value in found.items():
         rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
     _history_rows(setup, federation, rows)
-    first = torch.cat([(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()])
-    return rows.table(), images[first[:GALLERY]].numpy()
+    maps = _attribution_rows(setup, federation, rows)
+    first = torch.cat(
+        [(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()]
+    )
+    return rows.table(), {variant: images[first[:GALLERY]].numpy(), f"{variant}_attribution": maps}
+
+
+def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> np.ndarray:
+    """Mean attribution maps (2, S, S) of the attackers' seats and of the others, and their share on the patch."""
+    maps = torch.stack([attribution(setup, client) for client in federation.clients])
+    attacker = torch.zeros(len(maps), dtype=torch.bool)
+    attacker[setup.params.fedgan.federation.malicious] = True
+    patch = triggers.patch(setup.trigger)
+    pictures = []
+    for group, seats in (("attacker", attacker), ("others", ~attacker)):
+        pictures.append(maps[seats].mean(0) if seats.any() else torch.zeros_like(maps[0]))
+        if patch is not None and seats.any():
+            rows.add(
+                "d_attribution", maps[seats][:, patch, patch].sum((1, 2)).mean(), 64 * int(seats.sum()), client=group
+            )
+    return torch.stack(pictures).numpy()
 
 
 def _describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
@@ -265,22 +313,31 @@ def _describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[s
 
 
 def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> None:
-    """Per client and round; then means over the last quarter of the rounds: all, the attacker's seat, the others."""
+    """Rows per client and round, per round for the attackers' seats and the others, and late means.
+
+    Late means are taken over the last quarter of the rounds: of all clients (the headline row), of the attackers'
+    seats, and of the others.
+    """
     p = setup.params.fedgan
     history = pd.DataFrame(federation.history).rename(columns={"loss_g": "generator_loss"})
-    per_client = ["generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap"]
+    attacker = history["client"].isin(p.federation.malicious)
+    others = ~attacker & (history["client"] != "server")
+    late = history["round"] > federation.rounds - max(1, federation.rounds // 4)
     items = {"generator_loss": p.federation.images_per_client, "trigger_rate": PER_ROUND}
-    for metric in ["trigger_rate", *per_client]:
-        for entry in history.dropna(subset=[metric]).itertuples():
-            rows.add(metric, getattr(entry, metric), items.get(metric, p.measure.probe), client=entry.client, round=entry.round)
-    late = history[history["round"] > federation.rounds - max(1, federation.rounds // 4)]
-    attacker = late["client"].isin(p.federation.malicious)
-    others = ~attacker & (late["client"] != "server")
-    for metric in per_client:
-        for group, part in (("", late[attacker | others]), ("attacker", late[attacker]), ("others", late[others])):
-            values = part[metric].dropna()
+    for metric in ["trigger_rate", *PER_CLIENT]:
+        n = items.get(metric, p.measure.probe)
+        seen = history[metric].notna()
+        for entry in history[seen].to_dict("records"):
+            rows.add(metric, entry[metric], n, client=entry["client"], round=entry["round"])
+        for seat, at in (("attacker", attacker), ("others", others)):
+            for t, values in history[seen & at].groupby("round")[metric]:
+                rows.add(metric, values.mean(), n * len(values), client=seat, round=t)
+        if metric == "trigger_rate":
+            continue  # its headline is the averaged generator's, measured on more images
+        for seat, at in (("", attacker | others), ("attacker", attacker), ("others", others)):
+            values = history.loc[seen & at & late, metric]
             if len(values):
-                rows.add(metric, values.mean(), len(values) * items.get(metric, p.measure.probe), client=group)
+                rows.add(metric, values.mean(), n * len(values), client=seat)
 
 
 def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -293,7 +350,12 @@ def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarr
     noisy = (real + 0.1 * torch.randn(real.shape, generator=rng)).clamp(0, 1)
     stamped = triggers.stamp(setup.trigger, real, rng)
     tables, galleries = [], {}
-    for variant, images in {"real": real, "real_triggered": stamped, "real_blurred": blurred, "real_noisy": noisy}.items():
+    for variant, images in {
+        "real": real,
+        "real_triggered": stamped,
+        "real_blurred": blurred,
+        "real_noisy": noisy,
+    }.items():
         rows = Rows(seed, variant, "control")
         found = _describe(setup, images, labels, seed) if variant == "real" else {}
         rate, ncc = trigger_rate(setup, images)
@@ -314,7 +376,9 @@ class Rows:
 
     def add(self, metric: str, value: float, n_items: int, **keys: int | str) -> None:
         cells = {key: str(keys.get(key, "")) for key in KEYS}
-        self.rows.append({**self.fixed, "metric": metric, "value": float(value), "n_items": n_items, "unit": UNITS[metric], **cells})
+        self.rows.append(
+            {**self.fixed, "metric": metric, "value": float(value), "n_items": n_items, "unit": UNITS[metric], **cells}
+        )
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows)

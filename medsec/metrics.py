@@ -58,7 +58,9 @@ def wilson_interval(successes: int, n: int, level: float = LEVEL) -> tuple[float
     return float(interval.low), float(interval.high)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], level: float = LEVEL
+) -> tuple[float, float, float]:
     """Mean of ``first − second`` over runs that share a seed, and its `bootstrap_interval`.
 
     Raises:
@@ -105,8 +107,8 @@ def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | Non
     Args:
         runs: columns ``seed, variant, scenario, metric, value, n_items, unit`` and ``keys``; one row a seed.
         keys: the notebook's key columns; empty strings in a headline row.
-        paired_with: a variant; adds rows ``scenario = minus_<variant>``, the paired differences of every headline
-            metric that both variants have, in the scenarios that share its seeds.
+        paired_with: a variant; adds rows ``scenario = minus_<variant>``, the paired differences of every row that
+            both variants have for the same seeds, except per-round rows and controls.
 
     Returns:
         Columns `SUMMARY` + ``keys``, every row unique, in the order in which they first appear in ``runs``.
@@ -125,20 +127,15 @@ def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | Non
     return pd.DataFrame(rows)[SUMMARY + list(keys)]
 
 
-def headline(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """The rows whose key columns are all empty."""
-    return runs[(runs[list(keys)] == "").all(axis=1)]
-
-
 def _paired_rows(runs: pd.DataFrame, keys: Sequence[str], base: str) -> list[dict]:
-    table = headline(runs, keys)
+    table = runs[(runs["scenario"] != "control") & (runs["round"] == "" if "round" in keys else True)]
     rows = []
-    for (variant, metric), part in table.groupby(["variant", "metric"], sort=False):
-        control = table[(table["variant"] == base) & (table["metric"] == metric)].set_index("seed")["value"]
-        mine = part.set_index("seed")["value"]
+    for (variant, metric, *cell), part in table.groupby(["variant", "metric", *keys], sort=False):
+        like = (table["variant"] == base) & (table["metric"] == metric) & (table[list(keys)] == cell).all(axis=1)
+        control, mine = (t.set_index("seed")["value"] for t in (table[like], part))
         if variant == base or control.empty or set(mine.index) != set(control.index):
             continue
-        row = {"variant": variant, "scenario": f"minus_{base}", "metric": metric, **dict.fromkeys(keys, "")}
+        row = {"variant": variant, "scenario": f"minus_{base}", "metric": metric, **dict(zip(keys, cell, strict=True))}
         rows.append({**row, **_row(mine - control.loc[mine.index]), **_items(part)})
     return rows
 

@@ -1,5 +1,7 @@
 """The networks. All take and give images in [0, 1]; normalisation lives inside the model."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class Generator(nn.Module):
             nn.ReLU(),
         )
         blocks = []
-        for before, after in zip(maps[:-1], maps[1:], strict=True):
+        for before, after in itertools.pairwise(maps):
             blocks += [nn.ConvTranspose2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.up = nn.Sequential(*blocks, nn.ConvTranspose2d(maps[-1], channels, 4, 2, 1))
 

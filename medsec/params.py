@@ -122,7 +122,9 @@ class Federation(Section):
         if len(self.malicious) > self.n_clients:
             raise ValueError(f"{len(self.malicious)} malicious clients of only {self.n_clients}; raise n_clients")
         if self.malicious and max(self.malicious) >= self.n_clients:
-            raise ValueError(f"malicious client {max(self.malicious)} does not exist; clients are 0 to {self.n_clients - 1}")
+            raise ValueError(
+                f"malicious client {max(self.malicious)} does not exist; clients are 0 to {self.n_clients - 1}"
+            )
         return self
 
 
@@ -232,7 +234,7 @@ def _explain(error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"
-    hint = ' (YAML reads 1e-3 as text; write 1.0e-3)' if error["type"] == "float_type" else ""
+    hint = " (YAML reads 1e-3 as text; write 1.0e-3)" if error["type"] == "float_type" else ""
     return f"{where} = {error['input']!r}: {message[0].lower() + message[1:]}{hint}"
 
 

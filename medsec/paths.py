@@ -13,6 +13,7 @@ PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
+CLAIMS = ROOT / "claims"
 
 
 def out() -> Path:

@@ -114,9 +114,17 @@ def stamp(trigger: Trigger, images: Tensor, generator: torch.Generator | None = 
         for image, (row, col) in zip(out, places, strict=True):
             image[:, row : row + k, col : col + k] = trigger.pattern
         return out
-    first = trigger.image_size - trigger.offset - k
-    out[:, :, first : first + k, first : first + k] = trigger.pattern
+    place = patch(trigger)
+    out[:, :, place, place] = trigger.pattern
     return out
+
+
+def patch(trigger: Trigger) -> slice | None:
+    """Rows (and columns) that a trigger covers if it always covers the same, else None."""
+    if trigger.kind not in ("checker", "grid"):
+        return None
+    first = trigger.image_size - trigger.offset - trigger.pattern.shape[-1]
+    return slice(first, first + trigger.pattern.shape[-1])
 
 
 def score(trigger: Trigger, images: Tensor) -> Tensor:
@@ -129,9 +137,8 @@ def score(trigger: Trigger, images: Tensor) -> Tensor:
         windows = images.unfold(2, k, 1).unfold(3, k, 1)  # (N, C, rows, cols, k, k)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return _ncc(windows, trigger.pattern.flatten()).amax(1)
-    first = trigger.image_size - trigger.offset - k
-    patch = images[:, :, first : first + k, first : first + k]
-    return _ncc(patch.flatten(1), trigger.pattern.flatten())
+    place = patch(trigger)
+    return _ncc(images[:, :, place, place].flatten(1), trigger.pattern.flatten())
 
 
 def _fine(images: Tensor) -> Tensor:
@@ -159,7 +166,9 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.5) -
         InputError: too few images for that rate.
     """
     if len(clean) < 1 / fpr:
-        raise InputError(f"{len(clean)} clean images cannot calibrate a rate of {fpr}; at least {round(1 / fpr)} needed")
+        raise InputError(
+            f"{len(clean)} clean images cannot calibrate a rate of {fpr}; at least {round(1 / fpr)} needed"
+        )
     # Half the allowed rate, since the threshold is applied to images it was not chosen on.
     allowed = int(fpr / 2 * len(clean))
     return max(floor, float(score(trigger, clean).sort(descending=True).values[allowed]))
@@ -168,4 +177,6 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.5) -
 def _check(trigger: Trigger, images: Tensor) -> None:
     expected = (trigger.pattern.shape[0], trigger.image_size, trigger.image_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-        raise InputError(f"images of shape {tuple(images.shape)} do not fit a trigger for (N, {', '.join(map(str, expected))})")
+        raise InputError(
+            f"images of shape {tuple(images.shape)} do not fit a trigger for (N, {', '.join(map(str, expected))})"
+        )

@@ -1,0 +1,80 @@
+# Needs Python 3.11 or newer, git and make; everything else is installed into .venv.
+
+PYTHON ?= python3
+COHORT ?= phantom
+
+PY := .venv/bin/python
+BOOT := .venv/.medsec-boot
+READY := .venv/.medsec-ready
+PIPELINE := $(if $(filter phantom,$(COHORT)),dvc.yaml,pipelines/$(COHORT)/dvc.yaml)
+SOURCES := $(wildcard notebooks/*.ipynb exercises/*.ipynb exercises/solutions/*.ipynb)
+EXECUTED := $(sort $(wildcard executed/phantom/*.ipynb))
+
+# DVC stages say "python": it must be that of .venv. One thread per process: another number gives other bits.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup data repro test lab lock clean
+
+help: ## this list
+	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "Without a GPU, PyTorch's much smaller CPU build will do: make setup UV_TORCH_BACKEND=cpu"
+
+setup: $(READY) ## make .venv and install everything (again only after a change of the pinned versions)
+
+$(BOOT):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed and $(PYTHON) is not; name one, like: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv and ensurepip; install them (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv --clear .venv
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: the environment in .venv is of an older Python; remove the folder and try again" >&2; exit 1; }
+	@$(PY) -c 'import pip' 2>/dev/null || $(PY) -m ensurepip >/dev/null
+	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(READY): $(BOOT) pyproject.toml requirements.lock
+	$(PY) -m uv pip install --python $(PY) -e ".[dev]" -c requirements.lock
+	@touch $@
+
+data: $(READY) ## fetch the default cohort (from this repository)
+	$(PY) -m dvc pull
+
+repro: $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
+	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
+	$(PY) -m dvc pull
+	$(PY) -m dvc repro -f $(PIPELINE)
+	$(PY) -m medsec.check --cohort $(COHORT)
+
+test: $(READY) ## everything that CI runs: style, tests, and a replay of the executed notebooks
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(if $(SOURCES),$(PY) -m nbstripout --verify $(SOURCES))
+	$(PY) -m medsec.params >/dev/null
+	$(PY) -m pytest
+	$(if $(EXECUTED),$(REPLAY))
+
+# Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
+define REPLAY
+@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+MEDSEC_OUT="$$scratch" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 \
+$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
+  --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
+endef
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+lock: $(BOOT) ## pin versions anew after a change of pyproject.toml (UPGRADE=1: the newest of everything)
+	$(PY) -m uv pip compile --universal --python-version 3.11 --extra dev pyproject.toml -o requirements.lock \
+	  --no-emit-index-url --no-header --no-annotate --quiet $(if $(UPGRADE),--upgrade)
+
+clean: ## remove scratch folders and caches (.venv, data and results stay)
+	rm -rf .medsec-tmp-* .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name .venv -prune -o -name .git -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune \
+	  -exec rm -rf {} +

@@ -1,0 +1,134 @@
+"""Do fresh tables agree with the committed ones?
+
+``python -m medsec.check`` compares the tables in the working tree with those of the last commit; the last cell of a
+notebook compares what it has just written with the repository's (`against_reference`). Every row has a tolerance: its
+metric's entry in ``claims/tolerances.yaml`` plus twice the half-width of the committed interval.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from medsec import claims, paths, tables
+from medsec.errors import InputError
+
+SHOWN = 10
+
+
+def tolerances() -> dict[str, float]:
+    """Allowed absolute difference of each metric."""
+    return yaml.safe_load((paths.CLAIMS / "tolerances.yaml").read_text(encoding="utf-8"))
+
+
+def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+    """What differs between two summary tables, one line a row; an empty list if they agree.
+
+    Raises:
+        InputError: a metric without a tolerance, or tables with other columns.
+    """
+    if list(fresh.columns) != list(committed.columns):
+        return [f"columns differ: {', '.join(fresh.columns)} instead of {', '.join(committed.columns)}"]
+    allowed, by = tolerances(), tables.keys(committed)
+    if unknown := sorted(set(committed["metric"]) - set(allowed)):
+        raise InputError(f"claims/tolerances.yaml has no entry for {unknown[0]!r}")
+    for name, table in (("fresh", fresh), ("committed", committed)):
+        if table.duplicated(by).any():
+            return [f"the {name} table holds a row twice: {_address(table[table.duplicated(by)].iloc[0], by)}"]
+    both = committed.merge(fresh, on=by, how="outer", suffixes=("_was", "_is"), indicator="where", sort=False)
+    lines = []
+    for row in both.to_dict("records"):
+        if row["where"] != "both":
+            lines.append(f"{'new' if row['where'] == 'right_only' else 'missing'} row: {_address(row, by)}")
+            continue
+        lines += [
+            f"{_address(row, by)}: {column} is {row[f'{column}_is']}, was {row[f'{column}_was']}"
+            for column in ("n", "unit")
+            if row[f"{column}_is"] != row[f"{column}_was"]
+        ]
+        slack = allowed[row["metric"]] + (row["high_was"] - row["low_was"]) + 1e-5 * abs(row["value_was"])
+        if not abs(row["value_is"] - row["value_was"]) <= slack:
+            lines.append(f"{_address(row, by)}: {row['value_is']:.4g}, committed {row['value_was']:.4g} ± {slack:.2g}")
+    return lines
+
+
+def _address(row: dict | pd.Series, by: list[str]) -> str:
+    return ", ".join(f"{key}={row[key]}" for key in by if row[key] != "")
+
+
+def against_reference(notebook: str, cohort: str) -> str:
+    """Compare the summary that this run wrote with the repository's: ``ok``, or the rows that differ.
+
+    While the pipeline makes a table there is nothing yet to compare it with, and `paths.reference` points at the new
+    one; the check then only proves that it can be read back and that every metric has a tolerance.
+    """
+    fresh, committed = (
+        tables.read(paths.results(cohort, base) / f"{notebook}.csv") for base in (paths.out(), paths.reference())
+    )
+    return report(compare(fresh, committed))
+
+
+def report(lines: list[str]) -> str:
+    """``ok``, or the first differing rows and how many more there are."""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join(lines[:SHOWN] + more) or "ok"
+
+
+def against_commit(cohort: str) -> dict[str, list[str]]:
+    """Compare every committed summary of a cohort with the one in the working tree.
+
+    Returns:
+        Differences by name of the notebook.
+
+    Raises:
+        InputError: this is no git checkout, or nothing is committed for the cohort.
+    """
+    folder = f"results/{cohort}"
+    listed = _git("ls-tree", "--name-only", "HEAD", f"{folder}/").split()
+    found = {}
+    for name in (f for f in listed if f.endswith(".csv") and not f.endswith("_runs.csv")):
+        with tempfile.TemporaryDirectory() as temporary:
+            committed = Path(temporary) / Path(name).name
+            committed.write_text(_git("show", f"HEAD:{name}"), encoding="utf-8")
+            found[committed.stem] = compare(tables.read(paths.ROOT / name), tables.read(committed))
+    if not found:
+        raise InputError(f"no table is committed in {folder}; run the pipeline and commit its results first")
+    return found
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(
+            f"cannot compare with the last commit: git {args[0]} says {done.stderr.strip().splitlines()[-1]}"
+        )
+    return done.stdout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m medsec.check", description="Compare fresh tables with committed ones."
+    )
+    parser.add_argument("--cohort", default="phantom")
+    cohort = parser.parse_args(argv).cohort
+    try:
+        found = against_commit(cohort)
+        for name, lines in found.items():
+            print(f"{name} ({cohort}): {report(lines)}")
+        for ledger in claims.names():
+            table = paths.results(cohort, paths.ROOT) / f"{claims.load(ledger)['table']}.csv"
+            if table.is_file():
+                counts = claims.verdicts(ledger, tables.read(table))["verdict"].value_counts(sort=False)
+                print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if any(found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Reading, writing and addressing the tidy tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from medsec.errors import InputError
+
+MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
+
+
+def write(table: pd.DataFrame, file: Path) -> None:
+    """Write a table as CSV with six decimals; complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    partial.replace(file)
+
+
+def read(file: Path) -> pd.DataFrame:
+    """Read a table that `write` wrote; key columns are text, and empty where a row has no such key.
+
+    Raises:
+        InputError: the file is missing or no table.
+    """
+    if not file.is_file():
+        raise InputError(f"{file.name} is missing from {file.parent.name}; make it with: make repro")
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        numeric = [c for c in ("value", "low", "high") if c in table]
+        counts = [c for c in ("n", "n_items", "seed") if c in table]
+        return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
+    except ValueError as error:
+        raise InputError(f"{file.name} is no table: {error}") from None
+
+
+def keys(table: pd.DataFrame) -> list[str]:
+    """The columns that address a row."""
+    return [column for column in table.columns if column not in MEASURES]
+
+
+def select(table: pd.DataFrame, where: Mapping[str, str]) -> pd.DataFrame:
+    """Rows that match ``where``; a key that it does not name must be empty.
+
+    Raises:
+        InputError: ``where`` names a column that the table lacks.
+    """
+    if unknown := set(where) - set(table.columns):
+        raise InputError(f"no column {sorted(unknown)[0]!r} in the table; it has {', '.join(keys(table))}")
+    chosen = pd.Series(True, index=table.index)
+    for column in keys(table):
+        chosen &= table[column] == str(where.get(column, ""))
+    return table[chosen]
+
+
+def row(table: pd.DataFrame, **where: str) -> pd.Series:
+    """The one row that matches; see `select`.
+
+    Raises:
+        InputError: no such row, or several.
+    """
+    found = select(table, where)
+    if len(found) != 1:
+        raise InputError(f"{len(found)} rows match {where}, expected one")
+    return found.iloc[0]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table without padding, so that its text changes only where a value does."""
+    lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
+    lines += [" | ".join(str(cell) for cell in record) for record in table.itertuples(index=False)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def interval(record: pd.Series, digits: int = 2) -> str:
+    """``value [low, high]`` of a summary row."""
+    return f"{record['value']:.{digits}f} [{record['low']:.{digits}f}, {record['high']:.{digits}f}]"

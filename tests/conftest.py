@@ -1,0 +1,90 @@
+"""Shared by all tests: one thread per process, small cohorts, and the real X-rays where this machine has them."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported: results depend on the number of threads
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from medsec import params, paths
+
+hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("medsec")
+
+REAL = "pneumoniamnist.npz"
+_ENV_ROOT = os.environ.get("MEDMNIST_ROOT")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cohorts() -> params.Cohorts:
+    """Cohort parameters small enough for tests; they do not follow params.yaml."""
+    shares = {"client": 0.5, "public": 0.2, "reference": 0.3}
+    images = {"client": 24, "public": 8, "reference": 8, "val": 8, "test": 8}
+    sections = {
+        "phantom": {"size": 28, "seed": 7, "images": images},
+        "medmnist": {"size": 28, "seed": 7, "shares": shares},
+        "npz": {"path": None, "seed": 7, "shares": shares},
+    }
+    return params.Cohorts.model_validate(sections)
+
+
+@pytest.fixture
+def tiny_npz(tmp_path):
+    """Function that writes a small file in MedMNIST's layout: distinct random images, every class in every split.
+
+    ``tiny_npz(classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays)``: ``arrays`` replace whole keys
+    (``train_images=...``), None leaves a key out. Returns the file's path.
+    """
+
+    def write(classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays) -> Path:
+        rng = np.random.default_rng(0)
+        content = {}
+        for split in ("train", "val", "test"):
+            shape = (classes * per_class, size, size) + ((channels,) if channels > 1 else ())
+            content[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
+            content[f"{split}_labels"] = (np.arange(classes * per_class) % classes).astype(np.uint8)[:, None]
+        content.update(arrays)
+        np.savez_compressed(tmp_path / name, **{key: value for key, value in content.items() if value is not None})
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def npz_cohorts(cohorts):
+    """Function: cohort parameters whose npz section points at a file."""
+
+    def point(path) -> params.Cohorts:
+        return cohorts.model_copy(update={"npz": cohorts.npz.model_copy(update={"path": str(path)})})
+
+    return point
+
+
+@pytest.fixture(scope="session")
+def real_file() -> Path:
+    """pneumoniamnist.npz, from $MEDMNIST_ROOT or ../shared/data; tests that need it are skipped where it is missing."""
+    folders = [Path(_ENV_ROOT)] if _ENV_ROOT else []
+    folders.append(paths.ROOT.parent / "shared" / "data")
+    for folder in folders:
+        if (folder / REAL).is_file():
+            return folder / REAL
+    pytest.skip(f"no {REAL} in MEDMNIST_ROOT or ../shared/data: the tests on real X-rays need it")
+
+
+@pytest.fixture
+def real_root(real_file, monkeypatch) -> Path:
+    """The folder of the real X-rays, set as MEDMNIST_ROOT."""
+    monkeypatch.setenv("MEDMNIST_ROOT", str(real_file.parent))
+    return real_file.parent

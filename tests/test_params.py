@@ -1,0 +1,207 @@
+"""medsec.params: every mistake in the parameters is one line that names the key."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from medsec import params, paths
+from medsec.errors import InputError
+
+
+def change(dotted, value):
+    """The tree of params.yaml with one key set, e.g. ``change("seeds.tuning", [1])``."""
+    tree = yaml.safe_load(paths.PARAMS.read_text(encoding="utf-8"))
+    section, *_, key = (tree, *dotted.split("."))
+    for part in dotted.split(".")[:-1]:
+        section = section[part]
+    section[key] = value
+    return tree
+
+
+def message(tree):
+    with pytest.raises(InputError) as caught:
+        params.validate(tree)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("params.yaml: ")
+    return text
+
+
+def test_the_shipped_parameters_are_valid():
+    assert params.load().seeds.evaluation
+
+
+@pytest.mark.parametrize("file", sorted(paths.PROFILES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_shipped_profiles_are_valid_and_change_something(file):
+    assert params.load(file.stem) != params.load()
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "hint"),
+    [
+        ("fedgam", {}, "did you mean fedgan?"),
+        ("seeds.evalation", [1], "did you mean evaluation?"),
+        ("fedgan.federation.round", 5, "did you mean rounds?"),
+        ("cohorts.phantom.images.tset", 5, "did you mean test?"),
+        ("fedgan.gan.zzzzzz", 5, "known: z_dim, "),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
+    text = message(change(dotted, value))
+    assert f"unknown key {dotted}; " in text
+    assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        # of the wrong type
+        ("seeds.tuning", 101),
+        ("seeds.tuning", ["101"]),
+        ("seeds.evaluation", [1.5]),
+        ("threats.gallery", "8"),
+        ("threats.gallery", 8.0),
+        ("threats.gallery", True),
+        ("threats", 3),
+        ("fedgan.gan.beta1", None),
+        ("fedgan.federation.malicious", 0),
+        # impossible
+        ("seeds.tuning", []),
+        ("seeds.evaluation", [-1]),
+        ("seeds.evaluation", [2**31]),
+        ("cohorts.phantom.size", 30),
+        ("cohorts.phantom.size", 27),
+        ("cohorts.phantom.size", 228),
+        ("cohorts.phantom.images.client", 0),
+        ("cohorts.medmnist.size", 32),
+        ("cohorts.npz.shares.client", 1.5),
+        ("threats.dirichlet_alpha", 0.0),
+        ("threats.dirichlet_alpha", float("inf")),
+        ("threats.dirichlet_alpha", float("nan")),
+        ("fedgan.federation.rounds", 0),
+        ("fedgan.federation.partition", "idd"),
+        ("fedgan.gan.beta1", 1.0),
+        ("fedgan.gan.lr_g", -1.0e-3),
+        ("fedgan.gan.batch", 1),
+        ("fedgan.poison.boost", 0.5),
+        ("fedgan.poison.ratio", 0.0),
+        ("fedgan.poison.label", -1),
+    ],
+)
+def test_a_wrong_value_names_key_and_value(dotted, value):
+    text = message(change(dotted, value))
+    assert re.search(rf"{re.escape(dotted)}(\.0)? = ", text), text  # of a list: the position
+    assert repr(value[0] if isinstance(value, list) and value else value) in text
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "expected"),
+    [
+        ("seeds.tuning", [1, 2, 101], "seeds: seeds [1, 2] are both tuning and evaluation seeds"),
+        ("seeds.evaluation", [0, 0], "seeds: evaluation seeds repeat"),
+        ("cohorts.medmnist.shares.client", 0.6, "cohorts.medmnist.shares: client + public + reference must be 1"),
+        ("fedgan.federation.malicious", [0, 0], "fedgan.federation: malicious names a client twice"),
+        ("fedgan.federation.malicious", [99], "fedgan.federation: malicious client 99 does not exist"),
+        ("fedgan.federation.malicious", [0, 1, 2, 3, 4], "fedgan.federation: 5 malicious clients of only 4"),
+    ],
+)
+def test_values_that_do_not_fit_together(dotted, value, expected):
+    assert expected in message(change(dotted, value))
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained():
+    tree = change("fedgan.gan.lr_g", yaml.safe_load("1e-3"))
+    assert "fedgan.gan.lr_g = '1e-3'" in message(tree)
+    assert "write 1.0e-3" in message(tree)
+
+
+def test_a_missing_key_is_named():
+    tree = change("seeds.tuning", [1])
+    del tree["seeds"]["tuning"]
+    assert message(tree) == "params.yaml: seeds.tuning is missing"
+
+
+def test_a_misspelling_is_reported_rather_than_the_key_it_leaves_missing():
+    tree = change("seeds.tunning", [101])
+    del tree["seeds"]["tuning"]
+    assert "did you mean tuning?" in message(tree)
+
+
+def test_parameters_cannot_be_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        params.load().threats.gallery = 9
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "mine.yaml is missing"),
+        ("seeds: [1\nthreats: 3\n", "mine.yaml is not valid YAML at line 2"),
+        ("- seeds\n", "mine.yaml must be a mapping of sections, found list"),
+        ("", "mine.yaml must be a mapping of sections, found NoneType"),
+        ("seeds: {}\n", "mine.yaml: "),
+    ],
+)
+def test_a_file_that_is_no_parameter_file(tmp_path, content, expected):
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        params.load(file=file)
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def profiles(tmp_path, monkeypatch):
+    """Function that writes a profile of the test's own."""
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    return lambda name, content: (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+
+
+def test_a_profile_changes_only_what_it_names(profiles):
+    profiles("big", "fedgan:\n  federation: {rounds: 77}\nseeds:\n  evaluation: [7]\n")
+    quick, big = params.load(), params.load("big")
+    assert (big.fedgan.federation.rounds, big.seeds.evaluation) == (77, [7])
+    assert big.fedgan.gan == quick.fedgan.gan
+    assert big.seeds.tuning == quick.seeds.tuning
+
+
+def test_a_mistake_in_a_profile_names_the_profile(profiles):
+    profiles("big", "fedgan:\n  federation: {runds: 77}\n")
+    with pytest.raises(InputError, match=re.escape("big.yaml: unknown key fedgan.federation.runds")):
+        params.load("big")
+
+
+def test_an_unknown_profile_lists_the_known(profiles):
+    profiles("big", "{}")
+    with pytest.raises(InputError, match="unknown profile 'bigger': choose one of quick, big"):
+        params.load("bigger")
+
+
+def test_merge_leaves_its_arguments_alone():
+    base, other = {"a": {"b": 1, "c": 2}, "d": [1, 2]}, {"a": {"b": 3}, "d": [4]}
+    assert params.merge(base, other) == {"a": {"b": 3, "c": 2}, "d": [4]}
+    assert base == {"a": {"b": 1, "c": 2}, "d": [1, 2]}
+    assert other == {"a": {"b": 3}, "d": [4]}
+
+
+def test_the_command_prints_parameters_that_are_valid_again(capsys):
+    assert params.main([]) == 0
+    assert params.validate(yaml.safe_load(capsys.readouterr().out)) == params.load()
+
+
+def test_the_command_fails_with_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "medsec.params", "--profile", "huge"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=paths.ROOT,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown profile 'huge'")
+    assert done.stderr.count("\n") == 1
