@@ -127,12 +127,12 @@ def new_federation(
         n_classes: classes of the cohort.
         params: section ``fedgan`` of the parameters.
         seed: of the run; two federations with the same seed start from the same networks.
-        trigger: what the malicious clients of ``params.federation`` stamp; None for a federation without an attack.
+        trigger: what the malicious clients of ``params`` stamp; None for a federation without an attack.
 
     Raises:
         InputError: a client without images for two in a batch, or a poisoned class that is missing.
     """
-    gan, fed = params.gan, params.federation
+    gan = params.gan
     channels, size = images[0].shape[1], images[0].shape[-1]
     shared = _networks(size, channels, n_classes, gan, seed=derive_seed(seed, "init"))
     clients = []
@@ -140,7 +140,7 @@ def new_federation(
         if len(x) < 2:
             raise InputError(f"client {i} holds {len(x)} images; batch normalisation needs at least 2")
         mask = torch.zeros(len(x), dtype=torch.bool)
-        if trigger is not None and i in fed.malicious:
+        if trigger is not None and i in params.malicious:
             x, mask = poison(
                 x, y, trigger, ratio=params.poison.ratio, label=params.poison.label, seed=derive_seed(seed, "poison", i)
             )
@@ -151,8 +151,8 @@ def new_federation(
             for net, lr in ((g, gan.lr_g), (d, gan.lr_d))
         ]
         clients.append(Client(i, x, y, mask, g, d, *optimizers))
-    state = _shared_state(clients[0], fed.average)
-    return Federation(seed, gan, fed.rounds, fed.average, clients, state)
+    state = _shared_state(clients[0], params.average)
+    return Federation(seed, gan, params.rounds, params.average, clients, state)
 
 
 def _networks(size: int, channels: int, n_classes: int, gan: GAN, seed: int) -> tuple[Generator, Discriminator]:
@@ -238,7 +238,7 @@ def train_client(client: Client, state: State, federation: Federation, round: in
     """
     gan = federation.gan
     _load_shared(client, state)
-    fade = _fade(round, gan.decay_from, federation.rounds)
+    fade = _fade(round, int(gan.decay_after * federation.rounds), federation.rounds)
     client.optimizer_g.param_groups[0]["lr"] = gan.lr_g * fade
     client.optimizer_d.param_groups[0]["lr"] = gan.lr_d * fade
     rng = torch_generator(federation.seed, "train", client.index, round)

@@ -27,6 +27,7 @@ from medsec.triggers import Trigger
 KEYS = ("trigger", "area", "ratio", "client", "round")
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
+ATTRIBUTED = 64  # held-out images whose attribution is averaged
 PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap")
 PER_ROUND = 200  # synthetic images for the trigger rate of every generator after every round
 UNITS = {
@@ -100,7 +101,7 @@ def _prepare(cohort_name: str, params_json: str) -> Setup:
 
 def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
-    fed = setup.params.fedgan.federation
+    fed = setup.params.fedgan
     split = setup.cohort["client"]
     parts = data.partition(
         split.labels,
@@ -182,20 +183,20 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
     }
 
 
-def attribution(setup: Setup, client: fedgan.Client, n: int = 64) -> Tensor:
-    """Where a client's discriminator looks on triggered held-out images: mean absolute Integrated Gradients (S, S).
+def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Tensor:
+    """What convinces a client's discriminator on triggered held-out images: mean Integrated Gradients (S, S).
 
-    Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one, normalised to sum 1.
+    Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one. Positive pixels speak for
+    "real", negative ones for "synthetic"; every image's map is scaled so that the absolute values sum to 1.
     """
     held, labels = (part[:: max(1, len(part) // n)][:n] for part in setup.splits["val"])
     stamped = triggers.stamp(setup.trigger, held, torch_generator(0, "attribution"))
     model = client.discriminator.eval()
-    explainer = IntegratedGradients(lambda x, y: model(x, y))
-    maps = explainer.attribute(
+    maps = IntegratedGradients(lambda x, y: model(x, y)).attribute(
         stamped, torch.full_like(stamped, 0.5), additional_forward_args=labels, n_steps=16, internal_batch_size=256
     )
-    mean = maps.detach().abs().sum(1).mean(0)
-    return mean / mean.sum()
+    maps = maps.detach().sum(1)
+    return (maps / maps.abs().sum((1, 2), keepdim=True)).mean(0)
 
 
 def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
@@ -243,14 +244,20 @@ def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataF
     if arm == "clean":
         finished["clean"] = _run(setup, federation, seed, arm, after_round=after)
     else:
-        _run(setup, federation, seed, "shared", until=min(poison.boost_from, federation.rounds), after_round=after)
-        boosted = fedgan.branch(federation, poison.boost, poison.boost_from)
+        start = boost_start(params)
+        _run(setup, federation, seed, "shared", until=start, after_round=after)
+        boosted = fedgan.branch(federation, poison.boost, start)
         finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
         finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
     tables, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
     for name in ("clean", "shared", "poison", "boost"):
         _checkpoint(setup, seed, name).unlink(missing_ok=True)
     return pd.concat(tables, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
+
+
+def boost_start(params: Params) -> int:
+    """Number of rounds before the boosted attacker begins to scale."""
+    return int(params.fedgan.poison.boost_after * params.fedgan.rounds)
 
 
 def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
@@ -285,17 +292,17 @@ def _measure_variant(
 
 
 def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> np.ndarray:
-    """Mean attribution maps (2, S, S) of the attackers' seats and of the others, and their share on the patch."""
+    """Mean attribution maps (2, S, S) of the attackers' seats and of the others; ``d_attribution``: their sum on the patch."""
     maps = torch.stack([attribution(setup, client) for client in federation.clients])
     attacker = torch.zeros(len(maps), dtype=torch.bool)
-    attacker[setup.params.fedgan.federation.malicious] = True
+    attacker[setup.params.fedgan.malicious] = True
     patch = triggers.patch(setup.trigger)
     pictures = []
-    for group, seats in (("attacker", attacker), ("others", ~attacker)):
-        pictures.append(maps[seats].mean(0) if seats.any() else torch.zeros_like(maps[0]))
-        if patch is not None and seats.any():
+    for seat, at in (("attacker", attacker), ("others", ~attacker)):
+        pictures.append(maps[at].mean(0) if at.any() else torch.zeros_like(maps[0]))
+        if patch is not None and at.any():
             rows.add(
-                "d_attribution", maps[seats][:, patch, patch].sum((1, 2)).mean(), 64 * int(seats.sum()), client=group
+                "d_attribution", maps[at][:, patch, patch].sum((1, 2)).mean(), ATTRIBUTED * int(at.sum()), client=seat
             )
     return torch.stack(pictures).numpy()
 
@@ -320,10 +327,10 @@ def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> 
     """
     p = setup.params.fedgan
     history = pd.DataFrame(federation.history).rename(columns={"loss_g": "generator_loss"})
-    attacker = history["client"].isin(p.federation.malicious)
+    attacker = history["client"].isin(p.malicious)
     others = ~attacker & (history["client"] != "server")
     late = history["round"] > federation.rounds - max(1, federation.rounds // 4)
-    items = {"generator_loss": p.federation.images_per_client, "trigger_rate": PER_ROUND}
+    items = {"generator_loss": p.images_per_client, "trigger_rate": PER_ROUND}
     for metric in ["trigger_rate", *PER_CLIENT]:
         n = items.get(metric, p.measure.probe)
         seen = history[metric].notna()
@@ -332,9 +339,10 @@ def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> 
         for seat, at in (("attacker", attacker), ("others", others)):
             for t, values in history[seen & at].groupby("round")[metric]:
                 rows.add(metric, values.mean(), n * len(values), client=seat, round=t)
-        if metric == "trigger_rate":
-            continue  # its headline is the averaged generator's, measured on more images
-        for seat, at in (("", attacker | others), ("attacker", attacker), ("others", others)):
+        seats = [("attacker", attacker), ("others", others)]
+        if metric != "trigger_rate":  # whose headline is that of the averaged generator, measured on more images
+            seats = [("", attacker | others), *seats]
+        for seat, at in seats:
             values = history.loc[seen & at & late, metric]
             if len(values):
                 rows.add(metric, values.mean(), n * len(values), client=seat)

@@ -106,28 +106,6 @@ class Threats(Section):
     shift_epochs: Count
 
 
-class Federation(Section):
-    n_clients: Count
-    malicious: list[Annotated[int, Field(ge=0)]]
-    partition: Literal["iid", "dirichlet", "style"]
-    dirichlet_alpha: Positive
-    images_per_client: Count
-    rounds: Count
-    average: Literal["generator", "both"]
-
-    @model_validator(mode="after")
-    def _clients_exist(self):
-        if len(set(self.malicious)) < len(self.malicious):
-            raise ValueError("malicious names a client twice")
-        if len(self.malicious) > self.n_clients:
-            raise ValueError(f"{len(self.malicious)} malicious clients of only {self.n_clients}; raise n_clients")
-        if self.malicious and max(self.malicious) >= self.n_clients:
-            raise ValueError(
-                f"malicious client {max(self.malicious)} does not exist; clients are 0 to {self.n_clients - 1}"
-            )
-        return self
-
-
 class GAN(Section):
     z_dim: Count
     width: Count
@@ -135,7 +113,7 @@ class GAN(Section):
     lr_d: Positive
     beta1: float = Field(ge=0, lt=1)
     batch: int = Field(ge=2)
-    decay_from: int = Field(ge=0)
+    decay_after: float = Field(ge=0, le=1)
 
 
 class TriggerParams(Section):
@@ -148,7 +126,7 @@ class Poison(Section):
     ratio: Rate
     label: Annotated[int, Field(ge=0)] | None
     boost: float = Field(ge=1, allow_inf_nan=False)
-    boost_from: int = Field(ge=0)
+    boost_after: float = Field(ge=0, lt=1)
 
 
 class Measure(Section):
@@ -160,11 +138,29 @@ class Measure(Section):
 
 
 class FedGANParams(Section):
-    federation: Federation
+    n_clients: Count
+    malicious: list[Annotated[int, Field(ge=0)]]
+    partition: Literal["iid", "dirichlet", "style"]
+    dirichlet_alpha: Positive
+    images_per_client: Count
+    rounds: Count
+    average: Literal["generator", "both"]
     gan: GAN
     trigger: TriggerParams
     poison: Poison
     measure: Measure
+
+    @model_validator(mode="after")
+    def _clients_exist(self):
+        if len(set(self.malicious)) < len(self.malicious):
+            raise ValueError("malicious names a client twice")
+        if len(self.malicious) > self.n_clients:
+            raise ValueError(f"{len(self.malicious)} malicious clients of only {self.n_clients}; raise n_clients")
+        if self.malicious and max(self.malicious) >= self.n_clients:
+            raise ValueError(
+                f"malicious client {max(self.malicious)} does not exist; clients are 0 to {self.n_clients - 1}"
+            )
+        return self
 
 
 class Params(Section):

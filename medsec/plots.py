@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches; the text width of a page
 LOOK = {  # colour, line style, marker of everything that is compared
@@ -91,6 +92,7 @@ def over_rounds(ax: Axes, table: pd.DataFrame, look: str, label: str | None = No
     ax.plot(table["round"], table["value"], color=colour, linestyle=line, linewidth=1.8, label=label or look)
     ax.fill_between(table["round"], table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
     ax.set_xlabel("round")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def trigger_over_rounds(summary: pd.DataFrame, title: str, boost_from: int):
@@ -124,7 +126,9 @@ def mechanism(per_seat: pd.DataFrame, panels: Mapping[str, str], title: str):
             if len(rows):
                 over_rounds(ax, rows, seat, {"server": "averaged G"}.get(seat, seat))
         clean = part[(part["client"] == "attacker") & (part["variant"] == "clean")].sort_values("round")
-        ax.plot(clean["round"], clean["value"], color="0.35", linestyle=":", linewidth=1.4, label="same seat, no attack")
+        ax.plot(
+            clean["round"], clean["value"], color="0.35", linestyle=":", linewidth=1.4, label="same seat, no attack"
+        )
         ax.set_title(label, fontsize=9, weight="normal")
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.suptitle(title, x=0.01, y=1.0, ha="left", weight="bold", fontsize=10)
@@ -175,13 +179,14 @@ def heatmap(ax: Axes, table: pd.DataFrame, title: str, *, low: float, high: floa
 
 
 def attribution_maps(maps: Mapping[str, np.ndarray], title: str) -> tuple[Figure, Sequence[Axes]]:
-    """Attribution maps (H, W), each normalised to sum 1, on one common scale."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(WIDTH, WIDTH / len(maps) + 0.5))
-    top = max(np.quantile(m, 0.999) for m in maps.values())
+    """Signed attribution maps (H, W) on one common scale; the sign is drawn as brightness, so grey print keeps it."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(WIDTH, WIDTH / len(maps) + 0.35), layout="constrained")
+    top = max(float(np.abs(values).max()) for values in maps.values())
     for ax, (label, values) in zip(axes, maps.items(), strict=True):
-        image = ax.imshow(values, vmin=0, vmax=top, cmap="cividis", interpolation="nearest")
+        image = ax.imshow(100 * values, vmin=-100 * top, vmax=100 * top, cmap="cividis", interpolation="nearest")
         ax.set_title(label, fontsize=9, weight="normal")
         ax.axis("off")
-    fig.colorbar(image, ax=axes, shrink=0.7, label="share of attribution per pixel")
+    bar = fig.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
+    bar.set_label("% of attribution\n(dark: synthetic, bright: real)")
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
     return fig, axes
