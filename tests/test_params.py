@@ -44,7 +44,7 @@ def test_the_shipped_profiles_are_valid_and_change_something(file):
     [
         ("fedgam", {}, "did you mean fedgan?"),
         ("seeds.evalation", [1], "did you mean evaluation?"),
-        ("fedgan.federation.round", 5, "did you mean rounds?"),
+        ("fedgan.round", 5, "did you mean rounds?"),
         ("cohorts.phantom.images.tset", 5, "did you mean test?"),
         ("fedgan.gan.zzzzzz", 5, "known: z_dim, "),
     ],
@@ -67,7 +67,7 @@ def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
         ("threats.gallery", True),
         ("threats", 3),
         ("fedgan.gan.beta1", None),
-        ("fedgan.federation.malicious", 0),
+        ("fedgan.malicious", 0),
         # impossible
         ("seeds.tuning", []),
         ("seeds.evaluation", [-1]),
@@ -81,14 +81,16 @@ def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
         ("threats.dirichlet_alpha", 0.0),
         ("threats.dirichlet_alpha", float("inf")),
         ("threats.dirichlet_alpha", float("nan")),
-        ("fedgan.federation.rounds", 0),
-        ("fedgan.federation.partition", "idd"),
+        ("fedgan.rounds", 0),
+        ("fedgan.partition", "idd"),
         ("fedgan.gan.beta1", 1.0),
         ("fedgan.gan.lr_g", -1.0e-3),
         ("fedgan.gan.batch", 1),
         ("fedgan.poison.boost", 0.5),
         ("fedgan.poison.ratio", 0.0),
         ("fedgan.poison.label", -1),
+        ("fedgan.poison.boost_after", 1.0),
+        ("classifier.lr", 0.0),
     ],
 )
 def test_a_wrong_value_names_key_and_value(dotted, value):
@@ -103,9 +105,9 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("seeds.tuning", [1, 2, 101], "seeds: seeds [1, 2] are both tuning and evaluation seeds"),
         ("seeds.evaluation", [0, 0], "seeds: evaluation seeds repeat"),
         ("cohorts.medmnist.shares.client", 0.6, "cohorts.medmnist.shares: client + public + reference must be 1"),
-        ("fedgan.federation.malicious", [0, 0], "fedgan.federation: malicious names a client twice"),
-        ("fedgan.federation.malicious", [99], "fedgan.federation: malicious client 99 does not exist"),
-        ("fedgan.federation.malicious", [0, 1, 2, 3, 4], "fedgan.federation: 5 malicious clients of only 4"),
+        ("fedgan.malicious", [0, 0], "fedgan: malicious names a client twice"),
+        ("fedgan.malicious", [99], "fedgan: malicious client 99 does not exist"),
+        ("fedgan.malicious", [0, 1, 2, 3, 4], "fedgan: 5 malicious clients of only 4"),
     ],
 )
 def test_values_that_do_not_fit_together(dotted, value, expected):
@@ -163,16 +165,16 @@ def profiles(tmp_path, monkeypatch):
 
 
 def test_a_profile_changes_only_what_it_names(profiles):
-    profiles("big", "fedgan:\n  federation: {rounds: 77}\nseeds:\n  evaluation: [7]\n")
+    profiles("big", "fedgan: {rounds: 77}\nseeds:\n  evaluation: [7]\n")
     quick, big = params.load(), params.load("big")
-    assert (big.fedgan.federation.rounds, big.seeds.evaluation) == (77, [7])
+    assert (big.fedgan.rounds, big.seeds.evaluation) == (77, [7])
     assert big.fedgan.gan == quick.fedgan.gan
     assert big.seeds.tuning == quick.seeds.tuning
 
 
 def test_a_mistake_in_a_profile_names_the_profile(profiles):
-    profiles("big", "fedgan:\n  federation: {runds: 77}\n")
-    with pytest.raises(InputError, match=re.escape("big.yaml: unknown key fedgan.federation.runds")):
+    profiles("big", "fedgan: {runds: 77}\n")
+    with pytest.raises(InputError, match=re.escape("big.yaml: unknown key fedgan.runds")):
         params.load("big")
 
 

@@ -255,15 +255,17 @@ def test_stages_and_sections_of_the_parameters_match():
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.parent.name)
-def test_the_other_pipelines_are_the_default_one_for_another_cohort(file):
+def test_another_pipeline_is_the_default_one_for_another_cohort(file):
     cohort = file.parent.name
     pinned = f"pipelines/{cohort}/cohort.json"
-    expected = {}
+    stages = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
+    assert list(stages) == list(STAGES)
     for name, stage in STAGES.items():
         swapped = json.dumps(stage).replace("data/phantom", pinned).replace("/phantom/", f"/{cohort}/")
-        swapped = json.loads(swapped.replace("--cohort phantom", f"--cohort {cohort}"))
-        expected[name] = swapped | {"wdir": "../.."}
-    assert yaml.safe_load(file.read_text(encoding="utf-8"))["stages"] == expected
+        swapped = json.loads(swapped.replace("--cohort phantom", f"--cohort {cohort}")) | {"wdir": "../.."}
+        # Figures may be missing: not every cohort has masks and hospitals.
+        swapped["outs"] = [out for out in swapped["outs"] if out in stages[name]["outs"] or ".png" not in str(out)]
+        assert stages[name] == swapped
     fingerprints = json.loads(text(pinned))["fingerprints"]
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in fingerprints.values())
 

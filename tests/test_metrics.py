@@ -1,0 +1,305 @@
+"""Intervals that cover what they say, distances against a second implementation, summaries row by row."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.linalg
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medsec import metrics
+from medsec.metrics import bootstrap_interval, frechet_distance, paired_difference, summarise, wilson_interval
+
+# ------------------------------------------------------------------------------------------------------------ Fréchet
+
+
+def exact(mean, cov, n=200, seed=0):
+    """Features whose sample mean and covariance are exactly these."""
+    mean, cov = np.atleast_1d(mean).astype(float), np.atleast_2d(cov).astype(float)
+    z = np.random.default_rng(seed).normal(size=(n, len(mean)))
+    z -= z.mean(0)
+    z @= np.linalg.inv(np.linalg.cholesky(np.atleast_2d(np.cov(z, rowvar=False)))).T
+    return z @ np.linalg.cholesky(cov).T + mean
+
+
+def oracle(a, b):
+    """Heusel et al. 2017, equation 6, with scipy's matrix root."""
+    cov1, cov2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov1 @ cov2)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root.real)
+
+
+@pytest.mark.parametrize("d", [2, 5, 16, 64])
+def test_frechet_against_the_matrix_root(d):
+    rng = np.random.default_rng(d)
+    a = rng.normal(size=(3 * d, d)) @ rng.normal(size=(d, d))
+    b = rng.normal(size=(2 * d + 5, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+    assert frechet_distance(a, b) == pytest.approx(oracle(a, b), rel=1e-7)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8 * np.trace(np.cov(a, rowvar=False)))
+    assert frechet_distance(a, a + 3) == pytest.approx(9 * d, rel=1e-7)
+    assert frechet_distance(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(oracle(a, b), rel=1e-4)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4, 9])
+def test_frechet_of_two_known_gaussians(d):
+    rng = np.random.default_rng(d)
+    m1, m2, s1, s2 = rng.normal(size=d), rng.normal(size=d), rng.uniform(0.5, 2, d), rng.uniform(0.5, 2, d)
+    expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
+    got = frechet_distance(exact(m1, np.diag(s1**2)), exact(m2, np.diag(s2**2), seed=1))
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_of_a_rank_deficient_cloud():
+    """A feature that never fires (a dead unit) has variance 0 and must not break the root."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 3)), rng.normal(size=(60, 3))
+    a[:, 2] = b[:, 2] = 0
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(a[:, :2], b[:, :2]), rel=1e-9)
+
+
+@given(st.integers(0, 10**6))
+def test_frechet_does_not_depend_on_the_axes_or_the_order(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(30, 4)) * [1, 2, 3, 4], rng.normal(size=(25, 4)) + 1
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    first = frechet_distance(a, b)
+    assert first >= 0
+    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(first, rel=1e-9)
+    assert frechet_distance(rng.permutation(a), b) == pytest.approx(first, rel=1e-9)
+    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * first, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (np.zeros((5, 5)), np.zeros((9, 5))),  # n = d
+        (np.zeros((9, 5)), np.zeros((3, 5))),
+        (np.zeros((9, 5)), np.zeros((9, 4))),
+        (np.zeros(9), np.zeros(9)),
+        (np.full((9, 2), np.nan), np.zeros((9, 2))),
+        (np.zeros((9, 2)), np.full((9, 2), np.inf)),
+    ],
+)
+def test_features_without_a_distance(a, b):
+    with pytest.raises(ValueError, match="features"):
+        frechet_distance(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+VALUES = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=30)
+
+
+@given(VALUES)
+def test_an_interval_contains_the_mean_and_stays_in_range(values):
+    low, high = bootstrap_interval(values)
+    tiny = 1e-9 * max(1e-3, max(map(abs, values)))
+    assert low <= np.mean(values) + tiny
+    assert high >= np.mean(values) - tiny
+    assert min(values) - tiny <= low <= high <= max(values) + tiny
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_few_runs_give_their_range(n):
+    values = np.random.default_rng(n).normal(size=n)
+    assert bootstrap_interval(values) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3, 0.3], [1.0] * 20])
+def test_equal_values_give_no_width(values):
+    assert bootstrap_interval(values) == (values[0], values[0])
+
+
+def test_intervals_are_reproducible_and_move_with_the_data():
+    values = np.random.default_rng(1).normal(size=8)
+    first = bootstrap_interval(values)
+    assert first == bootstrap_interval(list(values))
+    assert first != bootstrap_interval(values, seed=1)
+    np.testing.assert_allclose(bootstrap_interval(values * 3 + 10), np.array(first) * 3 + 10)
+    low, high = bootstrap_interval(values, level=0.5)
+    assert first[0] < low < high < first[1]
+
+
+def test_intervals_shrink_with_n_towards_students():
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (5, 20, 80, 320):
+        z = rng.normal(size=n)
+        values = (z - z.mean()) / z.std(ddof=1)  # exactly mean 0, deviation 1
+        low, high = bootstrap_interval(values)
+        widths.append(high - low)
+        if n >= 20:
+            assert high - low == pytest.approx(2 * scipy.stats.t.ppf(0.975, n - 1) / math.sqrt(n), rel=0.08)
+    assert all(a > 1.5 * b for a, b in itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(3, 0.70, 0.80), (5, 0.86, 0.95), (10, 0.91, 0.97)])
+def test_coverage_for_normal_data(n, least, most, monkeypatch):
+    """Share of 1,000 simulated sets of runs whose interval contains the true mean, as the docstring says."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 4000)
+    data = np.random.default_rng(2026).normal(size=(1000, n))
+    covered = np.mean([low <= 0 <= high for low, high in map(bootstrap_interval, data)])
+    assert least <= covered <= most
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf"), 0.0]])
+def test_no_interval_without_finite_values(values):
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_interval(values)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_by_its_formula(n, data):
+    k = data.draw(st.integers(0, n))
+    z, p = scipy.stats.norm.ppf(0.975), k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = wilson_interval(k, n)
+    assert low == pytest.approx(max(0, centre - half), abs=1e-9)
+    assert high == pytest.approx(min(1, centre + half), abs=1e-9)
+    assert 0 <= low <= p <= high <= 1
+
+
+def test_wilson_by_the_book():
+    """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
+def test_no_proportion(k, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(k, n)
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=1, max_size=12))
+def test_a_paired_difference_is_that_of_the_differences(pairs):
+    first, second = zip(*pairs, strict=True)
+    direct = [a - b for a, b in pairs]
+    value, low, high = paired_difference(first, second)
+    assert value == pytest.approx(sum(direct) / len(direct), abs=1e-9)
+    assert (low, high) == bootstrap_interval(direct)
+
+
+def test_pairing_removes_what_the_runs_share():
+    shared = np.array([0.0, 50.0, 100.0, -70.0, 33.0])
+    value, low, high = paired_difference(shared + [1.0, 1.1, 0.9, 1.05, 0.95], shared)
+    assert value == pytest.approx(1.0)
+    assert 0.9 <= low < high <= 1.1
+
+
+def test_unequal_runs_are_no_pairs():
+    with pytest.raises(ValueError, match="3 and 2 runs"):
+        paired_difference([1, 2, 3], [1, 2])
+
+
+# ----------------------------------------------------------------------------------------------------------- summaries
+
+
+def runs(*rows, keys=("client", "round")):
+    """Rows (seed, variant, scenario, metric, value, *keys)."""
+    return pd.DataFrame(
+        [
+            {
+                **dict(zip(("seed", "variant", "scenario", "metric", "value"), row, strict=False)),
+                "n_items": 10,
+                "unit": "share",
+                **dict(zip(keys, [*row[5:], *[""] * len(keys)], strict=False)),
+            }
+            for row in rows
+        ]
+    )
+
+
+SEEDS = (0, 1, 2)
+CLEAN = [(s, "clean", "no_attack", "rate", 0.1 * s) for s in SEEDS]
+POISON = [(s, "poison", "attack", "rate", 0.5 + 0.1 * s + 0.01 * (s == 2)) for s in SEEDS]
+
+
+def test_summary_rows():
+    table = summarise(runs(*POISON, *CLEAN), ["client", "round"])
+    assert list(table.columns) == [*metrics.SUMMARY, "client", "round"]
+    assert table["variant"].tolist() == ["poison", "clean"], "the order of the runs is not kept"
+    clean = table.iloc[1]
+    assert (clean["value"], clean["low"], clean["high"]) == pytest.approx((0.1, 0.0, 0.2))
+    assert (clean["n"], clean["n_items"], clean["unit"], clean["scenario"]) == (3, 30, "share", "no_attack")
+    assert (clean["client"], clean["round"]) == ("", "")
+
+
+def test_summary_of_interleaved_runs_keeps_the_first_appearance():
+    rows = [r for pair in zip(POISON, CLEAN, strict=True) for r in pair]
+    rows.insert(1, (0, "poison", "attack", "auc", 0.7))
+    table = summarise(runs(*rows), ["client", "round"])
+    assert list(zip(table["variant"], table["metric"], strict=True)) == [
+        ("poison", "rate"),
+        ("poison", "auc"),
+        ("clean", "rate"),
+    ]
+    assert table["n"].tolist() == [3, 1, 3]
+
+
+def test_paired_rows():
+    per_client = [(s, v, a, "loss", s + b, "attacker") for s in SEEDS for v, a, b in (VARIANT_A, VARIANT_B)]
+    table = summarise(runs(*CLEAN, *POISON, *per_client), ["client", "round"], paired_with="clean")
+    paired = table[table["scenario"] == "minus_clean"].set_index("metric")
+    assert len(paired) == 2
+    assert (paired["variant"] == "poison").all()
+    expected = paired_difference([r[4] for r in POISON], [r[4] for r in CLEAN])
+    assert tuple(paired.loc["rate", ["value", "low", "high"]]) == pytest.approx(expected)
+    assert (paired.loc["rate", "n"], paired.loc["rate", "client"]) == (3, "")
+    assert tuple(paired.loc["loss", ["value", "low", "high", "client"]]) == (2.0, 2.0, 2.0, "attacker")
+    assert not table.duplicated(["variant", "scenario", "metric", "client", "round"]).any()
+
+
+VARIANT_A, VARIANT_B = ("clean", "no_attack", 1.0), ("poison", "attack", 3.0)
+
+
+def test_pairs_go_by_seed_not_by_place():
+    table = summarise(runs(*CLEAN, *POISON[::-1]), ["client", "round"], paired_with="clean")
+    row = table[table["scenario"] == "minus_clean"].iloc[0]
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.5 + 0.01 / 3, 0.5, 0.51))
+
+
+def test_what_is_not_paired():
+    controls = [(s, "real", "control", "rate", 0.0) for s in SEEDS]
+    per_round = [(s, v, a, "rate", 0.5, "", "3") for s in SEEDS for v, a, _ in (VARIANT_A, VARIANT_B)]
+    other_seeds = [(s, "boost", "attack", "rate", 0.9) for s in (0, 1, 5)]
+    only_here = [(s, "poison", "attack", "ncc", 0.9) for s in SEEDS]
+    other_cell = [(s, "poison", "attack", "rate", 0.9, "attacker") for s in SEEDS]
+    everything = runs(*CLEAN, *POISON, *controls, *per_round, *other_seeds, *only_here, *other_cell)
+    table = summarise(everything, ["client", "round"], paired_with="clean")
+    paired = table[table["scenario"] == "minus_clean"]
+    assert paired[["variant", "metric", "client", "round"]].to_numpy().tolist() == [["poison", "rate", "", ""]]
+    # Without the pairs the table is the same.
+    plain = summarise(everything, ["client", "round"])
+    pd.testing.assert_frame_equal(table[table["scenario"] != "minus_clean"], plain)
+
+
+def test_pairs_without_a_round_column():
+    table = summarise(runs(*CLEAN, *POISON, keys=("eps",)), ["eps"], paired_with="clean")
+    assert table["scenario"].tolist() == ["no_attack", "attack", "minus_clean"]
+
+
+def test_a_variant_with_two_scenarios_is_not_paired_with_itself_crosswise():
+    """Either refused, or every pair is one seed: three seeds never make more than three differences."""
+    second = [(s, v, "other", "rate", 0.3 * s) for s in SEEDS for v in ("clean", "poison")]
+    try:
+        table = summarise(runs(*CLEAN, *POISON, *second), ["client", "round"], paired_with="clean")
+    except ValueError:
+        return
+    assert table["n"].max() == 3
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(ValueError, match=r"seed counted twice.*'metric': 'rate'"):
+        summarise(runs(*CLEAN, CLEAN[1]), ["client", "round"])
+
+
+def test_no_summary_of_values_that_are_not_finite():
+    with pytest.raises(ValueError, match="finite"):
+        summarise(runs(*CLEAN[:2], (2, "clean", "no_attack", "rate", float("nan"))), ["client", "round"])
