@@ -1,5 +1,9 @@
-"""Claims as data: ``claims/*.yaml`` name the row that decides, this module gives the verdict."""
+"""Claims as data: ``claims/*.yaml`` name the row that decides, this module gives the verdict.
 
+``python -m medsec.claims`` writes the table of verdicts into the README; a test fails where it is out of date.
+"""
+
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -64,3 +68,56 @@ def verdicts(name: str, table: pd.DataFrame) -> pd.DataFrame:
 def names() -> list[str]:
     """All ledgers, in order."""
     return sorted(f.stem for f in Path(paths.CLAIMS).glob("[0-9]*.yaml"))
+
+
+# The README's table --------------------------------------------------------------------------------------------------
+
+BEGIN = "<!-- results: made by `python -m medsec.claims`, do not edit -->"
+END = "<!-- end of results -->"
+
+
+def readme_block() -> str:
+    """Verdicts of every ledger, one column a cohort that has results, as Markdown between `BEGIN` and `END`."""
+    cohorts = sorted(folder.name for folder in (paths.ROOT / "results").iterdir() if folder.is_dir())
+    cohorts.sort(key=lambda name: name != "phantom")
+    parts = [BEGIN]
+    for name in names():
+        ledger = load(name)
+        files = {c: paths.results(c, paths.ROOT) / f"{ledger['table']}.csv" for c in cohorts}
+        found = {c: verdicts(name, tables.read(file)) for c, file in files.items() if file.is_file()}
+        if not found:
+            continue
+        shown = next(iter(found.values()))[["claim", "by"]]
+        for cohort, table in found.items():
+            cells = [
+                verdict if n == 0 else f"**{verdict}**: {measured} (n = {n})"
+                for verdict, n, measured in zip(table["verdict"], table["n"], table["measured"], strict=True)
+            ]
+            shown = shown.assign(**{f"[{cohort}](results/{cohort}/{ledger['table']}.csv)": cells})
+        parts += [f"\n**{ledger['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(shown)]
+    return "\n".join([*parts, "", END])
+
+
+def update_readme(text: str) -> str:
+    """The README's text with its block of verdicts made anew.
+
+    Raises:
+        InputError: the README lacks one of the two marks.
+    """
+    if BEGIN not in text or END not in text:
+        raise InputError("README.md lacks the marks between which the results stand; restore them")
+    return text[: text.index(BEGIN)] + readme_block() + text[text.index(END) + len(END) :]
+
+
+def main() -> int:
+    readme = paths.ROOT / "README.md"
+    try:
+        readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost,
 GALLERY = 12  # synthetic images kept for the figures
 ATTRIBUTED = 64  # held-out images whose attribution is averaged
 PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap")
-PER_ROUND = 200  # synthetic images for the trigger rate of every generator after every round
+PER_ROUND = 100  # synthetic images for the trigger rate of every generator after every round
 UNITS = {
     "trigger_rate": "share",
     "trigger_ncc": "correlation",

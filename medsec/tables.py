@@ -1,5 +1,6 @@
 """Reading, writing and addressing the tidy tables."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def read(file: Path) -> pd.DataFrame:
         return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
     except ValueError as error:
         raise InputError(f"{file.name} is no table: {error}") from None
+
+
+def write_metrics(summary: pd.DataFrame, file: Path) -> None:
+    """The headline rows (no key set) as nested JSON, ``variant -> scenario -> metric``, for ``dvc metrics``."""
+    rows = summary[(summary[keys(summary)[3:]] == "").all(axis=1)]
+    tree: dict = {}
+    for row in rows.to_dict("records"):
+        tree.setdefault(row["variant"], {}).setdefault(row["scenario"], {})[row["metric"]] = float(
+            f"{row['value']:.6g}"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def keys(table: pd.DataFrame) -> list[str]:

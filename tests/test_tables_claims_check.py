@@ -1,0 +1,465 @@
+"""Tables survive the disk, claims get the verdict their rows give, and a wrong table never passes the check."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from medsec import check, claims, fedgan_eval, metrics, paths, tables
+from medsec.errors import InputError
+
+KEYS = ["client", "round"]
+ROWS = [
+    ("poison", "attack", "trigger_rate", 0.83, 0.8, 0.9, 3, 3000, "share", "", ""),
+    ("poison", "attack", "trigger_rate", 0.5, 0.4, 0.6, 3, 600, "share", "0", "12"),
+    ("poison", "minus_clean", "frechet", 21.5, 20.0, 24.25, 3, 3000, "distance", "", ""),
+    ("clean", "no_attack", "trigger_rate", 0.01, 0.0, 0.02, 3, 3000, "share", "", ""),
+]
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame(ROWS, columns=[*metrics.SUMMARY, *KEYS])
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_summary_survives_the_disk(table, tmp_path):
+    file = tmp_path / "new" / "folder" / "t.csv"
+    tables.write(table, file)
+    back = tables.read(file)
+    pd.testing.assert_frame_equal(back, table, check_dtype=False)
+    assert back["value"].dtype == float
+    assert back["n"].dtype == int
+    assert back["client"].tolist() == ["", "0", "", ""]
+    assert [f.name for f in file.parent.iterdir()] == ["t.csv"]
+    first = file.read_bytes()
+    tables.write(back, file)
+    assert file.read_bytes() == first
+    assert b"\r" not in first
+
+
+def test_a_runs_table_survives_the_disk(tmp_path):
+    runs = pd.DataFrame({"seed": [3, 4], "variant": "None", "scenario": "", "metric": "NA", "value": [1e-7, 1 / 3]})
+    tables.write(runs, tmp_path / "t.csv")
+    back = tables.read(tmp_path / "t.csv")
+    assert back["seed"].tolist() == [3, 4]
+    np.testing.assert_allclose(back["value"], [1e-7, 1 / 3], rtol=1e-5)
+    assert back["metric"].tolist() == ["NA", "NA"], "a name that pandas takes for a missing value"
+    assert back["variant"].tolist() == ["None", "None"]
+
+
+def test_a_failed_write_keeps_the_old_table(table, tmp_path, monkeypatch):
+    file = tmp_path / "t.csv"
+    tables.write(table, file)
+    before = file.read_bytes()
+
+    def half(self, path, **options):
+        path.write_text("variant,sce")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(OSError, match="disk full"):
+        tables.write(table.head(1), file)
+    assert file.read_bytes() == before
+
+
+def test_a_missing_table(tmp_path):
+    with pytest.raises(InputError, match="01.csv is missing from .*; make it with: make repro"):
+        tables.read(tmp_path / "01.csv")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "variant,value\na,much\n", "variant,n\na,1.5\n", "variant,value\na,\n", "a,b\n1,2,3\n4,5,6,7,8\n"]
+)
+def test_no_table(tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(InputError, match=r"t\.csv is no table"):
+        tables.read(tmp_path / "t.csv")
+
+
+def test_keys_are_what_is_not_measured(table):
+    assert tables.keys(table) == ["variant", "scenario", "metric", "client", "round"]
+    assert "seed" not in tables.keys(table.assign(seed=0))
+
+
+def test_keys_that_are_not_named_must_be_empty(table):
+    address = {"variant": "poison", "scenario": "attack", "metric": "trigger_rate"}
+    assert tables.row(table, **address)["value"] == 0.83
+    assert tables.row(table, **address, client="0", round="12")["value"] == 0.5
+    assert tables.row(table, **address, client=0, round=12)["value"] == 0.5
+    assert len(tables.select(table, {**address, "client": "0"})) == 0
+    assert len(tables.select(table, {})) == 0
+
+
+def test_rows_that_are_not_there_or_not_one(table):
+    with pytest.raises(InputError, match="0 rows match"):
+        tables.row(table, variant="poison", scenario="attack", metric="auc")
+    with pytest.raises(InputError, match="2 rows match"):
+        twice = pd.concat([table, table])
+        tables.row(twice, variant="clean", scenario="no_attack", metric="trigger_rate")
+    with pytest.raises(InputError, match="no column 'seat' in the table; it has variant, scenario, metric, client"):
+        tables.row(table, variant="poison", seat="0")
+
+
+@pytest.mark.parametrize("where", [{"unit": "parsec"}, {"n": 99}, {"seed": 1}])
+def test_a_measure_in_an_address_is_not_ignored(table, where):
+    """It may be refused or it may choose, but rows that contradict it do not match."""
+    runs = table.assign(seed=0)
+    try:
+        found = tables.select(runs, {**WHERE, **where})
+    except InputError:
+        return
+    assert len(found) == 0
+
+
+def test_markdown(table):
+    lines = tables.markdown(table[["variant", "value", "client"]].head(2)).split("\n")
+    assert lines == ["| variant | value | client |", "| --- | --- | --- |", "| poison | 0.83 |  |", "| poison | 0.5 | 0 |"]
+
+
+def test_interval(table):
+    assert tables.interval(table.iloc[2]) == "21.50 [20.00, 24.25]"
+    assert tables.interval(table.iloc[2], 0) == "22 [20, 24]"
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def claim(**fields):
+    return {"id": "c", "by": "us", "text": "something", **fields}
+
+
+def summary_of(low, high, n=3):
+    row = ("poison", "attack", "trigger_rate", (low + high) / 2, low, high, n, 30, "share", "", "")
+    return pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
+
+
+WHERE = {"variant": "poison", "scenario": "attack", "metric": "trigger_rate"}
+
+
+@pytest.mark.parametrize(
+    ("bound", "low", "high", "verdict"),
+    [
+        ({"above": 0.5}, 0.51, 0.9, "holds"),
+        ({"above": 0.5}, 0.5, 0.9, "undecided"),
+        ({"above": 0.5}, 0.4, 0.6, "undecided"),
+        ({"above": 0.5}, 0.4, 0.5, "does not hold"),
+        ({"above": 0.5}, 0.1, 0.2, "does not hold"),
+        ({"below": 0.5}, 0.1, 0.49, "holds"),
+        ({"below": 0.5}, 0.1, 0.5, "undecided"),
+        ({"below": 0.5}, 0.4, 0.6, "undecided"),
+        ({"below": 0.5}, 0.5, 0.6, "does not hold"),
+        ({"below": 0.5}, 0.8, 0.9, "does not hold"),
+        ({"above": 0.5}, float("nan"), float("nan"), "undecided"),
+        ({"above": 0}, 0.1, 0.2, "holds"),
+        ({"below": 0}, 0.1, 0.2, "does not hold"),
+    ],
+)
+def test_verdicts(bound, low, high, verdict):
+    found = claims.verdict(claim(where=WHERE, **bound), summary_of(low, high, n=5))
+    assert found["verdict"] == verdict
+    assert (found["id"], found["by"], found["claim"], found["n"]) == ("c", "us", "something", 5)
+    assert found["measured"] == f"{(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def test_a_claim_that_cannot_be_tested_needs_no_row():
+    found = claims.verdict(claim(not_testable="too small"), summary_of(0, 1).head(0))
+    assert (found["verdict"], found["n"], found["measured"]) == ("not testable here", 0, "too small")
+
+
+def test_a_claim_without_its_row():
+    with pytest.raises(InputError, match="0 rows match"):
+        claims.verdict(claim(where={**WHERE, "client": "7"}, above=0), summary_of(0, 1))
+
+
+@pytest.fixture
+def ledgers(tmp_path, monkeypatch):
+    """Function that writes claims/1-test.yaml and the tolerances to a temporary place and points `paths` at it."""
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    monkeypatch.setattr(paths, "CLAIMS", folder)
+    tolerances = {"trigger_rate": 0.05, "frechet": 1.0}
+    (folder / "tolerances.yaml").write_text(yaml.safe_dump(tolerances), encoding="utf-8")
+
+    def write(*entries, table="01_test"):
+        content = {"paper": "P", "table": table, "claims": list(entries)}
+        (folder / "1-test.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    return write
+
+
+def test_verdicts_keep_the_order_of_the_ledger(ledgers):
+    ledgers(
+        claim(id="z", where=WHERE, above=0.5), claim(id="a", where=WHERE, below=0.5), claim(id="m", not_testable="no")
+    )
+    found = claims.verdicts("1-test", summary_of(0.6, 0.7))
+    assert found["id"].tolist() == ["z", "a", "m"]
+    assert found["verdict"].tolist() == ["holds", "does not hold", "not testable here"]
+    assert claims.names() == ["1-test"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"where": WHERE},
+        {"where": WHERE, "above": 1, "below": 2},
+        {"above": 1},
+        {"where": WHERE, "not_testable": "no"},
+        {"not_testable": "no", "above": 1},
+        {},
+    ],
+)
+def test_a_claim_with_no_bound_or_two(ledgers, fields):
+    ledgers(claim(id="fine", where=WHERE, above=0), claim(id="odd", **fields))
+    with pytest.raises(InputError, match=r"1-test\.yaml: claim 'odd' needs"):
+        claims.load("1-test")
+
+
+def test_a_missing_ledger(ledgers):
+    with pytest.raises(InputError, match=r"claims/9-none\.yaml is missing"):
+        claims.load("9-none")
+
+
+@pytest.mark.parametrize("name", claims.names())
+def test_the_ledgers_of_the_repository_are_well_formed(name):
+    ledger, allowed = claims.load(name), check.tolerances()
+    assert ledger["paper"]
+    assert ledger["claims"]
+    ids = [entry["id"] for entry in ledger["claims"]]
+    assert len(set(ids)) == len(ids)
+    for entry in ledger["claims"]:
+        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "not_testable"}, entry["id"]
+        assert entry["by"]
+        assert entry["text"]
+        if "where" not in entry:
+            assert isinstance(entry["not_testable"], str)
+            continue
+        assert {"variant", "scenario", "metric"} <= set(entry["where"]), entry["id"]
+        assert all(isinstance(value, str) and value for value in entry["where"].values()), entry["id"]
+        assert entry["where"]["metric"] in allowed, entry["id"]
+        bound = entry.get("above", entry.get("below"))
+        assert isinstance(bound, int | float), entry["id"]
+
+
+def test_the_repository_has_ledgers_whose_addresses_fit_their_table():
+    assert "1-fedgan" in claims.names()
+    ledger = claims.load("1-fedgan")
+    assert ledger["table"] == "01_backdoor_fedgan"
+    for entry in ledger["claims"]:
+        where = entry.get("where", {})
+        assert set(where) <= {"variant", "scenario", "metric", *fedgan_eval.KEYS}, entry["id"]
+        assert where.get("metric", "frechet") in fedgan_eval.UNITS, entry["id"]
+
+
+def test_every_metric_has_a_tolerance():
+    allowed = check.tolerances()
+    assert set(fedgan_eval.UNITS) <= set(allowed)
+    assert all(isinstance(value, int | float) and value >= 0 for value in allowed.values())
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def test_identical_tables_agree(table):
+    assert check.compare(table, table) == []
+    assert check.compare(table.sample(frac=1, random_state=0), table) == []
+
+
+def planted(table, row, **cells):
+    changed = table.copy()
+    for column, value in cells.items():
+        changed.loc[row, column] = value
+    return changed
+
+
+ADDRESS = "variant=poison, scenario=attack, metric=trigger_rate, client=0, round=12"
+
+
+@pytest.mark.parametrize(
+    ("cells", "part"),
+    [
+        ({"value": 0.95}, "0.95, committed 0.5 ± "),
+        ({"value": 0.05}, "0.05, committed 0.5 ± "),
+        ({"value": float("nan")}, "nan, committed 0.5"),
+        ({"value": float("inf")}, "inf, committed 0.5"),
+        ({"n": 2}, "n is 2, was 3"),
+        ({"unit": "percent"}, "unit is percent, was share"),
+    ],
+)
+def test_a_planted_difference_is_named(table, cells, part):
+    (line,) = check.compare(planted(table, 1, **cells), table)
+    assert line.startswith(ADDRESS + ": ")
+    assert part in line
+
+
+def test_a_lost_and_a_new_row_are_named(table):
+    assert check.compare(table.drop(index=1), table) == [f"missing row: {ADDRESS}"]
+    assert check.compare(table, table.drop(index=1)) == [f"new row: {ADDRESS}"]
+    renamed = check.compare(planted(table, 1, client="9"), table)
+    assert sorted(renamed) == [f"missing row: {ADDRESS}", f"new row: {ADDRESS.replace('client=0', 'client=9')}"]
+    assert len(check.compare(table.head(0), table)) == len(table)
+
+
+def test_every_difference_of_a_row_is_named(table):
+    lines = check.compare(planted(table, 1, value=5.0, n=1, unit="%"), table)
+    assert len(lines) == 3
+    assert all(line.startswith(ADDRESS) for line in lines)
+
+
+def test_the_tolerance_is_the_metrics_plus_the_width_of_the_committed_interval(table, ledgers):
+    ledgers()
+    slack = 0.05 + 0.2 + 1e-5 * 0.5
+    for sign in (1, -1):
+        assert check.compare(planted(table, 1, value=0.5 + sign * (slack - 1e-4)), table) == []
+        assert len(check.compare(planted(table, 1, value=0.5 + sign * (slack + 1e-4)), table)) == 1
+    # A fresh interval however wide excuses nothing.
+    assert len(check.compare(planted(table, 1, value=0.9, low=-9.0, high=9.0), table)) == 1
+
+
+def test_a_tolerance_of_zero_means_equal(tmp_path, monkeypatch):
+    row = ("cohort", "size", "images", 512.0, 512.0, 512.0, 1, 512, "images", "", "")
+    table = pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
+    assert check.compare(table, table) == []
+    assert len(check.compare(planted(table, 0, value=513.0), table)) == 1
+
+
+def test_a_metric_without_tolerance_is_an_error(table):
+    odd = planted(table, 0, metric="sharpness")
+    with pytest.raises(InputError, match=r"tolerances\.yaml has no entry for 'sharpness'"):
+        check.compare(odd, odd)
+    assert len(check.compare(odd, table)) == 2, "in the fresh table alone it is a new row"
+
+
+def test_other_columns(table):
+    (line,) = check.compare(table.drop(columns="round"), table)
+    assert line.startswith("columns differ")
+    assert len(check.compare(table[table.columns[::-1]], table)) == 1
+
+
+def test_a_row_twice(table):
+    twice = pd.concat([table, table.iloc[[1]]])
+    assert check.compare(twice, table) == [f"the fresh table holds a row twice: {ADDRESS}"]
+    assert check.compare(table, twice) == [f"the committed table holds a row twice: {ADDRESS}"]
+
+
+def test_report():
+    assert check.report([]) == "ok"
+    assert check.report(["a", "b"]) == "a\nb"
+    lines = [f"row {i}" for i in range(check.SHOWN)]
+    assert check.report(lines) == "\n".join(lines)
+    assert check.report([*lines, "x", "y"]).split("\n") == [*lines, "... and 2 more"]
+
+
+def test_against_the_reference(table, tmp_path, monkeypatch, ledgers):
+    ledgers()
+    monkeypatch.setenv("MEDSEC_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("MEDSEC_REFERENCE", str(tmp_path / "reference"))
+    committed, fresh = (tmp_path / name / "results" / "phantom" / "01_test.csv" for name in ("reference", "out"))
+    tables.write(table, committed)
+    with pytest.raises(InputError, match=r"01_test\.csv is missing"):
+        check.against_reference("01_test", "phantom")
+    tables.write(table, fresh)
+    assert check.against_reference("01_test", "phantom") == "ok"
+    tables.write(planted(table, 1, value=0.95), fresh)
+    assert check.against_reference("01_test", "phantom").startswith(ADDRESS)
+    tables.write(table, fresh)
+    tables.write(planted(table, 1, value=0.95), committed)
+    assert check.against_reference("01_test", "phantom").startswith(ADDRESS)
+
+
+@pytest.fixture
+def checkout(tmp_path, table, ledgers, monkeypatch):
+    """A git checkout with one committed summary, a runs table and a ledger; returns the summary's file."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setattr(paths, "ROOT", root)
+    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", not_testable="no"))
+    file = paths.results("phantom", root) / "01_test.csv"
+    tables.write(table, file)
+    (file.parent / "01_test_runs.csv").write_text("seed,variant\n0,poison\n")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "tables"]):
+        subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
+    return file
+
+
+def test_the_committed_tables_agree_with_themselves(checkout, capsys):
+    assert check.against_commit("phantom") == {"01_test": []}
+    assert check.main([]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "01_test (phantom): ok",
+        "claims 1-test (phantom): 1 holds, 1 not testable here",
+    ]
+
+
+def test_a_planted_wrong_table_fails(checkout, table, capsys):
+    tables.write(planted(table, 1, value=0.95), checkout)
+    assert check.main(["--cohort", "phantom"]) == 1
+    assert f"01_test (phantom): {ADDRESS}: 0.95, committed 0.5" in capsys.readouterr().out
+    tables.write(table.drop(index=1), checkout)
+    assert check.main([]) == 1
+    assert f"missing row: {ADDRESS}" in capsys.readouterr().out
+    tables.write(table, checkout)
+    assert check.main([]) == 0
+
+
+def test_a_lost_table_is_an_error(checkout, capsys):
+    checkout.unlink()
+    assert check.main([]) == 2
+    assert "error: 01_test.csv is missing" in capsys.readouterr().err
+
+
+def test_a_cohort_without_committed_tables(checkout, capsys):
+    assert check.main(["--cohort", "octmnist"]) == 2
+    assert "no table is committed in results/octmnist" in capsys.readouterr().err
+
+
+def test_no_checkout(checkout, capsys):
+    shutil.rmtree(paths.ROOT / ".git")
+    with pytest.raises(InputError, match="not a git repository"):
+        check.against_commit("phantom")
+    assert check.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: cannot compare with the last commit: git ls-tree says")
+    assert captured.out == ""
+
+
+def test_the_command_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "medsec.check", "--cohort", "no-such-cohort"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_rows_of_one_summary_are_addressable(table):
+    """What `summarise` makes can be written, read, addressed row by row, and compared."""
+    runs = [
+        {"seed": s, "variant": v, "scenario": a, "metric": "trigger_rate", "value": s / 10 + b, "n_items": 5}
+        | {"unit": "share", "client": c, "round": ""}
+        for s, (v, a, b), c in itertools.product(
+            range(3), [("clean", "no_attack", 0), ("poison", "attack", 1)], ["", "0"]
+        )
+    ]
+    summary = metrics.summarise(pd.DataFrame(runs), KEYS, paired_with="clean")
+    assert len(summary) == 6
+    for _, row in summary.iterrows():
+        found = tables.row(summary, **{key: row[key] for key in tables.keys(summary)})
+        assert found["value"] == row["value"]
+    assert check.compare(summary, summary) == []
