@@ -89,7 +89,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     first, second, other = (fedgan.run(federation_of(seed)) for seed in (3, 3, 4))
     assert first.round == 3
     assert same(first, second)
-    different = [k for k, v in content(first).items() if v.is_floating_point() and not torch.equal(v, content(other)[k])]
+    different = [
+        k for k, v in content(first).items() if v.is_floating_point() and not torch.equal(v, content(other)[k])
+    ]
     assert {k.split()[1] for k in different if not k.startswith("state")} >= {"generator", "discriminator"}
     assert any(k.startswith("state") for k in different)
 
@@ -123,9 +125,7 @@ def test_clients_start_from_the_same_networks():
     for client in federation.clients:
         assert states_equal(client.generator.state_dict(), first.generator.state_dict())
         assert states_equal(client.discriminator.state_dict(), first.discriminator.state_dict())
-    assert states_equal(
-        federation.state, {f"generator.{k}": v for k, v in first.generator.state_dict().items()}
-    )
+    assert states_equal(federation.state, {f"generator.{k}": v for k, v in first.generator.state_dict().items()})
     # What one client trains is not another's.
     federation.clients[1].generator.up[-1].weight.data += 1
     assert states_equal(federation.generator().state_dict(), first.generator.state_dict())
@@ -708,10 +708,10 @@ def test_cells_end_to_end(tiny, tmp_path, processes, monkeypatch):
 
     # Once more, afresh, in this process and in two others: the same bits.
     fedgan_eval._prepare.cache_clear()
-    alone = parallel.run_cells(fedgan_eval.run_cell, cells, processes=1)
+    alone = parallel.run_cells(fedgan_eval.run_cell, cells[1:], processes=1)
     spread = parallel.run_cells(fedgan_eval.run_cell, cells[::-1], processes=2)[::-1]
-    for again in (alone, spread):
-        for (table, images), (table_again, images_again) in zip(fresh, again, strict=True):
+    for expected, again in ((fresh[1:], alone), (fresh, spread)):
+        for (table, images), (table_again, images_again) in zip(expected, again, strict=True):
             pd.testing.assert_frame_equal(table, table_again, check_exact=True)
             assert images.keys() == images_again.keys()
             assert all(np.array_equal(images[name], images_again[name]) for name in images)
@@ -770,7 +770,8 @@ def test_impossible_parameters_are_found_before_any_training(tiny, untrained, ch
 
 
 @pytest.mark.parametrize(
-    ("share", "rounds", "start"), [(0.4, 20, 8), (0.5, 2, 1), (0.0, 5, 0), (0.29, 100, 29), (0.58, 50, 29), (0.35, 3, 1)]
+    ("share", "rounds", "start"),
+    [(0.4, 20, 8), (0.5, 2, 1), (0.0, 5, 0), (0.29, 100, 29), (0.58, 50, 29), (0.35, 3, 1)],
 )
 def test_the_boost_begins_after_the_share_of_rounds_as_it_is_written(tiny, share, rounds, start):
     assert start == math.floor(Fraction(str(share)) * rounds)

@@ -1,6 +1,7 @@
 """Tables survive the disk, claims get the verdict their rows give, and a wrong table never passes the check."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -122,12 +123,25 @@ def test_a_measure_in_an_address_is_not_ignored(table, where):
 
 def test_markdown(table):
     lines = tables.markdown(table[["variant", "value", "client"]].head(2)).split("\n")
-    assert lines == ["| variant | value | client |", "| --- | --- | --- |", "| poison | 0.83 |  |", "| poison | 0.5 | 0 |"]
+    assert lines == [
+        "| variant | value | client |",
+        "| --- | --- | --- |",
+        "| poison | 0.83 |  |",
+        "| poison | 0.5 | 0 |",
+    ]
 
 
 def test_interval(table):
     assert tables.interval(table.iloc[2]) == "21.50 [20.00, 24.25]"
     assert tables.interval(table.iloc[2], 0) == "22 [20, 24]"
+
+
+def test_metrics_hold_the_headlines(table, tmp_path):
+    tables.write_metrics(table, tmp_path / "new" / "m.json")
+    assert json.loads((tmp_path / "new" / "m.json").read_text()) == {
+        "poison": {"attack": {"trigger_rate": 0.83}, "minus_clean": {"frechet": 21.5}},
+        "clean": {"no_attack": {"trigger_rate": 0.01}},
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -226,6 +240,29 @@ def test_a_claim_with_no_bound_or_two(ledgers, fields):
 def test_a_missing_ledger(ledgers):
     with pytest.raises(InputError, match=r"claims/9-none\.yaml is missing"):
         claims.load("9-none")
+
+
+def test_the_readme_block(ledgers, tmp_path, monkeypatch):
+    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", not_testable="no"))
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
+    tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n", encoding="utf-8")
+    assert claims.main() == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{claims.BEGIN}\n")
+    assert text.endswith(f"\n{claims.END}\nafter\n")
+    assert "old" not in text
+    assert "**holds**: 0.65 [0.60, 0.70] (n = 3) | **does not hold**: 0.15 [0.10, 0.20] (n = 3)" in text
+    assert text.index("[phantom]") < text.index("[alpha]")
+    assert claims.main() == 0
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(InputError, match="lacks the marks"):
+        claims.update_readme("no marks")
+    assert claims.main() == 2
+    assert readme.read_text(encoding="utf-8") == "no marks"
 
 
 @pytest.mark.parametrize("name", claims.names())
