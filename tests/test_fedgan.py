@@ -455,9 +455,12 @@ def test_a_run_resumes_to_the_same_bits(k, tmp_path):
     file = tmp_path / "deep" / "c.pt"
     fedgan.run(federation_of(), k, checkpoint=file, after_round=note)
     rounds = []
-    resumed = fedgan.run(
-        federation_of(), checkpoint=file, after_round=lambda f: (note(f), rounds.append(f.round)) and None
-    )
+
+    def after_round(federation):
+        note(federation)
+        rounds.append(federation.round)
+
+    resumed = fedgan.run(federation_of(), checkpoint=file, after_round=after_round)
     assert rounds == list(range(k + 1, 4)), "the rounds before the checkpoint were run again"
     assert same(resumed, whole)
     assert [f.name for f in file.parent.iterdir()] == ["c.pt"]
@@ -628,9 +631,9 @@ def headline(table, **where):
 @pytest.fixture
 def processes():
     """Worker processes of this test only: they inherit its environment."""
-    get_reusable_executor().shutdown(wait=True)
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
     yield
-    get_reusable_executor().shutdown(wait=True)
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 def test_cells_end_to_end(tiny, tmp_path, processes, monkeypatch):

@@ -188,7 +188,7 @@ def test_a_paired_difference_is_that_of_the_differences(pairs):
 
 def test_pairing_removes_what_the_runs_share():
     shared = np.array([0.0, 50.0, 100.0, -70.0, 33.0])
-    value, low, high = paired_difference(shared + [1.0, 1.1, 0.9, 1.05, 0.95], shared)
+    value, low, high = paired_difference(shared + np.array([1.0, 1.1, 0.9, 1.05, 0.95]), shared)
     assert value == pytest.approx(1.0)
     assert 0.9 <= low < high <= 1.1
 

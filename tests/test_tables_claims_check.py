@@ -73,7 +73,7 @@ def test_a_failed_write_keeps_the_old_table(table, tmp_path, monkeypatch):
 
 
 def test_a_missing_table(tmp_path):
-    with pytest.raises(InputError, match="01.csv is missing from .*; make it with: make repro"):
+    with pytest.raises(InputError, match=r"01\.csv is missing from .*; make it with: make repro"):
         tables.read(tmp_path / "01.csv")
 
 
@@ -103,8 +103,8 @@ def test_keys_that_are_not_named_must_be_empty(table):
 def test_rows_that_are_not_there_or_not_one(table):
     with pytest.raises(InputError, match="0 rows match"):
         tables.row(table, variant="poison", scenario="attack", metric="auc")
+    twice = pd.concat([table, table])
     with pytest.raises(InputError, match="2 rows match"):
-        twice = pd.concat([table, table])
         tables.row(twice, variant="clean", scenario="no_attack", metric="trigger_rate")
     with pytest.raises(InputError, match="no column 'seat' in the table; it has variant, scenario, metric, client"):
         tables.row(table, variant="poison", seat="0")
@@ -248,12 +248,12 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
     tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n", encoding="utf-8")
+    readme.write_text(f"before\n{claims.BEGIN}\nstale rows\n{claims.END}\nafter\n", encoding="utf-8")
     assert claims.main() == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{claims.BEGIN}\n")
     assert text.endswith(f"\n{claims.END}\nafter\n")
-    assert "old" not in text
+    assert "stale rows" not in text
     assert "**holds**: 0.65 [0.60, 0.70] (n = 3) | **does not hold**: 0.15 [0.10, 0.20] (n = 3)" in text
     assert text.index("[phantom]") < text.index("[alpha]")
     assert claims.main() == 0

@@ -278,7 +278,7 @@ def test_on_real_xrays(kind, real_root, cohorts):
 
 
 def test_unknown_kind():
-    with pytest.raises(InputError, match="unknown trigger 'chequer'.*checker, grid, moving, blended"):
+    with pytest.raises(InputError, match=r"unknown trigger 'chequer'.*checker, grid, moving, blended"):
         make_trigger("chequer", image_size=28, channels=1)
 
 
