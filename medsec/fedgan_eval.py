@@ -24,7 +24,7 @@ from medsec.models import SmallResNet
 from medsec.params import Params
 from medsec.triggers import Trigger
 
-KEYS = ("trigger", "area", "ratio", "client", "round")
+KEYS = ("trigger", "area", "ratio", "m", "attackers", "partition", "size", "client", "round")
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
 ATTRIBUTED = 64  # held-out images whose attribution is averaged
@@ -62,20 +62,22 @@ class Setup:
     reference: np.ndarray
 
 
-def prepare(cohort: str, params: Params) -> Setup:
+def prepare(cohort: str, params: Params, size: int | None = None) -> Setup:
     """Load a cohort and make the instruments; every impossible parameter is found here, before any GAN is trained.
+
+    ``size`` draws the images at another number of pixels a side than the parameters say, where the cohort can.
 
     Raises:
         InputError: the cohort cannot be loaded or divided, or the trigger does not fit its images.
     """
-    return _prepare(cohort, params.model_dump_json())
+    return _prepare(cohort, params.model_dump_json(), size)
 
 
 @functools.lru_cache(maxsize=2)  # a worker process runs several cells of one set of parameters
-def _prepare(cohort_name: str, params_json: str) -> Setup:
+def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
     params = Params.model_validate_json(params_json)
     p = params.fedgan
-    cohort = data.load(cohort_name, params.cohorts)
+    cohort = data.load(cohort_name, params.cohorts, size=size)
     splits = {
         name: (torch.from_numpy(split.float()), torch.from_numpy(split.labels)) for name, split in cohort.splits.items()
     }
@@ -216,7 +218,9 @@ def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
 # Cells ---------------------------------------------------------------------------------------------------------------
 
 
-def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def run_cell(
+    cohort: str, params: Params, seed: int, arm: str, size: int | None = None
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """One seed of one arm of the experiment.
 
     Args:
@@ -225,6 +229,7 @@ def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataF
         seed: of the run.
         arm: ``clean`` (no attack), ``attack`` (``poison`` as published, and ``boost``, which branches off it), or
             ``controls`` (real images and spoiled real images in the place of synthetic ones).
+        size: another image size than the parameters', see `prepare`.
 
     Returns:
         Rows ``seed, variant, scenario, metric, value, n_items, unit`` + `KEYS`; and pictures by name: a gallery
@@ -232,7 +237,7 @@ def run_cell(cohort: str, params: Params, seed: int, arm: str) -> tuple[pd.DataF
         the attackers' seats and at the others.
     """
     torch.set_num_threads(1)  # one and two threads give different bits
-    setup = prepare(cohort, params)
+    setup = prepare(cohort, params, size)
     if arm == "controls":
         return _controls(setup, seed)
     poison = params.fedgan.poison
@@ -330,7 +335,8 @@ def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> 
     attacker = history["client"].isin(p.malicious)
     others = ~attacker & (history["client"] != "server")
     late = history["round"] > federation.rounds - max(1, federation.rounds // 4)
-    items = {"generator_loss": p.images_per_client, "trigger_rate": PER_ROUND}
+    held = round(np.mean([len(client.images) for client in federation.clients]))
+    items = {"generator_loss": held, "trigger_rate": PER_ROUND}
     for metric in ["trigger_rate", *PER_CLIENT]:
         n = items.get(metric, p.measure.probe)
         seen = history[metric].notna()

@@ -163,12 +163,30 @@ class FedGANParams(Section):
         return self
 
 
+class FedGANRecord(Section):
+    """One-factor sweeps of notebook 01's record; every list holds the values besides the headline's own."""
+
+    seeds: Count
+    trigger: list[Literal["checker", "grid", "moving", "blended"]]
+    trigger_size: list[Count]
+    ratio: list[Rate]
+    attackers: list[Count]
+    n_clients: list[Count]
+    partition: list[Literal["iid", "dirichlet", "style"]]
+    image_size: list[Annotated[int, Field(ge=28, le=224, multiple_of=4)]]
+
+
+class Records(Section):
+    fedgan: FedGANRecord
+
+
 class Params(Section):
     seeds: Seeds
     cohorts: Cohorts
     classifier: ClassifierParams
     threats: Threats
     fedgan: FedGANParams
+    record: Records
 
 
 def load(profile: str = "quick", file: Path | None = None) -> Params:

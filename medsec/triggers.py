@@ -153,7 +153,7 @@ def _ncc(values: Tensor, template: Tensor) -> Tensor:
     return torch.where(length > 1e-6, (values @ template) / length.clamp_min(1e-6), 0.0)
 
 
-def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.5) -> float:
+def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.3) -> float:
     """The threshold above which at most a share ``fpr`` of clean real images scores (and never below ``floor``).
 
     Args:
@@ -169,8 +169,8 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.5) -
         raise InputError(
             f"{len(clean)} clean images cannot calibrate a rate of {fpr}; at least {round(1 / fpr)} needed"
         )
-    # Half the allowed rate, since the threshold is applied to images it was not chosen on.
-    allowed = int(fpr / 2 * len(clean))
+    # A quarter of the allowed rate, since the threshold is applied to images that it was not chosen on.
+    allowed = int(fpr / 4 * len(clean))
     return max(floor, float(score(trigger, clean).sort(descending=True).values[allowed]))
 
 

@@ -138,6 +138,18 @@ def test_intervals_shrink_with_n_towards_students():
     assert all(a > 1.5 * b for a, b in itertools.pairwise(widths))
 
 
+@pytest.mark.parametrize("n", [5, 7, 10, 20])
+def test_the_percentiles_are_hesterbergs(n, monkeypatch):
+    """Hesterberg 2015, section 4: Φ(√(n / (n − 1)) · t), taken from resamples of our own."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 200_000)
+    rng = np.random.default_rng(n)
+    values = rng.normal(size=n)
+    means = rng.choice(values, (200_000, n)).mean(1)
+    share = scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1))
+    expected = np.quantile(means, share), np.quantile(means, 1 - share)
+    assert bootstrap_interval(values) == pytest.approx(expected, abs=0.012 * (expected[1] - expected[0]))
+
+
 @pytest.mark.parametrize(("n", "least", "most"), [(3, 0.70, 0.80), (5, 0.86, 0.95), (10, 0.91, 0.97)])
 def test_coverage_for_normal_data(n, least, most, monkeypatch):
     """Share of 1,000 simulated sets of runs whose interval contains the true mean, as the docstring says."""
