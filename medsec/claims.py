@@ -19,18 +19,15 @@ def load(name: str) -> dict:
     """The claims of ``claims/<name>.yaml``: ``paper``, ``table``, and a list ``claims``.
 
     Raises:
-        InputError: the file is missing, or a claim has neither exactly one bound nor a reason not to be tested.
+        InputError: the file is missing, or a claim has no row or not exactly one bound.
     """
     file = paths.CLAIMS / f"{name}.yaml"
     if not file.is_file():
         raise InputError(f"claims/{name}.yaml is missing")
     ledger = yaml.safe_load(file.read_text(encoding="utf-8"))
     for claim in ledger["claims"]:
-        decided = sum(key in claim for key in ("above", "below", "not_testable"))
-        if decided != 1 or ("where" not in claim) != ("not_testable" in claim):
-            raise InputError(
-                f"{file.name}: claim {claim.get('id')!r} needs `where` and one of above, below; or not_testable"
-            )
+        if "where" not in claim or sum(key in claim for key in ("above", "below")) != 1:
+            raise InputError(f"{file.name}: claim {claim.get('id')!r} needs `where` and one of above, below")
     return ledger
 
 
@@ -39,14 +36,15 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
 
     Returns:
         ``id, by, claim, verdict, n, measured``; the verdict is *holds* if the whole interval lies beyond the bound,
-        *does not hold* if it lies wholly on the other side, else *undecided*.
+        *does not hold* if it lies wholly on the other side, else *undecided*; *not testable here* for a claim marked
+        ``record_only`` whose row the table lacks.
 
     Raises:
         InputError: the row that decides is not in the table.
     """
     base = {"id": claim["id"], "by": claim["by"], "claim": claim["text"]}
-    if "not_testable" in claim:
-        return {**base, "verdict": NOT_HERE, "n": 0, "measured": claim["not_testable"]}
+    if "record_only" in claim and tables.select(table, claim["where"]).empty:
+        return {**base, "verdict": NOT_HERE, "n": 0, "measured": claim["record_only"]}
     row = tables.row(table, **claim["where"])
     if "above" in claim:
         holds, fails = row["low"] > claim["above"], row["high"] <= claim["above"]
@@ -77,24 +75,28 @@ END = "<!-- end of results -->"
 
 
 def readme_block() -> str:
-    """Verdicts of every ledger, one column a cohort that has results, as Markdown between `BEGIN` and `END`."""
+    """Verdicts of every ledger as Markdown between `BEGIN` and `END`; one column a cohort: its record, else its results."""
     cohorts = sorted(folder.name for folder in (paths.ROOT / "results").iterdir() if folder.is_dir())
     cohorts.sort(key=lambda name: name != "phantom")
     parts = [BEGIN]
     for name in names():
         ledger = load(name)
-        files = {c: paths.results(c, paths.ROOT) / f"{ledger['table']}.csv" for c in cohorts}
-        found = {c: verdicts(name, tables.read(file)) for c, file in files.items() if file.is_file()}
-        if not found:
-            continue
-        shown = next(iter(found.values()))[["claim", "by"]]
-        for cohort, table in found.items():
+        shown = None
+        for cohort in cohorts:
+            places = (paths.records(cohort), paths.results(cohort, paths.ROOT))
+            file = next((f for f in (place / f"{ledger['table']}.csv" for place in places) if f.is_file()), None)
+            if file is None:
+                continue
+            found = verdicts(name, tables.read(file))
+            shown = found[["claim", "by"]] if shown is None else shown
             cells = [
                 verdict if n == 0 else f"**{verdict}**: {measured} (n = {n})"
-                for verdict, n, measured in zip(table["verdict"], table["n"], table["measured"], strict=True)
+                for verdict, n, measured in zip(found["verdict"], found["n"], found["measured"], strict=True)
             ]
-            shown = shown.assign(**{f"[{cohort}](results/{cohort}/{ledger['table']}.csv)": cells})
-        parts += [f"\n**{ledger['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(shown)]
+            where = file.relative_to(paths.ROOT).as_posix()
+            shown = shown.assign(**{f"[{cohort}, {where.split('/')[0]}]({where})": cells})
+        if shown is not None:
+            parts += [f"\n**{ledger['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(shown)]
     return "\n".join([*parts, "", END])
 
 

@@ -162,6 +162,33 @@ def dots(table: pd.DataFrame, title: str, label: str, *, log: bool = False, runs
     return fig, ax
 
 
+def sweeps(table: pd.DataFrame, title: str):
+    """Trigger rate under every change of one factor, poison and boost side by side, clean as a control where it exists.
+
+    Args:
+        table: columns ``name, variant, value, low, high``; names are drawn from top to bottom in order of appearance.
+        title: of the figure.
+    """
+    names = list(dict.fromkeys(table["name"]))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(names) + 1.0))
+    for shift, variant in zip((-0.2, 0.0, 0.2), ("clean", "poison", "boost"), strict=True):
+        colour, _, marker = LOOK[variant]
+        part = table[table["variant"] == variant]
+        at = np.array([names.index(name) for name in part["name"]]) + shift
+        ax.hlines(at, part["low"], part["high"], color=colour, linewidth=2)
+        ax.plot(part["value"], at, marker, color=colour, markersize=5, label=variant)
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel="trigger rate of the averaged G",
+        xlim=(-0.03, 1.03),
+        title=title,
+    )
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig, ax
+
+
 def stacked_bars(ax: Axes, counts: pd.DataFrame, label: str) -> None:
     """Stacked bars of image counts: one bar a row of ``counts``, one segment a column (class)."""
     greys = plt.get_cmap("cividis")(np.linspace(0.15, 0.9, counts.shape[1]))

@@ -192,6 +192,12 @@ def is_stale(notebook: str, cohort: str) -> bool:
     return json.loads(about.read_text(encoding="utf-8"))["code"] != code_hash()
 
 
+def load(notebook: str, cohort: str) -> pd.DataFrame | None:
+    """The committed summary of a record, or None where there is none."""
+    file = paths.records(cohort) / f"{notebook}.csv"
+    return tables.read(file) if file.is_file() else None
+
+
 def _progress(results: Iterator[str], todo: list[Cell], cost: dict[str, float]) -> None:
     with tqdm(total=round(sum(cost[cell.name] for cell in todo)), unit="CPU-s", mininterval=5) as bar:
         for name in results:
