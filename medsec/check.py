@@ -47,12 +47,15 @@ def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
             continue
         lines += [
             f"{_address(row, by)}: {column} is {row[f'{column}_is']}, was {row[f'{column}_was']}"
-            for column in ("n", "unit")
+            for column in ("n", "n_items", "unit")
             if row[f"{column}_is"] != row[f"{column}_was"]
         ]
         slack = allowed[row["metric"]] + (row["high_was"] - row["low_was"]) + 1e-5 * abs(row["value_was"])
-        if not abs(row["value_is"] - row["value_was"]) <= slack:
-            lines.append(f"{_address(row, by)}: {row['value_is']:.4g}, committed {row['value_was']:.4g} ± {slack:.2g}")
+        for column in ("value", "low", "high"):
+            is_, was = row[f"{column}_is"], row[f"{column}_was"]
+            if not abs(is_ - was) <= slack:
+                lines.append(f"{_address(row, by)}: {column} {is_:.4g}, committed {was:.4g} ± {slack:.2g}")
+                break
     return lines
 
 
@@ -94,18 +97,22 @@ def against_commit(cohort: str) -> dict[str, list[str]]:
         with tempfile.TemporaryDirectory() as temporary:
             committed = Path(temporary) / Path(name).name
             committed.write_text(_git("show", f"HEAD:{name}"), encoding="utf-8")
-            found[committed.stem] = compare(tables.read(paths.ROOT / name), tables.read(committed))
+            was = tables.read(committed)
+            if "metric" in was:  # else it is no summary, but numbers for a plot
+                found[committed.stem] = compare(tables.read(paths.ROOT / name), was)
     if not found:
         raise InputError(f"no table is committed in {folder}; run the pipeline and commit its results first")
     return found
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *args], cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError("cannot compare with the last commit: git is not installed") from None
     if done.returncode:
-        raise InputError(
-            f"cannot compare with the last commit: git {args[0]} says {done.stderr.strip().splitlines()[-1]}"
-        )
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise InputError(f"cannot compare with the last commit: git {args[0]} says {said[-1]}")
     return done.stdout
 
 

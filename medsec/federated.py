@@ -25,7 +25,7 @@ class Update:
     Attributes:
         client: index of the client.
         state: its model after local training.
-        n_samples: number of images it trained on.
+        n_samples: number of images that it says it trained on (nobody checks it, and FedAvg weights by it).
         metrics: numbers that it *reports* (nobody checks them), such as its mean generator loss.
     """
 
@@ -43,7 +43,8 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
     Every (seed, keys) has its own stream, so a resumed run draws what an uninterrupted one would have drawn.
     """
-    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    plain = [key if isinstance(key, str) else int(key) for key in (seed, *keys)]  # numpy integers have another repr
+    digest = hashlib.sha256(repr(tuple(plain)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -57,14 +58,14 @@ def screen(updates: Sequence[Update], template: State) -> tuple[list[Update], di
 
     Args:
         updates: what the clients sent.
-        template: the server's state, whose names and shapes are expected.
+        template: the server's state, whose names, shapes and types are expected.
 
     Returns:
         The usable updates, in order, and the reason of rejection of each other client.
     """
     accepted, rejected = [], {}
     for update in updates:
-        reason = _flaw(update.state, template)
+        reason = _flaw(update, template)
         if reason:
             rejected[update.client] = reason
         else:
@@ -72,7 +73,10 @@ def screen(updates: Sequence[Update], template: State) -> tuple[list[Update], di
     return accepted, rejected
 
 
-def _flaw(state: State, template: State) -> str | None:
+def _flaw(update: Update, template: State) -> str | None:
+    state = update.state
+    if update.n_samples < 1:
+        return f"it reports {update.n_samples} samples"
     if state.keys() != template.keys():
         odd = sorted(state.keys() ^ template.keys())
         return f"parameter names differ: {', '.join(odd[:3])}"
@@ -80,6 +84,8 @@ def _flaw(state: State, template: State) -> str | None:
         value = state[name]
         if value.shape != expected.shape:
             return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        if value.dtype != expected.dtype:
+            return f"{name} is {value.dtype}, expected {expected.dtype}"
         if value.is_floating_point() and not torch.isfinite(value).all():
             return f"{name} holds NaN or infinite values"
     return None
@@ -101,8 +107,10 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
     """
     _need(updates, 1, "fedavg")
     raw = np.array([u.n_samples for u in updates] if weights is None else weights, dtype=np.float64)
-    if raw.shape != (len(updates),) or (raw < 0).any() or not raw.sum() > 0:
-        raise InputError(f"fedavg: weights {raw.tolist()} must be {len(updates)} non-negative numbers, not all zero")
+    if raw.shape != (len(updates),) or (raw < 0).any() or not 0 < raw.sum() < np.inf:
+        raise InputError(
+            f"fedavg: weights {raw.tolist()} must be {len(updates)} finite non-negative numbers, not all zero"
+        )
     share = raw / raw.sum()
     weight = torch.tensor(share)
     state = _combine(updates, lambda stack: torch.einsum("k...,k->...", stack.double(), weight))

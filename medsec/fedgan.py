@@ -7,6 +7,8 @@ CPU, disjoint client data, and the ``boost`` of the malicious update.
 """
 
 import copy
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +106,8 @@ def poison(
     if len(eligible) == 0:
         raise InputError(f"poison.label {label}: the malicious client holds no image of that class")
     rng = torch_generator(seed, "poison")
-    chosen = eligible[torch.randperm(len(eligible), generator=rng)[: int(np.ceil(ratio * len(eligible)))]]
+    n = math.ceil(round(ratio * len(eligible), 9))  # 0.07 * 100 is a little more than 7 to a computer
+    chosen = eligible[torch.randperm(len(eligible), generator=rng)[:n]]
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[chosen] = True
     out = images.clone()
@@ -202,7 +205,8 @@ def run(
         aggregate: the server's rule. Plain FedAvg equals the released uniform mean while clients hold equally many
             images.
         checkpoint: file that holds the federation after every round; an existing one of the same run is resumed,
-            and the result is the same to the bit as without the interruption.
+            and the result is the same to the bit as without the interruption. It does not hold what an aggregator
+            with memory remembers.
         after_round: called with the federation after every round, before the checkpoint is written; what it appends
             to ``history`` (numbers and strings) is resumed too.
     """
@@ -238,7 +242,7 @@ def train_client(client: Client, state: State, federation: Federation, round: in
     """
     gan = federation.gan
     _load_shared(client, state)
-    fade = _fade(round, int(gan.decay_after * federation.rounds), federation.rounds)
+    fade = _fade(round, rounds_until(gan.decay_after, federation.rounds), federation.rounds)
     client.optimizer_g.param_groups[0]["lr"] = gan.lr_g * fade
     client.optimizer_d.param_groups[0]["lr"] = gan.lr_d * fade
     rng = torch_generator(federation.seed, "train", client.index, round)
@@ -285,6 +289,11 @@ def scale_update(sent: State, received: State, factor: float) -> State:
     return scaled
 
 
+def rounds_until(share: float, rounds: int) -> int:
+    """Number of whole rounds in the first ``share`` of them."""
+    return math.floor(round(share * rounds, 9))
+
+
 def _fade(round: int, decay_from: int, rounds: int) -> float:
     """1 until ``decay_from``, then linearly towards 0 after the last round."""
     return 1.0 if round < decay_from else (rounds - round) / (rounds - decay_from)
@@ -317,7 +326,7 @@ def _part(state: State, part: str) -> State:
 def save(federation: Federation, file: Path) -> None:
     """Write everything that changes during a run; a kill while writing leaves the file of the round before."""
     content = {
-        "seed": federation.seed,
+        "identity": _identity(federation),
         "round": federation.round,
         "state": federation.state,
         "history": federation.history,
@@ -335,10 +344,19 @@ def save(federation: Federation, file: Path) -> None:
     partial.replace(file)
 
 
+def _identity(federation: Federation) -> str:
+    """Hash of what makes two federations the same run: seed, settings, every client's images and boost."""
+    digest = hashlib.sha256(repr((federation.seed, federation.rounds, federation.average, federation.gan)).encode())
+    for c in federation.clients:
+        digest.update(repr((c.index, tuple(c.images.shape), c.boost, c.boost_from)).encode())
+        digest.update(c.images.numpy().tobytes() + c.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _restore(federation: Federation, file: Path) -> None:
     try:
         content = torch.load(file, weights_only=True)
-        same = content["seed"] == federation.seed and len(content["clients"]) == len(federation.clients)
+        same = content["identity"] == _identity(federation)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"checkpoint {file.name} cannot be read ({type(error).__name__}); delete it") from None
     if not same:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from medsec import classifier, data, federated, fedgan, metrics, models, paths, triggers
@@ -83,6 +82,12 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
     }
     if p.poison.label is not None and p.poison.label >= cohort.n_classes:
         raise InputError(f"fedgan.poison.label {p.poison.label}: {cohort_name} has classes 0 to {cohort.n_classes - 1}")
+    for name in ("reference", "client"):
+        if len(cohort[name]) <= SmallResNet.n_features:
+            raise InputError(
+                f"{cohort_name}: split {name!r} has {len(cohort[name])} images; the Frechet distance needs more than "
+                f"{SmallResNet.n_features}"
+            )
     trigger = triggers.make_trigger(
         p.trigger.kind,
         image_size=cohort.size,
@@ -191,6 +196,8 @@ def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Ten
     Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one. Positive pixels speak for
     "real", negative ones for "synthetic"; every image's map is scaled so that the absolute values sum to 1.
     """
+    from captum.attr import IntegratedGradients  # slow to import, and only the last round needs it
+
     held, labels = (part[:: max(1, len(part) // n)][:n] for part in setup.splits["val"])
     stamped = triggers.stamp(setup.trigger, held, torch_generator(0, "attribution"))
     model = client.discriminator.eval()
@@ -262,7 +269,7 @@ def run_cell(
 
 def boost_start(params: Params) -> int:
     """Number of rounds before the boosted attacker begins to scale."""
-    return int(params.fedgan.poison.boost_after * params.fedgan.rounds)
+    return fedgan.rounds_until(params.fedgan.poison.boost_after, params.fedgan.rounds)
 
 
 def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
@@ -305,10 +312,11 @@ def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows")
     pictures = []
     for seat, at in (("attacker", attacker), ("others", ~attacker)):
         pictures.append(maps[at].mean(0) if at.any() else torch.zeros_like(maps[0]))
-        if patch is not None and at.any():
-            rows.add(
-                "d_attribution", maps[at][:, patch, patch].sum((1, 2)).mean(), ATTRIBUTED * int(at.sum()), client=seat
-            )
+        if patch is None or not at.any():
+            continue
+        share = maps[at][:, patch, patch].sum((1, 2)).mean()
+        if torch.isfinite(share):  # a discriminator that has diverged explains nothing
+            rows.add("d_attribution", share, ATTRIBUTED * int(at.sum()), client=seat)
     return torch.stack(pictures).numpy()
 
 

@@ -90,7 +90,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
             raise ValueError(f"features of shape {features.shape}: need (n, {first.shape[-1]}) with n > d")
         if not np.isfinite(features).all():
             raise ValueError("features hold NaN or infinite values")
-    cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    cov1, cov2 = (np.atleast_2d(np.cov(f, rowvar=False)) for f in (first, second))
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov2 @ root), 0, None)).sum()
@@ -114,7 +114,8 @@ def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | Non
         Columns `SUMMARY` + ``keys``, every row unique, in the order in which they first appear in ``runs``.
 
     Raises:
-        ValueError: a seed that occurs twice in one row of the summary, or a value that is not finite.
+        ValueError: a seed that occurs twice in one row of the summary, a value that is not finite, or a variant that is
+            to be paired and has several scenarios.
     """
     by = ["variant", "scenario", "metric", *keys]
     rows = []
@@ -131,8 +132,12 @@ def _paired_rows(runs: pd.DataFrame, keys: Sequence[str], base: str) -> list[dic
     table = runs[(runs["scenario"] != "control") & (runs["round"] == "" if "round" in keys else True)]
     rows = []
     for (variant, metric, *cell), part in table.groupby(["variant", "metric", *keys], sort=False):
+        if part["seed"].duplicated().any():
+            raise ValueError(f"cannot pair {variant} with {base}: it has several scenarios; pair each by itself")
         like = (table["variant"] == base) & (table["metric"] == metric) & (table[list(keys)] == cell).all(axis=1)
         control, mine = (t.set_index("seed")["value"] for t in (table[like], part))
+        if control.index.has_duplicates:
+            raise ValueError(f"cannot pair with {base}: it has several scenarios")
         if variant == base or control.empty or set(mine.index) != set(control.index):
             continue
         row = {"variant": variant, "scenario": f"minus_{base}", "metric": metric, **dict(zip(keys, cell, strict=True))}

@@ -95,7 +95,7 @@ class Residual(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """ResNet-8 (stem of stride 2, three residual blocks, global mean) for 28 to 224 px; about 78,000 parameters.
+    """ResNet-8 (stem of stride 2, three residual blocks, global mean) for 28 to 224 px; about 77,000 parameters.
 
     ``forward(x)``: x (N, C, H, W) in [0, 1] -> logits (N, n_classes). ``features(x)`` -> (N, 64).
     """

@@ -20,6 +20,8 @@ def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | No
         cells: arguments of each call; put the longest first.
         processes: default ``MEDSEC_PROCESSES``, else the number of cores this process may use.
     """
+    if not cells:
+        return []
     wanted = processes or int(os.environ.get("MEDSEC_PROCESSES", 0)) or joblib.cpu_count()
     with joblib.parallel_config("loky", inner_max_num_threads=1):
         calls = (joblib.delayed(function)(*cell) for cell in cells)

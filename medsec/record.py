@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from medsec import classifier, data, federated, fedgan, fedgan_eval, metrics, models, params, paths, tables, triggers
 from medsec.errors import InputError
+from medsec.execute import locked
 from medsec.params import Params
 
 MODULES = (classifier, federated, fedgan, fedgan_eval, metrics, models, triggers)  # what decides a cell's numbers
@@ -57,24 +60,20 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     """
     found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
     sweep = p.record.fedgan
-    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, None, ("attack",)) for kind in sweep.trigger]
+    factors = []
+    if cohort == "phantom":  # the only cohort that can be drawn at another size
+        factors += [({}, {"size": size}, size, ("attack", "clean", "controls")) for size in sweep.image_size]
+    factors += [({"trigger": {"kind": kind}}, {"trigger": kind}, None, ("attack",)) for kind in sweep.trigger]
     factors += [
         ({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, None, ("attack",)) for k in sweep.trigger_size
     ]
     factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, None, ("attack",)) for ratio in sweep.ratio]
     factors += [({"malicious": list(range(n))}, {"attackers": n}, None, ("attack",)) for n in sweep.attackers]
     factors += [({"n_clients": m}, {"m": m}, None, ("attack", "clean")) for m in sweep.n_clients]
-    known = {"style"} if not data.load(cohort, p.cohorts).sites else set()
-    factors += [
-        ({"partition": scheme}, {"partition": scheme}, None, ("attack", "clean"))
-        for scheme in sweep.partition
-        if scheme not in known
-    ]
-    if cohort == "phantom":  # the only cohort that can be drawn at another size
-        factors += [({}, {"size": size}, size, ("attack", "clean", "controls")) for size in sweep.image_size]
-    for change, keys, size, arms in factors:
-        seeds = p.seeds.evaluation[: sweep.seeds]
-        found += [Cell(arm, seed, change, keys, size) for seed in seeds for arm in arms]
+    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
+    factors += [({"partition": scheme}, {"partition": scheme}, None, ("attack", "clean")) for scheme in dealt]
+    for seed in p.seeds.evaluation[: sweep.seeds]:  # a record that is cut short has every factor, on fewer seeds
+        found += [Cell(arm, seed, change, keys, size) for change, keys, size, arms in factors for arm in arms]
     return found
 
 
@@ -198,11 +197,12 @@ def load(notebook: str, cohort: str) -> pd.DataFrame | None:
     return tables.read(file) if file.is_file() else None
 
 
-def _progress(results: Iterator[str], todo: list[Cell], cost: dict[str, float]) -> None:
+def _progress(results: Iterator[str], todo: list[Cell], cost: dict[str, float]) -> Iterator[str]:
     with tqdm(total=round(sum(cost[cell.name] for cell in todo)), unit="CPU-s", mininterval=5) as bar:
         for name in results:
             bar.set_postfix_str(name)
             bar.update(round(cost[name]))
+            yield name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,6 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="run again what other code or parameters have made")
     parser.add_argument("--processes", type=int, default=joblib.cpu_count())
     args = parser.parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        # Ended from outside, take the worker processes along: they would go on writing cells.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run(args)
     except InputError as error:
@@ -252,9 +255,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return 0
     folder(args.notebook, args.cohort).mkdir(parents=True, exist_ok=True)
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
+    lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}.lock"
+    with locked(lock), joblib.parallel_config("loky", inner_max_num_threads=1):
         calls = (joblib.delayed(run_cell)(args.notebook, args.cohort, p, cell, names[cell.name]) for cell in todo)
-        _progress(joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls), todo, cost)
+        results = joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls)
+        for _ in _progress(results, todo, cost):
+            build(args.notebook, args.cohort, p, cells, args.profile)  # at once: a record cut short is a record in part
     print(build(args.notebook, args.cohort, p, cells, args.profile).relative_to(paths.ROOT))
     return 0
 

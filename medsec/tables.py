@@ -12,7 +12,7 @@ MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
 
 
 def write(table: pd.DataFrame, file: Path) -> None:
-    """Write a table as CSV with six decimals; complete or not at all."""
+    """Write a table as CSV with six significant digits; complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
@@ -57,9 +57,9 @@ def select(table: pd.DataFrame, where: Mapping[str, str]) -> pd.DataFrame:
     """Rows that match ``where``; a key that it does not name must be empty.
 
     Raises:
-        InputError: ``where`` names a column that the table lacks.
+        InputError: ``where`` names a column that is no key of the table.
     """
-    if unknown := set(where) - set(table.columns):
+    if unknown := set(where) - set(keys(table)):
         raise InputError(f"no column {sorted(unknown)[0]!r} in the table; it has {', '.join(keys(table))}")
     chosen = pd.Series(True, index=table.index)
     for column in keys(table):
@@ -82,7 +82,7 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table without padding, so that its text changes only where a value does."""
     lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
-    lines += [" | ".join(str(cell) for cell in record) for record in table.itertuples(index=False)]
+    lines += [" | ".join(str(cell).replace("|", "\\|") for cell in record) for record in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -14,6 +14,7 @@ A score is a normalised cross-correlation (NCC). Its threshold comes from clean 
 rate" means: share of images that look triggered to a detector which clean images rarely fool.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -167,7 +168,7 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.3) -
     """
     if len(clean) < 1 / fpr:
         raise InputError(
-            f"{len(clean)} clean images cannot calibrate a rate of {fpr}; at least {round(1 / fpr)} needed"
+            f"{len(clean)} clean images cannot calibrate a rate of {fpr}; at least {math.ceil(1 / fpr)} needed"
         )
     # A quarter of the allowed rate, since the threshold is applied to images that it was not chosen on.
     allowed = int(fpr / 4 * len(clean))

@@ -184,9 +184,15 @@ def test_verdicts(bound, low, high, verdict):
     assert found["measured"] == f"{(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def test_a_claim_that_cannot_be_tested_needs_no_row():
-    found = claims.verdict(claim(not_testable="too small"), summary_of(0, 1).head(0))
+NOT_HERE = {"where": {**WHERE, "client": "7"}, "above": 0.5, "record_only": "too small"}
+
+
+def test_a_claim_for_records_only_needs_no_row_elsewhere():
+    found = claims.verdict(claim(**NOT_HERE), summary_of(0, 1))
     assert (found["verdict"], found["n"], found["measured"]) == ("not testable here", 0, "too small")
+    there = summary_of(0.6, 0.7).assign(client="7")
+    assert claims.verdict(claim(**NOT_HERE), there)["verdict"] == "holds"
+    assert claims.verdict(claim(**{**NOT_HERE, "above": 0.8}), there)["verdict"] == "does not hold"
 
 
 def test_a_claim_without_its_row():
@@ -211,9 +217,7 @@ def ledgers(tmp_path, monkeypatch):
 
 
 def test_verdicts_keep_the_order_of_the_ledger(ledgers):
-    ledgers(
-        claim(id="z", where=WHERE, above=0.5), claim(id="a", where=WHERE, below=0.5), claim(id="m", not_testable="no")
-    )
+    ledgers(claim(id="z", where=WHERE, above=0.5), claim(id="a", where=WHERE, below=0.5), claim(id="m", **NOT_HERE))
     found = claims.verdicts("1-test", summary_of(0.6, 0.7))
     assert found["id"].tolist() == ["z", "a", "m"]
     assert found["verdict"].tolist() == ["holds", "does not hold", "not testable here"]
@@ -226,8 +230,8 @@ def test_verdicts_keep_the_order_of_the_ledger(ledgers):
         {"where": WHERE},
         {"where": WHERE, "above": 1, "below": 2},
         {"above": 1},
-        {"where": WHERE, "not_testable": "no"},
-        {"not_testable": "no", "above": 1},
+        {"where": WHERE, "record_only": "no"},
+        {"record_only": "no", "above": 1},
         {},
     ],
 )
@@ -243,7 +247,7 @@ def test_a_missing_ledger(ledgers):
 
 
 def test_the_readme_block(ledgers, tmp_path, monkeypatch):
-    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", not_testable="no"))
+    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", **NOT_HERE))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
     tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
@@ -255,9 +259,15 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     assert text.endswith(f"\n{claims.END}\nafter\n")
     assert "stale rows" not in text
     assert "**holds**: 0.65 [0.60, 0.70] (n = 3) | **does not hold**: 0.15 [0.10, 0.20] (n = 3)" in text
-    assert text.index("[phantom]") < text.index("[alpha]")
+    assert text.index("[phantom, results](results/phantom/01_test.csv)") < text.index("[alpha, results]")
     assert claims.main() == 0
     assert readme.read_text(encoding="utf-8") == text
+    # A record of a cohort takes the place of its quick results.
+    tables.write(summary_of(0.8, 0.9), paths.records("alpha", tmp_path) / "01_test.csv")
+    text = claims.update_readme(text)
+    assert "[alpha, records](records/alpha/01_test.csv)" in text
+    assert "[alpha, results]" not in text
+    assert "**holds**: 0.85 [0.80, 0.90] (n = 3)" in text
     readme.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="lacks the marks"):
         claims.update_readme("no marks")
@@ -273,12 +283,10 @@ def test_the_ledgers_of_the_repository_are_well_formed(name):
     ids = [entry["id"] for entry in ledger["claims"]]
     assert len(set(ids)) == len(ids)
     for entry in ledger["claims"]:
-        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "not_testable"}, entry["id"]
+        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only"}, entry["id"]
         assert entry["by"]
         assert entry["text"]
-        if "where" not in entry:
-            assert isinstance(entry["not_testable"], str)
-            continue
+        assert isinstance(entry.get("record_only", ""), str), entry["id"]
         assert {"variant", "scenario", "metric"} <= set(entry["where"]), entry["id"]
         assert all(isinstance(value, str) and value for value in entry["where"].values()), entry["id"]
         assert entry["where"]["metric"] in allowed, entry["id"]
@@ -291,9 +299,8 @@ def test_the_repository_has_ledgers_whose_addresses_fit_their_table():
     ledger = claims.load("1-fedgan")
     assert ledger["table"] == "01_backdoor_fedgan"
     for entry in ledger["claims"]:
-        where = entry.get("where", {})
-        assert set(where) <= {"variant", "scenario", "metric", *fedgan_eval.KEYS}, entry["id"]
-        assert where.get("metric", "frechet") in fedgan_eval.UNITS, entry["id"]
+        assert set(entry["where"]) <= {"variant", "scenario", "metric", *fedgan_eval.KEYS}, entry["id"]
+        assert entry["where"]["metric"] in fedgan_eval.UNITS, entry["id"]
 
 
 def test_every_metric_has_a_tolerance():
@@ -422,7 +429,7 @@ def checkout(tmp_path, table, ledgers, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setattr(paths, "ROOT", root)
-    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", not_testable="no"))
+    ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", **NOT_HERE))
     file = paths.results("phantom", root) / "01_test.csv"
     tables.write(table, file)
     (file.parent / "01_test_runs.csv").write_text("seed,variant\n0,poison\n")
@@ -444,11 +451,20 @@ def test_the_committed_tables_agree_with_themselves(checkout, capsys):
 def test_a_planted_wrong_table_fails(checkout, table, capsys):
     tables.write(planted(table, 1, value=0.95), checkout)
     assert check.main(["--cohort", "phantom"]) == 1
-    assert f"01_test (phantom): {ADDRESS}: 0.95, committed 0.5" in capsys.readouterr().out
+    assert f"01_test (phantom): {ADDRESS}: value 0.95, committed 0.5" in capsys.readouterr().out
     tables.write(table.drop(index=1), checkout)
     assert check.main([]) == 1
     assert f"missing row: {ADDRESS}" in capsys.readouterr().out
     tables.write(table, checkout)
+    assert check.main([]) == 0
+
+
+def test_other_files_beside_the_summaries_do_no_harm(checkout):
+    """A table of another layout (such as the plotted rounds) is compared as it is or left alone."""
+    (checkout.parent / "01_rounds.csv").write_text("round,clean,poison\n1,0,0.5\n", encoding="utf-8")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["add", "."], [*identity, "commit", "-q", "-m", "rounds"]):
+        subprocess.run(["git", *command], cwd=paths.ROOT, check=True, capture_output=True)
     assert check.main([]) == 0
 
 

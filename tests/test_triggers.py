@@ -236,8 +236,8 @@ def test_a_calibrated_detector_rarely_fires_on_unseen_clean_images(kind, channel
     clean, unseen = (smooth(1000, channels, 28, seed) for seed in (10, 20))
     threshold = calibrate(trigger, clean, 0.05)
     assert 0.3 <= threshold < 1
-    # Half the rate on the images it was chosen on; so it would take 3.5 standard errors to exceed it on others.
-    assert (score(trigger, clean) > threshold).float().mean() <= 0.025
+    # A quarter of the rate on the images it was chosen on: far enough from what sampling does to it on others.
+    assert (score(trigger, clean) > threshold).float().mean() <= 0.0125
     assert (score(trigger, unseen) > threshold).float().mean() <= 0.05
     assert (score(trigger, stamp(trigger, unseen, rng())) > threshold).float().mean() >= 0.98
 
@@ -248,7 +248,7 @@ def test_the_threshold_is_a_quantile_of_the_clean_scores(fpr):
     clean = torch.rand(200, 1, 28, 28, generator=rng())
     scores = np.sort(score(trigger, clean).numpy())[::-1]
     threshold = calibrate(trigger, clean, fpr, floor=-1.0)
-    assert (scores > threshold).sum() == int(fpr / 2 * 200)
+    assert (scores > threshold).sum() == int(fpr / 4 * 200)
     assert threshold in scores
     assert calibrate(trigger, clean, fpr, floor=0.999) == 0.999
 
