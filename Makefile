@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup data repro test lab lock clean
+.PHONY: help setup data repro test record lab lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -56,6 +56,7 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 	$(PY) -m ruff format --check
 	$(if $(SOURCES),$(PY) -m nbstripout --verify $(SOURCES))
 	$(PY) -m medsec.params >/dev/null
+	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest
 	$(if $(EXECUTED),$(REPLAY))
 
@@ -66,6 +67,9 @@ MEDSEC_OUT="$$scratch" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISA
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
+
+record: $(READY) ## make or resume the record of a cohort (about an hour; PLAN=1 only says what it would do)
+	$(PY) -m medsec.record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
