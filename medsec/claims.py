@@ -12,6 +12,7 @@ import yaml
 from medsec import paths, tables
 from medsec.errors import InputError
 
+LEAST_RUNS = 3
 HOLDS, FAILS, OPEN, NOT_HERE = "holds", "does not hold", "undecided", "not testable here"
 
 
@@ -36,7 +37,7 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
 
     Returns:
         ``id, by, claim, verdict, n, measured``; the verdict is *holds* if the whole interval lies beyond the bound,
-        *does not hold* if it lies wholly on the other side, else *undecided*; *not testable here* for a claim marked
+        *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*; *not testable here* for a claim marked
         ``record_only`` whose row the table lacks.
 
     Raises:
@@ -50,9 +51,10 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
         holds, fails = row["low"] > claim["above"], row["high"] <= claim["above"]
     else:
         holds, fails = row["high"] < claim["below"], row["low"] >= claim["below"]
+    enough = row["n"] >= LEAST_RUNS  # fewer give an interval of next to no width, which would decide anything
     return {
         **base,
-        "verdict": HOLDS if holds else FAILS if fails else OPEN,
+        "verdict": HOLDS if holds and enough else FAILS if fails and enough else OPEN,
         "n": int(row["n"]),
         "measured": tables.interval(row),
     }

@@ -6,12 +6,13 @@ parameters of a profile, or the one line that says what is wrong.
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medsec import paths
 from medsec.errors import InputError
@@ -85,10 +86,48 @@ class NpzCohort(Section):
     shares: SplitShares
 
 
+class FolderShares(Section):
+    """Shares of the images of a folder, as nearly as whole patients allow."""
+
+    client: Rate
+    public: Rate
+    reference: Rate
+    val: Rate
+    test: Rate
+
+    @model_validator(mode="after")
+    def _sum(self):
+        if abs(self.client + self.public + self.reference + self.val + self.test - 1) > 1e-9:
+            raise ValueError("client + public + reference + val + test must be 1")
+        return self
+
+
+class FolderCohort(Section):
+    path: str | None
+    size: int = Field(ge=28, le=224, multiple_of=4)
+    channels: Literal[1, 3] | None
+    patient_pattern: str
+    table: str | None
+    seed: Seed
+    shares: FolderShares
+
+    @field_validator("patient_pattern")
+    @classmethod
+    def _one_group(cls, pattern):
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"{pattern!r} has {groups} groups; it needs one pair of round brackets, round the patient")
+        return pattern
+
+
 class Cohorts(Section):
     phantom: PhantomCohort
     medmnist: MedMNISTCohort
     npz: NpzCohort
+    folder: FolderCohort
 
 
 class ClassifierParams(Section):

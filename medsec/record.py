@@ -60,20 +60,21 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     """
     found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
     sweep = p.record.fedgan
-    factors = []
+    few = p.seeds.evaluation[: sweep.seeds]
     if cohort == "phantom":  # the only cohort that can be drawn at another size
-        factors += [({}, {"size": size}, size, ("attack", "clean", "controls")) for size in sweep.image_size]
-    factors += [({"trigger": {"kind": kind}}, {"trigger": kind}, None, ("attack",)) for kind in sweep.trigger]
-    factors += [
-        ({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, None, ("attack",)) for k in sweep.trigger_size
-    ]
-    factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, None, ("attack",)) for ratio in sweep.ratio]
-    factors += [({"malicious": list(range(n))}, {"attackers": n}, None, ("attack",)) for n in sweep.attackers]
-    factors += [({"n_clients": m}, {"m": m}, None, ("attack", "clean")) for m in sweep.n_clients]
+        arms = ("attack", "clean", "controls")
+        found += [
+            Cell(arm, seed, {}, {"size": size}, size) for size in sweep.image_size for seed in few for arm in arms
+        ]
+    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, ("attack",)) for kind in sweep.trigger]
+    factors += [({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, ("attack",)) for k in sweep.trigger_size]
+    factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, ("attack",)) for ratio in sweep.ratio]
+    factors += [({"malicious": list(range(n))}, {"attackers": n}, ("attack",)) for n in sweep.attackers]
+    factors += [({"n_clients": m}, {"m": m}, ("attack", "clean")) for m in sweep.n_clients]
     dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
-    factors += [({"partition": scheme}, {"partition": scheme}, None, ("attack", "clean")) for scheme in dealt]
-    for seed in p.seeds.evaluation[: sweep.seeds]:  # a record that is cut short has every factor, on fewer seeds
-        found += [Cell(arm, seed, change, keys, size) for change, keys, size, arms in factors for arm in arms]
+    factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
+    for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
+        found += [Cell(arm, seed, change, keys) for change, keys, arms in factors for arm in arms]
     return found
 
 

@@ -36,6 +36,15 @@ def cohorts() -> params.Cohorts:
         "phantom": {"size": 28, "seed": 7, "images": images},
         "medmnist": {"size": 28, "seed": 7, "shares": shares},
         "npz": {"path": None, "seed": 7, "shares": shares},
+        "folder": {
+            "path": None,
+            "size": 28,
+            "channels": None,
+            "patient_pattern": "^([^_]+)_",
+            "table": None,
+            "seed": 7,
+            "shares": {"client": 0.3, "public": 0.15, "reference": 0.25, "val": 0.15, "test": 0.15},
+        },
     }
     return params.Cohorts.model_validate(sections)
 

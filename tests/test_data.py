@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import data, params, paths, phantom
+from medsec import data, medmnist_files, params, paths, phantom
 from medsec.errors import InputError
 
 
@@ -381,7 +381,7 @@ def test_unreachable_download(medmnist_home, cohorts):
     for way in ("pneumoniamnist_64.npz", "set MEDMNIST_ROOT", "cohort phantom", "cohort npz"):
         assert way in str(error.value)
     assert "\n" not in str(error.value)
-    assert unreachable.timeout == data.STALL  # a silent server cannot hold us for ever
+    assert unreachable.timeout == medmnist_files.STALL  # a silent server cannot hold us for ever
     assert socket.getdefaulttimeout() is None
     assert not list(home.iterdir())
 
@@ -442,7 +442,10 @@ def test_file_of_another_flavour(medmnist_home, cohorts, tiny_npz, tmp_path, mon
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pneumonia", "unknown cohort 'pneumonia'; did you mean pneumoniamnist? known: phantom, npz, pathmnist"),
+        (
+            "pneumonia",
+            "unknown cohort 'pneumonia'; did you mean pneumoniamnist? known: phantom, npz, folder, pathmnist",
+        ),
         ("fantom", "did you mean phantom?"),
         ("xyz", "unknown cohort 'xyz'; known: phantom"),
         ("chestmnist", "cohort chestmnist has several labels an image"),
