@@ -86,8 +86,8 @@ def readme_block(result: dict) -> str:
             "| --- | --- | --- |",
             *lines,
             "",
-            f"Together {total / 60:.1f} minutes. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on one core. "
-            f"The files of a clone: {result['tracked_mb']:.0f} MB. (`python benchmarks/speed.py` measures yours.)",
+            f"Together {total / 60:.1f} minutes. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on "
+            f"one core. The files of a clone: {result['tracked_mb']:.0f} MB. (`python benchmarks/speed.py` measures yours.)",
             END,
         ]
     )

@@ -37,8 +37,8 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
 
     Returns:
         ``id, by, claim, verdict, n, measured``; the verdict is *holds* if the whole interval lies beyond the bound,
-        *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*; *not testable here* for a claim marked
-        ``record_only`` whose row the table lacks.
+        *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*;
+        *not testable here* for a claim marked ``record_only`` whose row the table lacks.
 
     Raises:
         InputError: the row that decides is not in the table.

@@ -251,7 +251,8 @@ def test_stages_and_sections_of_the_parameters_match():
     for name, stage in STAGES.items():
         assert {"seeds", "cohorts"} <= set(stage["params"]) <= set(sections), name
         assert len(set(stage["params"])) == len(stage["params"]), name
-    assert set(sections) == {section for stage in STAGES.values() for section in stage["params"]}
+    used = {section for stage in STAGES.values() for section in stage["params"]}
+    assert set(sections) - used == {"record"}, "only records, which no stage makes, have a section of their own"
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.parent.name)
@@ -264,7 +265,7 @@ def test_another_pipeline_is_the_default_one_for_another_cohort(file):
         swapped = json.dumps(stage).replace("data/phantom", pinned).replace("/phantom/", f"/{cohort}/")
         swapped = json.loads(swapped.replace("--cohort phantom", f"--cohort {cohort}")) | {"wdir": "../.."}
         # Figures may be missing: not every cohort has masks and hospitals.
-        swapped["outs"] = [out for out in swapped["outs"] if out in stages[name]["outs"] or ".png" not in str(out)]
+        swapped["plots"] = [plot for plot in swapped["plots"] if plot in stages[name]["plots"]]
         assert stages[name] == swapped
     fingerprints = json.loads(text(pinned))["fingerprints"]
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in fingerprints.values())

@@ -516,3 +516,20 @@ def test_rows_of_one_summary_are_addressable(table):
         found = tables.row(summary, **{key: row[key] for key in tables.keys(summary)})
         assert found["value"] == row["value"]
     assert check.compare(summary, summary) == []
+
+
+def test_two_runs_decide_nothing():
+    """The interval of one or two runs is so narrow that it would always decide."""
+    row = {"variant": "boost", "scenario": "attack", "metric": "trigger_rate", "value": 0.99, "low": 0.98, "high": 1.0}
+    claim = {
+        "id": "x",
+        "by": "us",
+        "text": "t",
+        "where": {k: row[k] for k in ("variant", "scenario", "metric")},
+        "above": 0.9,
+    }
+    for n, expected in ((1, claims.OPEN), (2, claims.OPEN), (3, claims.HOLDS)):
+        assert (
+            claims.verdict(claim, pd.DataFrame([{**row, "n": n, "n_items": 10, "unit": "share"}]))["verdict"]
+            == expected
+        )
