@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from medsec import params, paths, phantom
+from medsec.record import processor
 
 RESULT = paths.ROOT / "benchmarks" / "speed.json"
 BEGIN, END = "<!-- speed: made by benchmarks/speed.py, do not edit -->", "<!-- end of speed -->"
@@ -91,15 +92,6 @@ def readme_block(result: dict) -> str:
             END,
         ]
     )
-
-
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ is one cell of the experiment: one seed of one arm. Cells are independent, so `r
 import functools
 import hashlib
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,14 @@ KEYS = ("trigger", "area", "ratio", "m", "attackers", "partition", "size", "clie
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
 ATTRIBUTED = 64  # held-out images whose attribution is averaged
-PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered", "d_train_test_gap")
+PER_CLIENT = (
+    "generator_loss",
+    "d_accuracy_clean",
+    "d_accuracy_triggered",
+    "d_train_test_gap",
+    "d_membership_auc",
+    "d_trigger_effect",
+)
 PER_ROUND = 100  # synthetic images for the trigger rate of every generator after every round
 UNITS = {
     "trigger_rate": "share",
@@ -37,6 +45,8 @@ UNITS = {
     "d_accuracy_clean": "share",
     "d_accuracy_triggered": "share",
     "d_train_test_gap": "share",
+    "d_membership_auc": "AUC",
+    "d_trigger_effect": "share",
     "d_attribution": "share",
     "label_accuracy": "share",
     "downstream_auc": "AUC",
@@ -162,22 +172,27 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
     """How well a client's discriminator tells real from its own generator's images.
 
     ``d_accuracy_clean``: half clean held-out real images (``val``), half synthetic; ``d_accuracy_triggered``: the same
-    with the trigger on the real half. ``d_train_test_gap``: share called real among its own training images minus the
-    share among held-out images that were poisoned like them: what it has memorised.
+    with the trigger on the real half. ``d_trigger_effect``: share of held-out real images called real with the trigger
+    minus without it. ``d_train_test_gap``: share called real among its own training images minus the share among
+    held-out images of the same classes that were poisoned like them; ``d_membership_auc``: how well its logit tells
+    the two apart (0.5: not at all), which has no ceiling where it calls nearly everything real. The last two say what
+    it has memorised.
     """
     rng = torch_generator(federation.seed, "probe", client.index, federation.round)
     n = min(setup.params.fedgan.measure.probe, len(client.images), len(setup.splits["val"][0]))
     own = torch.randperm(len(client.images), generator=rng)[:n]
-    held, labels = (
-        part[torch.randperm(len(part), generator=torch_generator(0, "held-out"))[:n]] for part in setup.splits["val"]
-    )
+    images, classes = setup.splits["val"]
+    some = torch.randperm(len(images), generator=torch_generator(0, "held-out"))[:n]
+    held, labels = images[some], classes[some]
     stamped = triggers.stamp(setup.trigger, held, rng)
-    treated = torch.where(client.poisoned[own][:, None, None, None], stamped, held)
+    alike = images[_of_classes(client.labels[own], classes, rng)]
+    poisoned = client.poisoned[own][:, None, None, None]
+    treated = torch.where(poisoned, triggers.stamp(setup.trigger, alike, rng), alike)
     fake, _ = fedgan.synthesise(federation.generator(client.index), n, derive_seed(federation.seed, "probe"), labels)
     d = client.discriminator.eval()
     called_real = {
         "own": d(client.images[own], client.labels[own]),
-        "treated": d(treated, labels),
+        "treated": d(treated, client.labels[own]),
         "clean": d(held, labels),
         "triggered": d(stamped, labels),
         "fake": d(fake, labels),
@@ -186,8 +201,27 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
     return {
         "d_accuracy_clean": (share["clean"] + 1 - share["fake"]) / 2,
         "d_accuracy_triggered": (share["triggered"] + 1 - share["fake"]) / 2,
+        "d_trigger_effect": share["triggered"] - share["clean"],
         "d_train_test_gap": share["own"] - share["treated"],
+        "d_membership_auc": _separation(called_real["own"], called_real["treated"]),
     }
+
+
+def _of_classes(wanted: Tensor, classes: Tensor, rng: torch.Generator) -> Tensor:
+    """Random indices into ``classes`` with the labels ``wanted``; any index for a label that does not occur."""
+    index = torch.randint(0, len(classes), wanted.shape, generator=rng)
+    for label in wanted.unique():
+        pool = (classes == label).nonzero().flatten()
+        if len(pool):
+            at = wanted == label
+            index[at] = pool[torch.randint(0, len(pool), (int(at.sum()),), generator=rng)]
+    return index
+
+
+def _separation(high: Tensor, low: Tensor) -> float:
+    """Area under the ROC curve of two samples: the chance that one of ``high`` exceeds one of ``low``, ties count half."""
+    difference = high[:, None] - low[None, :]
+    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
 
 
 def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Tensor:
@@ -262,7 +296,7 @@ def run_cell(
         finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
         finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
     tables, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
-    for name in ("clean", "shared", "poison", "boost"):
+    for name in ("clean",) if arm == "clean" else ("shared", "poison", "boost"):
         _checkpoint(setup, seed, name).unlink(missing_ok=True)
     return pd.concat(tables, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
@@ -278,7 +312,7 @@ def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **op
 
 def _checkpoint(setup: Setup, seed: int, name: str) -> Path:
     """A file of this very run: same parameters, same content, same code."""
-    code = "".join(inspect.getsource(m) for m in (federated, fedgan, models, triggers))
+    code = "".join(inspect.getsource(m) for m in (federated, fedgan, sys.modules[__name__], models, triggers))
     identity = setup.params.model_dump_json() + setup.cohort.fingerprint + code + torch.__version__
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return paths.checkpoints(setup.cohort.name) / f"fedgan-{digest}-{seed}-{name}.pt"
@@ -353,7 +387,7 @@ def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> 
         for seat, at in (("attacker", attacker), ("others", others)):
             for t, values in history[seen & at].groupby("round")[metric]:
                 rows.add(metric, values.mean(), n * len(values), client=seat, round=t)
-        seats = [("attacker", attacker), ("others", others)]
+        seats = [("attacker", attacker), ("others", others), ("server", history["client"] == "server")]
         if metric != "trigger_rate":  # whose headline is that of the averaged generator, measured on more images
             seats = [("", attacker | others), *seats]
         for seat, at in seats:

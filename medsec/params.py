@@ -231,13 +231,15 @@ class Params(Section):
 def load(profile: str = "quick", file: Path | None = None) -> Params:
     """Parameters of a profile: ``params.yaml`` (quick), overlaid with ``profiles/<profile>.yaml`` for any other.
 
+    A ``profile`` that ends with ``.yaml`` is the path of such a file.
+
     Raises:
         InputError: the file is missing, is no YAML, or a key is unknown, of the wrong type or impossible.
     """
     file = file or paths.PARAMS
     tree = _read(file)
     if profile != "quick":
-        overlay = paths.PROFILES / f"{profile}.yaml"
+        overlay = Path(profile) if profile.endswith(".yaml") else paths.PROFILES / f"{profile}.yaml"
         if not overlay.is_file():
             known = ["quick", *sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))]
             raise InputError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")

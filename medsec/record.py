@@ -26,12 +26,34 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from medsec import classifier, data, federated, fedgan, fedgan_eval, metrics, models, params, paths, tables, triggers
+from medsec import (
+    classifier,
+    data,
+    federated,
+    fedgan,
+    fedgan_eval,
+    metrics,
+    models,
+    params,
+    partition,
+    paths,
+    tables,
+    triggers,
+)
 from medsec.errors import InputError
 from medsec.execute import locked
 from medsec.params import Params
 
-MODULES = (classifier, federated, fedgan, fedgan_eval, metrics, models, triggers)  # what decides a cell's numbers
+MODULES = (
+    classifier,
+    federated,
+    fedgan,
+    fedgan_eval,
+    metrics,
+    models,
+    partition,
+    triggers,
+)  # what decides a cell's numbers
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,8 @@ class Cell:
 def cells_01(cohort: str, p: Params) -> list[Cell]:
     """The headline on every evaluation seed, then one factor at a time on the first few of them.
 
-    A sweep over the attack needs no new clean run; one over the federation does, for its own no-attack control.
+    A new trigger has a new detector and a new federation a new course: both need their own clean run as a control.
+    Other changes of the attack share the headline's.
     """
     found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
     sweep = p.record.fedgan
@@ -66,8 +89,10 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
         found += [
             Cell(arm, seed, {}, {"size": size}, size) for size in sweep.image_size for seed in few for arm in arms
         ]
-    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, ("attack",)) for kind in sweep.trigger]
-    factors += [({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, ("attack",)) for k in sweep.trigger_size]
+    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, ("attack", "clean")) for kind in sweep.trigger]
+    factors += [
+        ({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, ("attack", "clean")) for k in sweep.trigger_size
+    ]
     factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, ("attack",)) for ratio in sweep.ratio]
     factors += [({"malicious": list(range(n))}, {"attackers": n}, ("attack",)) for n in sweep.attackers]
     factors += [({"n_clients": m}, {"m": m}, ("attack", "clean")) for m in sweep.n_clients]
@@ -157,13 +182,15 @@ def calibrate(p: Params, size: int = 32) -> float:
 
 def build(notebook: str, cohort: str, p: Params, cells: list[Cell], profile: str) -> Path:
     """Write the record's tables from the cells that are finished, in the order of the plan."""
-    place, keys = folder(notebook, cohort), DESIGNS[notebook][1]
-    done = [cell for cell in cells if finished(notebook, cohort, cell)]
+    place, keys, loaded = folder(notebook, cohort), DESIGNS[notebook][1], data.load(cohort, p.cohorts)
+    notes = {cell.name: finished(notebook, cohort, cell) for cell in cells}
+    # Cells of other code or parameters are still there while a restarted record is under way: they do not count.
+    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(loaded, p, cell)]
     runs = pd.concat([tables.read(place / f"{cell.name}.csv") for cell in done], ignore_index=True)
     summary = metrics.summarise(runs, keys, paired_with="clean")
     target = paths.records(cohort) / f"{notebook}.csv"
     tables.write(summary, target)
-    costs = {cell.name: finished(notebook, cohort, cell) for cell in done}
+    costs = {cell.name: notes[cell.name] for cell in done}
     about = {
         "profile": profile,
         "cells_planned": len(cells),
@@ -171,13 +198,22 @@ def build(notebook: str, cohort: str, p: Params, cells: list[Cell], profile: str
         "cpu_seconds": round(sum(cost["seconds"] for cost in costs.values())),
         "peak_mb_of_a_process": max(cost["peak_mb"] for cost in costs.values()),
         "code": code_hash(),
-        "cohort_fingerprint": data.load(cohort, p.cohorts).fingerprint,
+        "cohort_fingerprint": loaded.fingerprint,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "hardware": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count(), "threads": 1},
         "params": p.model_dump(),
     }
     target.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def is_stale(notebook: str, cohort: str) -> bool:

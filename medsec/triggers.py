@@ -24,6 +24,9 @@ from torch import Tensor
 from medsec.errors import InputError
 
 KINDS = ("checker", "grid", "moving", "blended")
+# Least correlation that is called a trigger. A patch is a few pixels, which noise matches easily; the blended pattern
+# is a thousand, so that a low correlation is already far from chance, and it is faint.
+_FLOOR = {"checker": 0.5, "grid": 0.5, "moving": 0.5, "blended": 0.3}
 _PATTERN_SEED = 4  # the fixed colours and blocks; part of the trigger's definition, not of an experiment
 
 
@@ -154,14 +157,14 @@ def _ncc(values: Tensor, template: Tensor) -> Tensor:
     return torch.where(length > 1e-6, (values @ template) / length.clamp_min(1e-6), 0.0)
 
 
-def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.3) -> float:
+def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float | None = None) -> float:
     """The threshold above which at most a share ``fpr`` of clean real images scores (and never below ``floor``).
 
     Args:
         trigger: the trigger whose `score` is thresholded.
         clean: (N, C, H, W) real images that nobody poisoned.
         fpr: false-positive rate aimed at; 1 / fpr images are needed to resolve it.
-        floor: least threshold, so that an unusually clean sample does not make the detector nervous.
+        floor: least threshold (default: that of the kind), so that a faint trace in noise is not called a trigger.
 
     Raises:
         InputError: too few images for that rate.
@@ -172,6 +175,7 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float = 0.3) -
         )
     # A quarter of the allowed rate, since the threshold is applied to images that it was not chosen on.
     allowed = int(fpr / 4 * len(clean))
+    floor = _FLOOR[trigger.kind] if floor is None else floor
     return max(floor, float(score(trigger, clean).sort(descending=True).values[allowed]))
 
 

@@ -1,6 +1,7 @@
 """The files that hold the project together agree with one another."""
 
 import ast
+import hashlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from medsec import execute, params, paths
+from medsec import data, execute, params, paths
 
 ROOT = paths.ROOT
 INSTALL = '-e ".[dev]" -c requirements.lock'
@@ -289,3 +290,17 @@ def test_a_clone_holds_its_data():
     assert listing.is_file(), "run: dvc push"
     for entry in json.loads(listing.read_text(encoding="utf-8")):
         assert (store / entry["md5"][:2] / entry["md5"][2:]).is_file(), f"{entry['relpath']}: run: dvc push"
+
+
+def test_the_default_cohort_can_be_drawn_again_to_the_byte(tmp_path):
+    """`python -m medsec.data` writes the files whose hashes data.dvc records."""
+    (out,) = yaml.safe_load(text("data.dvc"))["outs"]
+    listing = ROOT / "dvcstore" / "files" / "md5" / out["md5"][:2] / out["md5"][2:]
+    expected = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
+    data.generate(params.load().cohorts.phantom, tmp_path / "phantom")
+    found = {
+        file.relative_to(tmp_path).as_posix(): hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+        for file in tmp_path.rglob("*")
+        if file.is_file()
+    }
+    assert found == expected

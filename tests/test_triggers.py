@@ -235,7 +235,7 @@ def test_a_calibrated_detector_rarely_fires_on_unseen_clean_images(kind, channel
     trigger = make_trigger(kind, image_size=28, channels=channels)
     clean, unseen = (smooth(1000, channels, 28, seed) for seed in (10, 20))
     threshold = calibrate(trigger, clean, 0.05)
-    assert 0.3 <= threshold < 1
+    assert (0.3 if trigger.kind == "blended" else 0.5) <= threshold < 1
     # A quarter of the rate on the images it was chosen on: far enough from what sampling does to it on others.
     assert (score(trigger, clean) > threshold).float().mean() <= 0.0125
     assert (score(trigger, unseen) > threshold).float().mean() <= 0.05
@@ -261,7 +261,7 @@ def test_too_few_images_to_calibrate(n, fpr):
         calibrate(trigger, torch.zeros(n, 1, 28, 28), fpr)
     needed = int(str(error.value).split("at least ")[1].split()[0])
     assert needed > n
-    assert calibrate(trigger, torch.zeros(needed, 1, 28, 28), fpr) == 0.3
+    assert calibrate(trigger, torch.zeros(needed, 1, 28, 28), fpr) == 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
