@@ -53,13 +53,20 @@ def save(fig: Figure, file: Path) -> None:
     fig.savefig(file, bbox_inches="tight", metadata={"Software": None})
 
 
-def gallery(rows: Mapping[str, np.ndarray], title: str, *, overlays: Mapping[str, np.ndarray] | None = None):
+def gallery(
+    rows: Mapping[str, np.ndarray],
+    title: str,
+    *,
+    overlays: Mapping[str, np.ndarray] | None = None,
+    frames: Mapping[str, np.ndarray] | None = None,
+):
     """Rows of images, labelled at the left.
 
     Args:
         rows: label -> (n, C, H, W) in [0, 1] or uint8, C = 1 or 3; shorter rows end in white.
         title: of the figure.
         overlays: label -> (n, H, W) bool, outlined in its row.
+        frames: label -> (n,) bool, images to be framed.
     """
     columns = max(len(images) for images in rows.values())
     cell = WIDTH / (columns + 1.2)
@@ -69,6 +76,9 @@ def gallery(rows: Mapping[str, np.ndarray], title: str, *, overlays: Mapping[str
             ax.axis("off")
             if i < len(images):
                 show(ax, images[i])
+                if frames is not None and frames[label][i]:
+                    edge = images.shape[-1]
+                    ax.add_patch(plt.Rectangle((-0.5, -0.5), edge, edge, fill=False, color="#D55E00", linewidth=2.5))
                 if overlays is not None and label in overlays and overlays[label][i].any():
                     ax.contour(overlays[label][i], levels=[0.5], colors="#E69F00", linewidths=1.0)
         line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
@@ -98,9 +108,12 @@ def over_rounds(ax: Axes, table: pd.DataFrame, look: str, label: str | None = No
 def trigger_over_rounds(summary: pd.DataFrame, title: str, boost_from: int):
     """Trigger rate of the averaged generator over rounds, one line a variant."""
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9))
-    chosen = summary[(summary["metric"] == "trigger_rate") & (summary["client"] == "server")]
+    chosen = summary[(summary["metric"] == "trigger_rate") & (summary["client"] == "server") & (summary["round"] != "")]
     for variant in ("clean", "poison", "boost"):
-        over_rounds(ax, chosen[chosen["variant"] == variant], variant)
+        rows = chosen[chosen["variant"] == variant]
+        if variant == "boost":  # it continues the poison run
+            rows = rows[rows["round"].astype(int) >= boost_from]
+        over_rounds(ax, rows, variant)
     ax.axvline(boost_from, color="0.4", linewidth=0.8, linestyle=":")
     ax.text(boost_from, 1.03, "boost starts", ha="center", va="bottom", fontsize=8, color="0.3")
     ax.set(ylim=(-0.03, 1.03), ylabel="trigger rate of the averaged G")
@@ -166,7 +179,7 @@ def sweeps(table: pd.DataFrame, title: str):
     """Trigger rate under every change of one factor, poison and boost side by side, clean as a control where it exists.
 
     Args:
-        table: columns ``name, variant, value, low, high``; names are drawn from top to bottom in order of appearance.
+        table: columns ``name, variant, value, low, high, n``; names are drawn from top to bottom in order of appearance.
         title: of the figure.
     """
     names = list(dict.fromkeys(table["name"]))
@@ -177,6 +190,8 @@ def sweeps(table: pd.DataFrame, title: str):
         at = np.array([names.index(name) for name in part["name"]]) + shift
         ax.hlines(at, part["low"], part["high"], color=colour, linewidth=2)
         ax.plot(part["value"], at, marker, color=colour, markersize=5, label=variant)
+        single = (part["n"] == 1).to_numpy()  # no interval: hollow
+        ax.plot(part["value"][single], at[single], marker, color=colour, markerfacecolor="white", markersize=5)
     ax.set(
         yticks=range(len(names)),
         yticklabels=names,
