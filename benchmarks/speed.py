@@ -43,7 +43,7 @@ def notebook(file: Path, out: Path) -> dict[str, float]:
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
             peak = max(peak, memory(running.pid))
-            time.sleep(0.2)
+            time.sleep(2)  # the proportional memory is slow to read, and would take time from what is timed
     if running.returncode:
         raise SystemExit(f"{file.name} failed; run: {' '.join(command[1:])}")
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(peak / 1e9, 2)}
