@@ -28,7 +28,8 @@ def short_notebook(tmp_path):
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     start = [cell for cell in code if cell.source.startswith("# Parameters") or "NOTEBOOK =" in cell.source]
     reader = next(cell for cell in code if cell.source.startswith("summary = tables.read"))
-    executed.cells = [*start, nbformat.v4.new_code_cell(COPY), reader, *code[-2:]]
+    evidence = next(cell for cell in code if cell.source.startswith("recorded = "))
+    executed.cells = [*start, nbformat.v4.new_code_cell(COPY), reader, evidence, *code[-2:]]
     file = tmp_path / f"{NOTEBOOK}.ipynb"
     nbformat.write(executed, file)
     return file
