@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from medsec import data, execute, params, paths
+from medsec import claims, data, execute, params, paths
 
 ROOT = paths.ROOT
 INSTALL = '-e ".[dev]" -c requirements.lock'
@@ -304,3 +304,8 @@ def test_the_default_cohort_can_be_drawn_again_to_the_byte(tmp_path):
         if file.is_file()
     }
     assert found == expected
+
+
+def test_the_readme_shows_the_verdicts_of_the_committed_tables():
+    readme = text("README.md")
+    assert claims.update_readme(readme) == readme, "run: python -m medsec.claims"
