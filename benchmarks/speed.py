@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from medsec import params, paths, phantom
+from medsec import claims, params, paths, phantom
 from medsec.record import processor
 
 RESULT = paths.ROOT / "benchmarks" / "speed.json"
@@ -111,10 +111,8 @@ def main() -> None:
             print(file.stem, result["notebooks"][file.stem], flush=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     readme = paths.ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(
-        text[: text.index(BEGIN)] + readme_block(result) + text[text.index(END) + len(END) :], encoding="utf-8"
-    )
+    text = claims.replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(result))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

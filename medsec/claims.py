@@ -102,15 +102,20 @@ def readme_block() -> str:
     return "\n".join([*parts, "", END])
 
 
-def update_readme(text: str) -> str:
-    """The README's text with its block of verdicts made anew.
+def replace_block(text: str, begin: str, end: str, block: str) -> str:
+    """A text whose part from the mark ``begin`` to the mark ``end`` is replaced by ``block`` (which brings the marks).
 
     Raises:
-        InputError: the README lacks one of the two marks.
+        InputError: the text lacks one of the two marks.
     """
-    if BEGIN not in text or END not in text:
-        raise InputError("README.md lacks the marks between which the results stand; restore them")
-    return text[: text.index(BEGIN)] + readme_block() + text[text.index(END) + len(END) :]
+    if begin not in text or end not in text:
+        raise InputError(f"README.md lacks the marks {begin} and {end}, between which results stand; restore them")
+    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
+
+
+def update_readme(text: str) -> str:
+    """The README's text with its block of verdicts made anew."""
+    return replace_block(text, BEGIN, END, readme_block())
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ def fit(
     """Train a `SmallResNet` with AdamW, a one-cycle learning rate and random shifts.
 
     Args:
-        images: (N, C, H, W) in [0, 1].
+        images: (N, C, H, W) in [0, 1]; the model is trained on their device.
         labels: (N,) int64.
         n_classes: number of classes; every one must occur.
         params: section ``classifier`` of the parameters.
@@ -36,7 +36,7 @@ def fit(
         raise InputError(f"cannot train a classifier: no image of class {missing[0]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier"))
-        model = SmallResNet(images.shape[1], n_classes)
+        model = SmallResNet(images.shape[1], n_classes).to(images.device)
     rng = torch_generator(seed, "classifier batches")
     batch = min(params.batch, len(images))
     steps = epochs * -(-len(images) // batch)
@@ -75,7 +75,7 @@ def features(model: SmallResNet, images: Tensor) -> Tensor:
 
 def auc(probabilities: Tensor, labels: Sequence[int] | Tensor) -> float:
     """Area under the ROC curve; for more than two classes the mean over classes, one against the rest."""
-    p, y = probabilities.double().numpy(), torch.as_tensor(labels).numpy()
+    p, y = probabilities.cpu().double().numpy(), torch.as_tensor(labels).cpu().numpy()
     if p.shape[1] == 2:
         return float(roc_auc_score(y, p[:, 1]))
     one_hot = torch.eye(p.shape[1])[torch.as_tensor(y)].numpy()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medsec import classifier, data
+from medsec import classifier, data, tables
 from medsec.federated import derive_seed
 from medsec.params import Params
 
@@ -12,9 +12,7 @@ KEYS = ("split", "label", "client", "train_site", "test_site")
 
 
 def _row(variant: str, metric: str, value: float, n_items: int, unit: str, seed: int = 0, **keys) -> dict:
-    cells = {key: str(keys.get(key, "")) for key in KEYS}
-    fixed = {"seed": seed, "variant": variant, "scenario": "data", "metric": metric}
-    return {**fixed, "value": float(value), "n_items": n_items, "unit": unit, **cells}
+    return tables.run_row(KEYS, seed, variant, "data", metric, value, n_items, unit, **keys)
 
 
 def count_rows(cohort: data.Cohort) -> list[dict]:

@@ -112,8 +112,9 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
             f"fedavg: weights {raw.tolist()} must be {len(updates)} finite non-negative numbers, not all zero"
         )
     share = raw / raw.sum()
-    weight = torch.tensor(share)
-    state = _combine(updates, lambda stack: torch.einsum("k...,k->...", stack.double(), weight))
+    state = _combine(
+        updates, lambda stack: torch.einsum("k...,k->...", stack.double(), torch.tensor(share, device=stack.device))
+    )
     return state, {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
 
 
@@ -185,7 +186,7 @@ def multi_krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int) -
 
 def flatten(state: State) -> np.ndarray:
     """All floating-point entries of a state as one float32 vector, in the order of the state's keys."""
-    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).numpy()
+    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).cpu().numpy()
 
 
 def _combine(updates: Sequence[Update], rule: Callable[[Tensor], Tensor]) -> State:

@@ -9,7 +9,7 @@ CPU, disjoint client data, and the ``boost`` of the malicious update.
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,13 +102,14 @@ def poison(
     Raises:
         InputError: no image of that class.
     """
-    eligible = torch.arange(len(labels)) if label is None else (labels == label).nonzero().flatten()
+    everything = torch.arange(len(labels), device=labels.device)
+    eligible = everything if label is None else (labels == label).nonzero().flatten()
     if len(eligible) == 0:
         raise InputError(f"poison.label {label}: the malicious client holds no image of that class")
     rng = torch_generator(seed, "poison")
     n = math.ceil(round(ratio * len(eligible), 9))  # 0.07 * 100 is a little more than 7 to a computer
     chosen = eligible[torch.randperm(len(eligible), generator=rng)[:n]]
-    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     mask[chosen] = True
     out = images.clone()
     out[mask] = stamp(trigger, images[mask], rng)
@@ -126,7 +127,7 @@ def new_federation(
     """A federation before its first round.
 
     Args:
-        images, labels: one (n, C, S, S) in [0, 1] and one (n,) int64 tensor a client.
+        images, labels: one (n, C, S, S) in [0, 1] and one (n,) int64 tensor a client; everything runs on their device.
         n_classes: classes of the cohort.
         params: section ``fedgan`` of the parameters.
         seed: of the run; two federations with the same seed start from the same networks.
@@ -137,12 +138,14 @@ def new_federation(
     """
     gan = params.gan
     channels, size = images[0].shape[1], images[0].shape[-1]
-    shared = _networks(size, channels, n_classes, gan, seed=derive_seed(seed, "init"))
+    shared = [
+        net.to(images[0].device) for net in _networks(size, channels, n_classes, gan, seed=derive_seed(seed, "init"))
+    ]
     clients = []
     for i, (x, y) in enumerate(zip(images, labels, strict=True)):
         if len(x) < 2:
             raise InputError(f"client {i} holds {len(x)} images; batch normalisation needs at least 2")
-        mask = torch.zeros(len(x), dtype=torch.bool)
+        mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if trigger is not None and i in params.malicious:
             x, mask = poison(
                 x, y, trigger, ratio=params.poison.ratio, label=params.poison.label, seed=derive_seed(seed, "poison", i)
@@ -188,11 +191,14 @@ def _rebind(optimizer: torch.optim.Adam, model: torch.nn.Module) -> torch.optim.
 
 # Training ------------------------------------------------------------------------------------------------------------
 
+LocalTraining = Callable[[Client, State, Federation, int], Update]
+
 
 def run(
     federation: Federation,
     until: int | None = None,
     *,
+    train: LocalTraining | None = None,
     aggregate: Aggregator = fedavg,
     checkpoint: Path | None = None,
     after_round=None,
@@ -202,6 +208,8 @@ def run(
     Args:
         federation: where to start; its ``round`` says how far it is.
         until: number of rounds that shall have been run.
+        train: what a client does in a round (default: `train_client`); an attacker that does more than to poison its
+            images and to scale its update brings a function of its own.
         aggregate: the server's rule. Plain FedAvg equals the released uniform mean while clients hold equally many
             images.
         checkpoint: file that holds the federation after every round; an existing one of the same run is resumed,
@@ -210,17 +218,17 @@ def run(
         after_round: called with the federation after every round, before the checkpoint is written; what it appends
             to ``history`` (numbers and strings) is resumed too.
     """
-    until = federation.rounds if until is None else until
+    until, train = federation.rounds if until is None else until, train or train_client
     if checkpoint is not None and checkpoint.is_file():
         _restore(federation, checkpoint)
     by_index = {c.index: c for c in federation.clients}
     while federation.round < until:
         t = federation.round
 
-        def train(index: int, state: State, round: int) -> Update:
-            return train_client(by_index[index], state, federation, round)
+        def local(index: int, state: State, round: int) -> Update:
+            return train(by_index[index], state, federation, round)
 
-        federation.state, updates, diagnostics = run_round(federation.state, list(by_index), train, aggregate, t)
+        federation.state, updates, diagnostics = run_round(federation.state, list(by_index), local, aggregate, t)
         federation.round = t + 1
         federation.history += [{"round": t + 1, "client": u.client, **u.metrics} for u in updates]
         federation.history += [
@@ -245,7 +253,23 @@ def train_client(client: Client, state: State, federation: Federation, round: in
     fade = _fade(round, rounds_until(gan.decay_after, federation.rounds), federation.rounds)
     client.optimizer_g.param_groups[0]["lr"] = gan.lr_g * fade
     client.optimizer_d.param_groups[0]["lr"] = gan.lr_d * fade
-    rng = torch_generator(federation.seed, "train", client.index, round)
+    losses_g, losses_d = (
+        losses.tolist()
+        for losses in _epoch(client, gan, torch_generator(federation.seed, "train", client.index, round))
+    )
+    sent = _shared_state(client, federation.average)
+    if client.boost != 1.0 and round >= client.boost_from:
+        sent = scale_update(sent, state, client.boost)
+    metrics = {"loss_g": float(np.mean(losses_g)), "loss_d": float(np.mean(losses_d)), "last_loss_g": losses_g[-1]}
+    return Update(client.index, sent, len(client.images), metrics)
+
+
+def _epoch(client: Client, gan: GAN, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One pass over the client's images; the generator's and the discriminator's loss of every batch.
+
+    Whatever is random is drawn on the CPU, so that the draws are the same on every device.
+    """
+    device = client.images.device
     g, d = client.generator.train(), client.discriminator.train()
     order = torch.randperm(len(client.images), generator=rng)
     losses_g, losses_d = [], []
@@ -253,7 +277,7 @@ def train_client(client: Client, state: State, federation: Federation, round: in
         if len(batch) < 2:
             continue  # a batch of one has no batch statistics
         real, y = client.images[batch], client.labels[batch]
-        fake = g(torch.randn(len(batch), gan.z_dim, generator=rng), y)
+        fake = g(torch.randn(len(batch), gan.z_dim, generator=rng).to(device), y)
         loss_d = F.softplus(-d(real, y)).mean() + F.softplus(d(fake.detach(), y)).mean()
         client.optimizer_d.zero_grad()
         loss_d.backward()
@@ -264,13 +288,9 @@ def train_client(client: Client, state: State, federation: Federation, round: in
         loss_g.backward()
         client.optimizer_g.step()
         d.requires_grad_(True)
-        losses_g.append(loss_g.item())
-        losses_d.append(loss_d.item())
-    sent = _shared_state(client, federation.average)
-    if client.boost != 1.0 and round >= client.boost_from:
-        sent = scale_update(sent, state, client.boost)
-    metrics = {"loss_g": float(np.mean(losses_g)), "loss_d": float(np.mean(losses_d)), "last_loss_g": losses_g[-1]}
-    return Update(client.index, sent, len(client.images), metrics)
+        losses_g.append(loss_g.detach())
+        losses_d.append(loss_d.detach())
+    return torch.stack(losses_g), torch.stack(losses_d)
 
 
 def scale_update(sent: State, received: State, factor: float) -> State:
@@ -349,13 +369,13 @@ def _identity(federation: Federation) -> str:
     digest = hashlib.sha256(repr((federation.seed, federation.rounds, federation.average, federation.gan)).encode())
     for c in federation.clients:
         digest.update(repr((c.index, tuple(c.images.shape), c.boost, c.boost_from)).encode())
-        digest.update(c.images.numpy().tobytes() + c.labels.numpy().tobytes())
+        digest.update(c.images.cpu().numpy().tobytes() + c.labels.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _restore(federation: Federation, file: Path) -> None:
     try:
-        content = torch.load(file, weights_only=True)
+        content = torch.load(file, weights_only=True, map_location=federation.clients[0].images.device)
         same = content["identity"] == _identity(federation)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"checkpoint {file.name} cannot be read ({type(error).__name__}); delete it") from None
@@ -385,6 +405,7 @@ def synthesise(generator: Generator, n: int, seed: int, labels: Tensor | None = 
     Returns:
         (n, C, S, S) images in [0, 1] and their (n,) labels.
     """
-    y = torch.arange(n) % generator.n_classes if labels is None else labels
-    z = torch.randn(n, generator.z_dim, generator=torch_generator(seed, "synthesise"))
+    device = next(generator.parameters()).device
+    y = (torch.arange(n) % generator.n_classes if labels is None else labels).to(device)
+    z = torch.randn(n, generator.z_dim, generator=torch_generator(seed, "synthesise")).to(device)
     return torch.cat([generator(zb, yb) for zb, yb in zip(z.split(250), y.split(250), strict=True)]), y

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsec import classifier, data, federated, fedgan, metrics, models, paths, triggers
+from medsec import classifier, data, federated, fedgan, metrics, models, parallel, paths, tables, triggers
 from medsec.errors import InputError
 from medsec.federated import derive_seed, torch_generator
 from medsec.models import SmallResNet
@@ -85,10 +85,11 @@ def prepare(cohort: str, params: Params, size: int | None = None) -> Setup:
 @functools.lru_cache(maxsize=2)  # a worker process runs several cells of one set of parameters
 def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
     params = Params.model_validate_json(params_json)
-    p = params.fedgan
+    p, device = params.fedgan, parallel.device(params.device)
     cohort = data.load(cohort_name, params.cohorts, size=size)
     splits = {
-        name: (torch.from_numpy(split.float()), torch.from_numpy(split.labels)) for name, split in cohort.splits.items()
+        name: (torch.from_numpy(split.float()).to(device), torch.from_numpy(split.labels).to(device))
+        for name, split in cohort.splits.items()
     }
     if p.poison.label is not None and p.poison.label >= cohort.n_classes:
         raise InputError(f"fedgan.poison.label {p.poison.label}: {cohort_name} has classes 0 to {cohort.n_classes - 1}")
@@ -111,7 +112,7 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
     model = classifier.fit(
         public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed
     )
-    reference = classifier.features(model, splits["reference"][0]).double().numpy()
+    reference = classifier.features(model, splits["reference"][0]).cpu().double().numpy()
     scale = reference.std(0) + 1e-6
     return Setup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
 
@@ -147,7 +148,7 @@ def frechet(setup: Setup, images: Tensor) -> float:
 
     Not comparable with a published FID, whose extractor is an Inception network trained on photographs.
     """
-    found = classifier.features(setup.extractor, images).double().numpy() / setup.scale
+    found = classifier.features(setup.extractor, images).cpu().double().numpy() / setup.scale
     return metrics.frechet_distance(found, setup.reference)
 
 
@@ -209,6 +210,7 @@ def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fed
 
 def _of_classes(wanted: Tensor, classes: Tensor, rng: torch.Generator) -> Tensor:
     """Random indices into ``classes`` with the labels ``wanted``; any index for a label that does not occur."""
+    wanted, classes = wanted.cpu(), classes.cpu()  # the draws are made there
     index = torch.randint(0, len(classes), wanted.shape, generator=rng)
     for label in wanted.unique():
         pool = (classes == label).nonzero().flatten()
@@ -268,7 +270,7 @@ def run_cell(
         cohort: name of the cohort.
         params: all parameters.
         seed: of the run.
-        arm: ``clean`` (no attack), ``attack`` (``poison`` as published, and ``boost``, which branches off it), or
+        arm: ``clean`` (no attack), ``attack`` (``poison``, the released data poisoning, and ``boost``, which branches off it), or
             ``controls`` (real images and spoiled real images in the place of synthetic ones).
         size: another image size than the parameters', see `prepare`.
 
@@ -295,10 +297,10 @@ def run_cell(
         boosted = fedgan.branch(federation, poison.boost, start)
         finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
         finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
-    tables, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
+    found, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
     for name in ("clean",) if arm == "clean" else ("shared", "poison", "boost"):
         _checkpoint(setup, seed, name).unlink(missing_ok=True)
-    return pd.concat(tables, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
+    return pd.concat(found, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
 
 def boost_start(params: Params) -> int:
@@ -325,8 +327,8 @@ def _measure_variant(
     draw = derive_seed(seed, "measure")
     labels = reference_labels(setup, n, draw)
     images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
-    found = _describe(setup, images, labels, seed)
-    rows = Rows(seed, variant, "no_attack" if variant == "clean" else "attack")
+    found = describe(setup, images, labels, seed)
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "no_attack" if variant == "clean" else "attack")
     for metric, value in found.items():
         rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
     _history_rows(setup, federation, rows)
@@ -334,10 +336,10 @@ def _measure_variant(
     first = torch.cat(
         [(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()]
     )
-    return rows.table(), {variant: images[first[:GALLERY]].numpy(), f"{variant}_attribution": maps}
+    return rows.table(), {variant: images[first[:GALLERY]].cpu().numpy(), f"{variant}_attribution": maps}
 
 
-def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> np.ndarray:
+def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> np.ndarray:
     """Mean attribution maps (2, S, S) of the attackers' seats and of the others; ``d_attribution``: their sum on the patch."""
     maps = torch.stack([attribution(setup, client) for client in federation.clients])
     attacker = torch.zeros(len(maps), dtype=torch.bool)
@@ -351,10 +353,11 @@ def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows")
         share = maps[at][:, patch, patch].sum((1, 2)).mean()
         if torch.isfinite(share):  # a discriminator that has diverged explains nothing
             rows.add("d_attribution", share, ATTRIBUTED * int(at.sum()), client=seat)
-    return torch.stack(pictures).numpy()
+    return torch.stack(pictures).cpu().numpy()
 
 
-def _describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+def describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+    """What is measured on every set of labelled images, real or synthetic; a metric's name -> its value."""
     rate, ncc = trigger_rate(setup, images)
     agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
     return {
@@ -366,7 +369,7 @@ def _describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[s
     }
 
 
-def _history_rows(setup: Setup, federation: fedgan.Federation, rows: "Rows") -> None:
+def _history_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> None:
     """Rows per client and round, per round for the attackers' seats and the others, and late means.
 
     Late means are taken over the last quarter of the rounds: of all clients (the headline row), of the attackers'
@@ -403,38 +406,23 @@ def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarr
     index = torch.randperm(len(setup.splits["client"][0]), generator=rng)[:n]
     real, labels = (part[index] for part in setup.splits["client"])
     blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    noisy = (real + 0.1 * torch.randn(real.shape, generator=rng)).clamp(0, 1)
+    noisy = (real + 0.1 * torch.randn(real.shape, generator=rng).to(real.device)).clamp(0, 1)
     stamped = triggers.stamp(setup.trigger, real, rng)
-    tables, galleries = [], {}
+    parts, galleries = [], {}
     for variant, images in {
         "real": real,
         "real_triggered": stamped,
         "real_blurred": blurred,
         "real_noisy": noisy,
     }.items():
-        rows = Rows(seed, variant, "control")
-        found = _describe(setup, images, labels, seed) if variant == "real" else {}
-        rate, ncc = trigger_rate(setup, images)
-        found |= {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
+        rows = tables.Rows(KEYS, UNITS, seed, variant, "control")
+        if variant == "real":
+            found = describe(setup, images, labels, seed)
+        else:
+            rate, ncc = trigger_rate(setup, images)
+            found = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
         for metric, value in found.items():
             rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
-        tables.append(rows.table())
-        galleries[variant] = images[:GALLERY].numpy()
-    return pd.concat(tables, ignore_index=True), galleries
-
-
-class Rows:
-    """Collects the rows of one variant and seed."""
-
-    def __init__(self, seed: int, variant: str, scenario: str):
-        self.fixed = {"seed": seed, "variant": variant, "scenario": scenario}
-        self.rows: list[dict] = []
-
-    def add(self, metric: str, value: float, n_items: int, **keys: int | str) -> None:
-        cells = {key: str(keys.get(key, "")) for key in KEYS}
-        self.rows.append(
-            {**self.fixed, "metric": metric, "value": float(value), "n_items": n_items, "unit": UNITS[metric], **cells}
-        )
-
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows)
+        parts.append(rows.table())
+        galleries[variant] = images[:GALLERY].cpu().numpy()
+    return pd.concat(parts, ignore_index=True), galleries

@@ -1,4 +1,4 @@
-"""Independent cells in parallel processes, one thread each."""
+"""Where things run: independent cells in parallel processes, one thread each, on the device of the parameters."""
 
 import os
 import sys
@@ -6,7 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import joblib
+import torch
 from tqdm import tqdm
+
+from medsec.errors import InputError
+
+
+def device(name: str) -> torch.device:
+    """The device of that name (parameter ``device``: "cpu" or "cuda").
+
+    Raises:
+        InputError: a GPU is asked for and PyTorch finds none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device: cuda, but PyTorch finds no CUDA GPU here; set device: cpu (the full profile instead of full-gpu)"
+        )
+    return torch.device(name)
 
 
 def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | None = None) -> list[Any]:

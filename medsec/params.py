@@ -220,6 +220,7 @@ class Records(Section):
 
 
 class Params(Section):
+    device: Literal["cpu", "cuda"]
     seeds: Seeds
     cohorts: Cohorts
     classifier: ClassifierParams

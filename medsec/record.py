@@ -34,6 +34,7 @@ from medsec import (
     fedgan_eval,
     metrics,
     models,
+    parallel,
     params,
     partition,
     paths,
@@ -116,14 +117,14 @@ def code_hash() -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def folder(notebook: str, cohort: str) -> Path:
-    """Where the cells of a record lie."""
-    return paths.records(cohort) / notebook
+def place(cohort: str, p: Params) -> Path:
+    """Where the records of a cohort lie; those made on a GPU, whose bits differ, in a folder of their own."""
+    return paths.records(cohort if p.device == "cpu" else f"{cohort}-gpu")
 
 
 def identity(cohort: data.Cohort, p: Params, cell: Cell) -> str:
     """Hash of all that a cell's numbers depend on: its parameters, the images, the code, the version of PyTorch."""
-    section = p.fedgan.model_dump_json() + p.classifier.model_dump_json() + json.dumps(p.seeds.tuning)
+    section = p.device + p.fedgan.model_dump_json() + p.classifier.model_dump_json() + json.dumps(p.seeds.tuning)
     own = json.dumps([cell.change, cell.size, cell.arm, cell.seed])
     return hashlib.sha256((section + own + cohort.fingerprint + code_hash() + torch.__version__).encode()).hexdigest()[
         :16
@@ -139,22 +140,21 @@ def run_cell(notebook: str, cohort: str, p: Params, cell: Cell, name: str) -> st
     # Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file.
     seats = table["client"].isin(["", "attacker", "others", "server"])
     kept = table[seats & ((table["round"] == "") | (not cell.keys))]
-    place = folder(notebook, cohort)
+    cells = place(cohort, p) / notebook
     cost = {
         "identity": name,
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    tables.write(kept, place / f"{cell.name}.csv")
-    (place / f"{cell.name}.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
+    tables.write(kept, cells / f"{cell.name}.csv")
+    (cells / f"{cell.name}.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
     return cell.name
 
 
-def finished(notebook: str, cohort: str, cell: Cell) -> dict | None:
-    """What a finished cell says of itself, or None."""
-    place = folder(notebook, cohort)
-    note = place / f"{cell.name}.json"
-    if not (note.is_file() and (place / f"{cell.name}.csv").is_file()):
+def finished(cells: Path, cell: Cell) -> dict | None:
+    """What a finished cell in the folder ``cells`` says of itself, or None."""
+    note = cells / f"{cell.name}.json"
+    if not (note.is_file() and (cells / f"{cell.name}.csv").is_file()):
         return None
     return json.loads(note.read_text(encoding="utf-8"))
 
@@ -169,8 +169,9 @@ def estimate(p: Params, cell: Cell, cohort: data.Cohort, second_per_pixel: float
 
 def calibrate(p: Params, size: int = 32) -> float:
     """Seconds that one pixel of one image costs in one epoch here, from a short training run on noise."""
-    images = [torch.rand(128, 1, size, size)]
-    labels = [torch.arange(128) % 2]
+    device = parallel.device(p.device)
+    images = [torch.rand(128, 1, size, size).to(device)]
+    labels = [(torch.arange(128) % 2).to(device)]
     probe = params.validate(
         params.merge(p.model_dump(), {"fedgan": {"n_clients": 1, "malicious": [], "rounds": 2}})
     ).fedgan
@@ -180,15 +181,15 @@ def calibrate(p: Params, size: int = 32) -> float:
     return 1.3 * (time.perf_counter() - start) / (128 * size**2)  # measuring after each round costs about 30 %
 
 
-def build(notebook: str, cohort: str, p: Params, cells: list[Cell], profile: str) -> Path:
+def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], profile: str) -> Path:
     """Write the record's tables from the cells that are finished, in the order of the plan."""
-    place, keys, loaded = folder(notebook, cohort), DESIGNS[notebook][1], data.load(cohort, p.cohorts)
-    notes = {cell.name: finished(notebook, cohort, cell) for cell in cells}
+    records, keys = place(cohort.name, p), DESIGNS[notebook][1]
+    notes = {cell.name: finished(records / notebook, cell) for cell in cells}
     # Cells of other code or parameters are still there while a restarted record is under way: they do not count.
-    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(loaded, p, cell)]
-    runs = pd.concat([tables.read(place / f"{cell.name}.csv") for cell in done], ignore_index=True)
+    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(cohort, p, cell)]
+    runs = pd.concat([tables.read(records / notebook / f"{cell.name}.csv") for cell in done], ignore_index=True)
     summary = metrics.summarise(runs, keys, paired_with="clean")
-    target = paths.records(cohort) / f"{notebook}.csv"
+    target = records / f"{notebook}.csv"
     tables.write(summary, target)
     costs = {cell.name: notes[cell.name] for cell in done}
     about = {
@@ -198,9 +199,15 @@ def build(notebook: str, cohort: str, p: Params, cells: list[Cell], profile: str
         "cpu_seconds": round(sum(cost["seconds"] for cost in costs.values())),
         "peak_mb_of_a_process": max(cost["peak_mb"] for cost in costs.values()),
         "code": code_hash(),
-        "cohort_fingerprint": loaded.fingerprint,
+        "cohort_fingerprint": cohort.fingerprint,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
-        "hardware": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count(), "threads": 1},
+        "hardware": {
+            "processor": processor(),
+            "gpu": torch.cuda.get_device_name() if p.device == "cuda" else None,
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+        },
         "params": p.model_dump(),
     }
     target.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -269,10 +276,12 @@ def run(args: argparse.Namespace) -> int:
     """
     torch.set_num_threads(1)
     p = params.load(args.profile)
+    parallel.device(p.device)  # a missing GPU is named before anything is planned
     cohort = data.load(args.cohort, p.cohorts)
     cells = DESIGNS[args.notebook][0](args.cohort, p)
     names = {cell.name: identity(cohort, p, cell) for cell in cells}
-    notes = {cell.name: finished(args.notebook, args.cohort, cell) for cell in cells}
+    folder = place(args.cohort, p) / args.notebook
+    notes = {cell.name: finished(folder, cell) for cell in cells}
     stale = [name for name, note in notes.items() if note and note["identity"] != names[name]]
     if stale and not (args.restart or args.plan):
         raise InputError(
@@ -291,14 +300,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plan:
         return 0
-    folder(args.notebook, args.cohort).mkdir(parents=True, exist_ok=True)
-    lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}-{p.device}.lock"
     with locked(lock), joblib.parallel_config("loky", inner_max_num_threads=1):
         calls = (joblib.delayed(run_cell)(args.notebook, args.cohort, p, cell, names[cell.name]) for cell in todo)
         results = joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls)
         for _ in _progress(results, todo, cost):
-            build(args.notebook, args.cohort, p, cells, args.profile)  # at once: a record cut short is a record in part
-    print(build(args.notebook, args.cohort, p, cells, args.profile).relative_to(paths.ROOT))
+            build(args.notebook, cohort, p, cells, args.profile)  # at once: a record cut short is a record in part
+    print(build(args.notebook, cohort, p, cells, args.profile).relative_to(paths.ROOT))
     return 0
 
 

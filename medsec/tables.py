@@ -1,7 +1,7 @@
 """Reading, writing and addressing the tidy tables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +9,40 @@ import pandas as pd
 from medsec.errors import InputError
 
 MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
+
+
+def run_row(
+    keys: Sequence[str],
+    seed: int,
+    variant: str,
+    scenario: str,
+    metric: str,
+    value: float,
+    n_items: int,
+    unit: str,
+    **cells: int | str,
+) -> dict:
+    """One row of a runs table; the key columns ``keys`` that ``cells`` does not name are empty."""
+    if unknown := set(cells) - set(keys):
+        raise KeyError(f"{sorted(unknown)[0]!r} is no key column; they are {', '.join(keys)}")
+    fixed = {"seed": seed, "variant": variant, "scenario": scenario, "metric": metric}
+    return {**fixed, "value": float(value), "n_items": n_items, "unit": unit} | {
+        key: str(cells.get(key, "")) for key in keys
+    }
+
+
+class Rows:
+    """Collects the rows of one seed of one variant in one scenario; ``units`` gives every metric's unit."""
+
+    def __init__(self, keys: Sequence[str], units: Mapping[str, str], seed: int, variant: str, scenario: str):
+        self.keys, self.units, self.fixed = keys, units, (seed, variant, scenario)
+        self.rows: list[dict] = []
+
+    def add(self, metric: str, value: float, n_items: int, **cells: int | str) -> None:
+        self.rows.append(run_row(self.keys, *self.fixed, metric, value, n_items, self.units[metric], **cells))
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows)
 
 
 def write(table: pd.DataFrame, file: Path) -> None:

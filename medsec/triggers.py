@@ -108,7 +108,7 @@ def stamp(trigger: Trigger, images: Tensor, generator: torch.Generator | None = 
     """
     _check(trigger, images)
     if trigger.kind == "blended":
-        return (1 - trigger.opacity) * images + trigger.opacity * trigger.pattern
+        return (1 - trigger.opacity) * images + trigger.opacity * trigger.pattern.to(images.device)
     out = images.clone()
     k = trigger.pattern.shape[-1]
     if trigger.kind == "moving":
@@ -134,15 +134,16 @@ def patch(trigger: Trigger) -> slice | None:
 def score(trigger: Trigger, images: Tensor) -> Tensor:
     """How much each image looks triggered: NCC in [−1, 1], shape (N,). A region without contrast scores 0."""
     _check(trigger, images)
-    k = trigger.pattern.shape[-1]
+    pattern = trigger.pattern.to(images.device)
+    k = pattern.shape[-1]
     if trigger.kind == "blended":
-        return _ncc(_fine(images).flatten(1), _fine(trigger.pattern[None]).flatten())
+        return _ncc(_fine(images).flatten(1), _fine(pattern[None]).flatten())
     if trigger.kind == "moving":
         windows = images.unfold(2, k, 1).unfold(3, k, 1)  # (N, C, rows, cols, k, k)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return _ncc(windows, trigger.pattern.flatten()).amax(1)
+        return _ncc(windows, pattern.flatten()).amax(1)
     place = patch(trigger)
-    return _ncc(images[:, :, place, place].flatten(1), trigger.pattern.flatten())
+    return _ncc(images[:, :, place, place].flatten(1), pattern.flatten())
 
 
 def _fine(images: Tensor) -> Tensor:

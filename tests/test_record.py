@@ -89,7 +89,7 @@ def test_interrupted_and_resumed_gives_the_same_table(small, tmp_path, monkeypat
         },
     )
     assert call() == 0
-    place = record.folder(NOTEBOOK, COHORT)
+    place = record.place(COHORT, small) / NOTEBOOK
     target = paths.records(COHORT) / f"{NOTEBOOK}.csv"
     whole = target.read_bytes()
     about = json.loads(target.with_suffix(".json").read_text())
