@@ -202,6 +202,61 @@ class FedGANParams(Section):
         return self
 
 
+class HardenedParams(Section):
+    draws: int = Field(ge=32)
+    watch: float = Field(ge=0, le=1)
+    fpr: float = Field(gt=0, lt=0.5)
+    scale: Positive
+    scale_relative: Positive
+    loss_floor: Positive
+    drift: Positive
+    limit: Positive
+
+
+class AwareParams(Section):
+    evade: Positive
+    steps: Count
+    draws: int = Field(ge=8)
+    lr: Positive
+
+
+class ScenarioParams(Section):
+    stealth_ratio: Rate
+    strike_every: Count
+    colluders: list[Count] = Field(min_length=2, max_length=2)
+    faint_opacity: Rate
+    aware: AwareParams
+
+    @model_validator(mode="after")
+    def _minority(self):
+        if 2 * self.colluders[0] >= self.colluders[1]:
+            raise ValueError(f"colluders {self.colluders}: attackers must be fewer than half of the clients")
+        return self
+
+
+class NullParams(Section):
+    clients: list[Annotated[int, Field(ge=3)]]
+    rounds: Count
+
+
+class DownstreamParams(Section):
+    real_per_class: list[Count]
+    synthetic: int = Field(ge=100)
+    share: float = Field(gt=0, lt=1)
+    steps: Count
+
+
+class FedDetectParams(Section):
+    warm_up: float = Field(ge=0, lt=1)
+    decay: float = Field(gt=0, lt=1)
+    patience: Count
+    hardened: HardenedParams
+    scenario: ScenarioParams
+    null_test: NullParams
+    downstream: DownstreamParams
+    frechet_margin: Positive
+
+
 class FedGANRecord(Section):
     """One-factor sweeps of notebook 01's record; every list holds the values besides the headline's own."""
 
@@ -226,6 +281,7 @@ class Params(Section):
     classifier: ClassifierParams
     threats: Threats
     fedgan: FedGANParams
+    feddetect: FedDetectParams
     record: Records
 
 

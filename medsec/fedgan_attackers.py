@@ -1,0 +1,232 @@
+"""Attackers of a federated GAN who know that somebody is looking.
+
+The attacker of the released code poisons its images and otherwise follows the protocol. Those here also lie about
+their losses, bide their time, or optimise what they send against the defence itself. All of them move last and see what
+the others sent in this round: stronger than a real attacker, so that a defence that stands here stands there.
+
+A `Scenario` says what an attacker does; an `Attack` is one attacker in one run.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from medsec import triggers
+from medsec.feddetect import map_evidence
+from medsec.federated import State, Update, fedavg, torch_generator
+from medsec.models import Generator
+from medsec.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the attacker does.
+
+    Attributes:
+        text: in a sentence, for the reader.
+        attacks: False for the control.
+        trigger: its kind; None for the one of the parameters (``stripes`` is known to `special_trigger` only).
+        stealthy: poisons only the share ``stealth_ratio`` of its images instead of ``poison.ratio``.
+        boosted: scales its update after the warm-up.
+        report: ``true`` losses; ``median`` of the honest ones; ``closest``: between the two honest losses that lie
+            closest together, so that another honest one stands out.
+        intermittent: strikes every few rounds, the last among them, and sends the mean of the others in between.
+        colluders: several attackers in a larger federation (``feddetect.scenario.colluders``).
+        aware: optimises its update against the hardened defence (`Aware`).
+    """
+
+    text: str
+    attacks: bool = True
+    trigger: str | None = None
+    stealthy: bool = False
+    boosted: bool = False
+    report: str = "true"
+    intermittent: bool = False
+    colluders: bool = False
+    aware: bool = False
+
+
+SCENARIOS = {
+    "no_attack": Scenario("Nobody attacks: the control for false alarms.", attacks=False),
+    "honest": Scenario("Poisons its images, as released, and reports its true losses."),
+    "boost": Scenario("Scales its update after the warm-up and reports its true losses.", boosted=True),
+    "liar": Scenario("Poisons its images and reports the median of the honest losses.", report="median"),
+    "framer": Scenario("Poisons its images and reports a loss that makes an honest one stand out.", report="closest"),
+    "colluders": Scenario("Two attackers of eight, both boosted.", boosted=True, colluders=True),
+    "stealth": Scenario(
+        "Poisons only a quarter of its images and lies about its loss.", stealthy=True, report="median"
+    ),
+    "waitout": Scenario(
+        "Sends the mean of the others, and a boosted poisoned update every few rounds, the last among them.",
+        boosted=True,
+        report="median",
+        intermittent=True,
+    ),
+    "boost_liar": Scenario("Scales its update and lies about its loss.", boosted=True, report="median"),
+    "moving_trigger": Scenario(
+        "boost_liar with a trigger that moves.", trigger="moving", boosted=True, report="median"
+    ),
+    "blended_trigger": Scenario(
+        "boost_liar with a faint pattern over the whole image.", trigger="blended", boosted=True, report="median"
+    ),
+    "stripes_trigger": Scenario(
+        "boost_liar with faint vertical stripes, never looked at while the defence was built.",
+        trigger="stripes",
+        boosted=True,
+        report="median",
+    ),
+    "aware": Scenario("Optimises its update against the hardened defence, and lies.", report="median", aware=True),
+}
+
+
+def special_trigger(kind: str, *, image_size: int, channels: int, size: int, opacity: float) -> Trigger:
+    """`triggers.make_trigger`, and ``stripes``: a vertical sinusoid of period 4 px (after Barni et al. 2019, ICIP)."""
+    if kind != "stripes":
+        return triggers.make_trigger(kind, image_size=image_size, channels=channels, size=size, opacity=opacity)
+    wave = 0.5 + 0.5 * torch.sin(2 * torch.pi * (torch.arange(image_size) + 0.5) / 4)
+    return Trigger("blended", wave.expand(channels, image_size, image_size).clone(), 0, opacity, image_size)
+
+
+def falsified(honest: Sequence[float], rule: str) -> float:
+    """The loss that a liar reports, from the honest losses of the round (see `Scenario.report`)."""
+    ranked = np.sort(np.asarray(honest, dtype=np.float64))
+    if rule == "median" or len(ranked) < 2:
+        return float(np.median(ranked))
+    k = int(np.diff(ranked).argmin())
+    return float(ranked[k : k + 2].mean())
+
+
+class Attack:
+    """The attackers of one run, between the clients and the server.
+
+    Args:
+        scenario: what they do.
+        malicious: their indices.
+        strikes: ``strikes(round)``, whether an intermittent attacker strikes.
+        aware: what an aware attacker does with its update, ``aware(own, others, round) -> state``.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        malicious: Sequence[int],
+        strikes: Callable[[int], bool] = lambda round: True,
+        aware: Callable[[State, Sequence[State], int], State] | None = None,
+    ):
+        self.scenario, self.malicious, self.strikes, self.aware = scenario, set(malicious), strikes, aware
+
+    def __call__(self, updates: Sequence[Update], round: int) -> list[Update]:
+        """What arrives at the server, from what the clients' training gave."""
+        others = [u for u in updates if u.client not in self.malicious]
+        if not self.scenario.attacks or not others:
+            return list(updates)
+        return [self._send(u, others, round) if u.client in self.malicious else u for u in updates]
+
+    def _send(self, own: Update, others: list[Update], round: int) -> Update:
+        state, metrics = own.state, own.metrics
+        if self.scenario.intermittent and not self.strikes(round):
+            state, _ = fedavg(others, weights=[1.0] * len(others))
+        elif self.aware is not None:
+            state = self.aware(own.state, [u.state for u in others], round)
+        if self.scenario.report != "true":
+            metrics = {k: falsified([u.metrics[k] for u in others], self.scenario.report) for k in metrics}
+        return Update(own.client, state, own.n_samples, metrics)
+
+
+class Aware:
+    """An attacker who knows the hardened defence and optimises its update against it.
+
+    It trains on clean images like everybody, then changes its generator by gradient steps (Adam) so that the *average*
+    that the server will form shows the trigger, while its own evidence, computed by the defence's own code on the
+    others' real updates, stays below ``evade`` times the flag's threshold. In the end it measures its evidence on fresh
+    latents and, where that is too high, moves back towards the clean update by bisection. It knows everything but the
+    server's secret latents.
+
+    Args:
+        generator: any generator of the federation, for its architecture.
+        trigger: what it plants.
+        seed: of its latents.
+        scale: `map_evidence`'s scale.
+        threshold: the flag's threshold.
+        evade: share of the threshold that it allows itself.
+        steps, draws, lr: gradient steps a round, latents a step, Adam's learning rate.
+        begin: round of its first attack.
+    """
+
+    PART = "generator."
+
+    def __init__(
+        self,
+        generator: Generator,
+        trigger: Trigger,
+        *,
+        seed: int,
+        scale,
+        threshold: float,
+        evade: float,
+        steps: int,
+        draws: int,
+        lr: float,
+        begin: int,
+    ):
+        self.model = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.trigger, self.seed, self.scale = trigger, seed, scale
+        self.allowed, self.steps, self.draws, self.lr, self.begin = evade * threshold, steps, draws, lr, begin
+        self.queries = 0
+
+    def __call__(self, own: State, others: Sequence[State], round: int) -> State:
+        if round < self.begin:
+            return own
+        clean = self._generator_state(own)
+        peers = [self._generator_state(state) for state in others]
+        rng = torch_generator(self.seed, "aware", round)
+        free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
+        optimizer = torch.optim.Adam(free.values(), lr=self.lr)
+        for _ in range(self.steps):
+            z, y = self._latents(rng)
+            mine = clean | free
+            mean = {k: sum([state[k] for state in peers], mine[k]) / (1 + len(peers)) for k in mine}
+            planted = (0.9 - triggers.score(self.trigger, self._draw(mean, z, y))).clamp_min(0).mean()
+            excess = (self._evidence(mine, peers, z, y) - 0.9 * self.allowed).clamp_min(0)
+            optimizer.zero_grad()
+            (planted + excess).backward()
+            optimizer.step()
+        return {self.PART + k: v for k, v in self._retreat(clean, free, peers, rng).items()}
+
+    @torch.no_grad()
+    def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator) -> State:
+        """The point on the way from the clean update to the optimised one that just passes."""
+        z, y = self._latents(rng)
+
+        def at(share: float) -> State:
+            return clean | {k: clean[k] + share * (v - clean[k]) for k, v in free.items()}
+
+        if self._evidence(at(1.0), peers, z, y) <= self.allowed:
+            return at(1.0)
+        low, high = 0.0, 1.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._evidence(at(middle), peers, z, y) <= self.allowed else (low, middle)
+        return at(low)
+
+    def _evidence(self, mine: State, peers: list[State], z: Tensor, y: Tensor) -> Tensor:
+        self.queries += 1
+        with torch.no_grad():
+            theirs = [self._draw(state, z, y) for state in peers]
+        return map_evidence(torch.stack([self._draw(mine, z, y), *theirs]), self.scale)[0]
+
+    def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:
+        return functional_call(self.model, state, (z, y))
+
+    def _latents(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        z = torch.randn(self.draws, self.model.z_dim, generator=rng).to(device)
+        return z, (torch.arange(self.draws) % self.model.n_classes).to(device)
+
+    def _generator_state(self, state: State) -> State:
+        return {k.removeprefix(self.PART): v.detach() for k, v in state.items() if k.startswith(self.PART)}
