@@ -187,12 +187,12 @@ class Aware:
         rng = torch_generator(self.seed, "aware", round)
         free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
         optimizer = torch.optim.Adam(free.values(), lr=self.lr)
+        z, y, theirs = self._look(peers, rng)
         for _ in range(self.steps):
-            z, y = self._latents(rng)
             mine = clean | free
             mean = {k: sum([state[k] for state in peers], mine[k]) / (1 + len(peers)) for k in mine}
             planted = (0.9 - triggers.score(self.trigger, self._draw(mean, z, y))).clamp_min(0).mean()
-            excess = (self._evidence(mine, peers, z, y) - 0.9 * self.allowed).clamp_min(0)
+            excess = (self._evidence(mine, theirs, z, y) - 0.9 * self.allowed).clamp_min(0)
             optimizer.zero_grad()
             (planted + excess).backward()
             optimizer.step()
@@ -201,32 +201,33 @@ class Aware:
     @torch.no_grad()
     def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator) -> State:
         """The point on the way from the clean update to the optimised one that just passes."""
-        z, y = self._latents(rng)
+        z, y, theirs = self._look(peers, rng)
 
         def at(share: float) -> State:
             return clean | {k: clean[k] + share * (v - clean[k]) for k, v in free.items()}
 
-        if self._evidence(at(1.0), peers, z, y) <= self.allowed:
+        if self._evidence(at(1.0), theirs, z, y) <= self.allowed:
             return at(1.0)
         low, high = 0.0, 1.0
         for _ in range(8):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._evidence(at(middle), peers, z, y) <= self.allowed else (low, middle)
+            low, high = (middle, high) if self._evidence(at(middle), theirs, z, y) <= self.allowed else (low, middle)
         return at(low)
 
-    def _evidence(self, mine: State, peers: list[State], z: Tensor, y: Tensor) -> Tensor:
+    def _evidence(self, mine: State, theirs: Tensor, z: Tensor, y: Tensor) -> Tensor:
         self.queries += 1
-        with torch.no_grad():
-            theirs = [self._draw(state, z, y) for state in peers]
-        return map_evidence(torch.stack([self._draw(mine, z, y), *theirs]), self.scale)[0]
+        return map_evidence(torch.cat([self._draw(mine, z, y)[None], theirs]), self.scale)[0]
+
+    @torch.no_grad()
+    def _look(self, peers: list[State], rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh latents and labels, and what the others' generators draw from them."""
+        device = next(self.model.parameters()).device
+        z = torch.randn(self.draws, self.model.z_dim, generator=rng).to(device)
+        y = (torch.arange(self.draws) % self.model.n_classes).to(device)
+        return z, y, torch.stack([self._draw(state, z, y) for state in peers])
 
     def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:
         return functional_call(self.model, state, (z, y))
-
-    def _latents(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        device = next(self.model.parameters()).device
-        z = torch.randn(self.draws, self.model.z_dim, generator=rng).to(device)
-        return z, (torch.arange(self.draws) % self.model.n_classes).to(device)
 
     def _generator_state(self, state: State) -> State:
         return {k.removeprefix(self.PART): v.detach() for k, v in state.items() if k.startswith(self.PART)}

@@ -254,7 +254,6 @@ class FedDetectParams(Section):
     scenario: ScenarioParams
     null_test: NullParams
     downstream: DownstreamParams
-    frechet_margin: Positive
 
 
 class FedGANRecord(Section):
@@ -270,8 +269,21 @@ class FedGANRecord(Section):
     image_size: list[Annotated[int, Field(ge=28, le=224, multiple_of=4)]]
 
 
+class FedDetectRecord(Section):
+    """What notebook 02's record adds to every defence against every attacker."""
+
+    seeds: Count
+    variants: list[str]
+    scenarios: list[str]
+    n_clients: list[Annotated[int, Field(ge=3)]]
+    partition: list[Literal["dirichlet", "style"]]
+    evade: list[Positive]
+    false_alarm_seeds: list[Seed]
+
+
 class Records(Section):
     fedgan: FedGANRecord
+    feddetect: FedDetectRecord
 
 
 class Params(Section):

@@ -8,7 +8,8 @@ overwrite a committed result.
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
 PARAMS = ROOT / "params.yaml"
 PROFILES = ROOT / "profiles"
 DATA = ROOT / "data"

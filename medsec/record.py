@@ -8,7 +8,7 @@ part; the tables do not depend on how often that happened. ``--plan`` prints the
 
 import argparse
 import hashlib
-import inspect
+import importlib
 import json
 import os
 import platform
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,42 +26,18 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from medsec import (
-    classifier,
-    data,
-    federated,
-    fedgan,
-    fedgan_eval,
-    metrics,
-    models,
-    parallel,
-    params,
-    partition,
-    paths,
-    tables,
-    triggers,
-)
+from medsec import data, fedgan, parallel, params, paths, tables
 from medsec.errors import InputError
 from medsec.execute import locked
 from medsec.params import Params
 
-MODULES = (
-    classifier,
-    federated,
-    fedgan,
-    fedgan_eval,
-    metrics,
-    models,
-    partition,
-    triggers,
-)  # what decides a cell's numbers
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One seed of one arm under one change of the parameters.
+    """One seed of one arm (of notebook 02: a scenario) under one change of the parameters.
 
-    ``keys`` are the key columns that address its rows (empty for the headline), ``size`` another image size.
+    ``keys`` are the key columns that address its rows (empty for the headline), ``size`` another image size,
+    ``variants`` the methods that are compared where a cell runs several.
     """
 
     arm: str
@@ -69,6 +45,7 @@ class Cell:
     change: dict = field(default_factory=dict)
     keys: dict = field(default_factory=dict)
     size: int | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,44 +53,39 @@ class Cell:
         return "-".join([self.arm, *(f"{key}={value}" for key, value in self.keys.items()), f"seed{self.seed}"])
 
 
-def cells_01(cohort: str, p: Params) -> list[Cell]:
-    """The headline on every evaluation seed, then one factor at a time on the first few of them.
+@dataclass(frozen=True)
+class Design:
+    """How the record of one notebook is made.
 
-    A new trigger has a new detector and a new federation a new course: both need their own clean run as a control.
-    Other changes of the attack share the headline's.
+    Attributes:
+        cells: the plan, ``cells(cohort, params)``.
+        run: the runs table of one cell, ``run(cohort, params, cell)``.
+        summarise: the record's table, ``summarise(runs, params)``.
+        modules: names of those whose code decides a cell's numbers.
+        sections: of the parameters that decide them.
+        rounds: how many rounds a cell trains, as a multiple of the parameters' number; for the estimate.
     """
-    found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
-    sweep = p.record.fedgan
-    few = p.seeds.evaluation[: sweep.seeds]
-    if cohort == "phantom":  # the only cohort that can be drawn at another size
-        arms = ("attack", "clean", "controls")
-        found += [
-            Cell(arm, seed, {}, {"size": size}, size) for size in sweep.image_size for seed in few for arm in arms
-        ]
-    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, ("attack", "clean")) for kind in sweep.trigger]
-    factors += [
-        ({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, ("attack", "clean")) for k in sweep.trigger_size
-    ]
-    factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, ("attack",)) for ratio in sweep.ratio]
-    factors += [({"malicious": list(range(n))}, {"attackers": n}, ("attack",)) for n in sweep.attackers]
-    factors += [({"n_clients": m}, {"m": m}, ("attack", "clean")) for m in sweep.n_clients]
-    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
-    factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
-    for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
-        found += [Cell(arm, seed, change, keys) for change, keys, arms in factors for arm in arms]
-    return found
+
+    cells: Callable[[str, Params], list[Cell]]
+    run: Callable[[str, Params, Cell], pd.DataFrame]
+    summarise: Callable[[pd.DataFrame, Params], pd.DataFrame]
+    modules: tuple[str, ...]
+    sections: tuple[str, ...]
+    rounds: Callable[[Params, Cell], float]
 
 
-def _area(size: int, cohort: str, p: Params) -> str:
-    return f"{(size / data.load(cohort, p.cohorts).size) ** 2:.4f}"
+NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect")
 
 
-DESIGNS = {"01_backdoor_fedgan": (cells_01, fedgan_eval.KEYS)}
+def design(notebook: str) -> Design:
+    """How the record of a notebook is made."""
+    # By name: who only reads a record shall not depend on all the modules that make records.
+    return importlib.import_module("medsec.record_designs").DESIGNS[notebook]
 
 
-def code_hash() -> str:
-    """Hash of the modules whose code decides a cell's numbers."""
-    source = "".join(inspect.getsource(module) for module in MODULES)
+def code_hash(modules: Sequence[str]) -> str:
+    """Hash of the source of some modules of the package."""
+    source = "".join((paths.PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in modules)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
@@ -122,24 +94,21 @@ def place(cohort: str, p: Params) -> Path:
     return paths.records(cohort if p.device == "cpu" else f"{cohort}-gpu")
 
 
-def identity(cohort: data.Cohort, p: Params, cell: Cell) -> str:
+def identity(notebook: str, cohort: data.Cohort, p: Params, cell: Cell) -> str:
     """Hash of all that a cell's numbers depend on: its parameters, the images, the code, the version of PyTorch."""
-    section = p.device + p.fedgan.model_dump_json() + p.classifier.model_dump_json() + json.dumps(p.seeds.tuning)
-    own = json.dumps([cell.change, cell.size, cell.arm, cell.seed])
-    return hashlib.sha256((section + own + cohort.fingerprint + code_hash() + torch.__version__).encode()).hexdigest()[
-        :16
-    ]
+    sections = "".join(getattr(p, name).model_dump_json() for name in design(notebook).sections)
+    # A scenario's keys are part of what it runs; in notebook 01 they only name the change.
+    own = json.dumps(
+        [cell.change, cell.size, cell.arm, cell.seed, *([cell.keys, *cell.variants] * bool(cell.variants))]
+    )
+    content = p.device + sections + json.dumps(p.seeds.tuning) + own + cohort.fingerprint
+    return hashlib.sha256((content + code_hash(design(notebook).modules) + torch.__version__).encode()).hexdigest()[:16]
 
 
 def run_cell(notebook: str, cohort: str, p: Params, cell: Cell, name: str) -> str:
     """Run one cell and write its rows and, beside them, what it cost. Returns its name."""
     start = time.perf_counter()
-    changed = params.validate(params.merge(p.model_dump(), {"fedgan": cell.change}), f"record cell {cell.name}")
-    table, _ = fedgan_eval.run_cell(cohort, changed, cell.seed, cell.arm, size=cell.size)
-    table = table.assign(**{key: str(value) for key, value in cell.keys.items()})
-    # Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file.
-    seats = table["client"].isin(["", "attacker", "others", "server"])
-    kept = table[seats & ((table["round"] == "") | (not cell.keys))]
+    kept = design(notebook).run(cohort, p, cell)
     cells = place(cohort, p) / notebook
     cost = {
         "identity": name,
@@ -159,11 +128,11 @@ def finished(cells: Path, cell: Cell) -> dict | None:
     return json.loads(note.read_text(encoding="utf-8"))
 
 
-def estimate(p: Params, cell: Cell, cohort: data.Cohort, second_per_pixel: float) -> float:
+def estimate(notebook: str, p: Params, cell: Cell, cohort: data.Cohort, second_per_pixel: float) -> float:
     """CPU seconds of a cell, from the pixels that its training sees."""
     size = cell.size or cohort.size
     images = min(p.fedgan.images_per_client * p.fedgan.n_clients, len(cohort["client"]))
-    rounds = p.fedgan.rounds * {"attack": 2 - p.fedgan.poison.boost_after, "clean": 1, "controls": 0.1}[cell.arm]
+    rounds = p.fedgan.rounds * design(notebook).rounds(p, cell)
     return 5 + rounds * images * size**2 * second_per_pixel
 
 
@@ -183,12 +152,12 @@ def calibrate(p: Params, size: int = 32) -> float:
 
 def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], profile: str) -> Path:
     """Write the record's tables from the cells that are finished, in the order of the plan."""
-    records, keys = place(cohort.name, p), DESIGNS[notebook][1]
+    records = place(cohort.name, p)
     notes = {cell.name: finished(records / notebook, cell) for cell in cells}
     # Cells of other code or parameters are still there while a restarted record is under way: they do not count.
-    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(cohort, p, cell)]
+    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(notebook, cohort, p, cell)]
     runs = pd.concat([tables.read(records / notebook / f"{cell.name}.csv") for cell in done], ignore_index=True)
-    summary = metrics.summarise(runs, keys, paired_with="clean")
+    summary = design(notebook).summarise(runs, p)
     target = records / f"{notebook}.csv"
     tables.write(summary, target)
     costs = {cell.name: notes[cell.name] for cell in done}
@@ -198,7 +167,8 @@ def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], prof
         "cells_finished": len(done),
         "cpu_seconds": round(sum(cost["seconds"] for cost in costs.values())),
         "peak_mb_of_a_process": max(cost["peak_mb"] for cost in costs.values()),
-        "code": code_hash(),
+        "code": code_hash(design(notebook).modules),
+        "modules": {name: code_hash([name]) for name in design(notebook).modules},
         "cohort_fingerprint": cohort.fingerprint,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
         "hardware": {
@@ -232,7 +202,8 @@ def is_stale(notebook: str, cohort: str) -> bool:
     about = paths.records(cohort) / f"{notebook}.json"
     if not about.is_file():
         raise InputError(f"no record of {notebook} for {cohort}; make it with: python -m medsec.record {notebook}")
-    return json.loads(about.read_text(encoding="utf-8"))["code"] != code_hash()
+    made_by = json.loads(about.read_text(encoding="utf-8"))["modules"]
+    return any(code_hash([name]) != found for name, found in made_by.items())
 
 
 def load(notebook: str, cohort: str) -> pd.DataFrame | None:
@@ -251,7 +222,7 @@ def _progress(results: Iterator[str], todo: list[Cell], cost: dict[str, float]) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medsec.record", description="Make or resume a record.")
-    parser.add_argument("notebook", choices=sorted(DESIGNS))
+    parser.add_argument("notebook", choices=NOTEBOOKS)
     parser.add_argument("--cohort", default="phantom")
     parser.add_argument("--profile", default="full")
     parser.add_argument("--plan", action="store_true", help="print the cells and their cost, run nothing")
@@ -278,8 +249,8 @@ def run(args: argparse.Namespace) -> int:
     p = params.load(args.profile)
     parallel.device(p.device)  # a missing GPU is named before anything is planned
     cohort = data.load(args.cohort, p.cohorts)
-    cells = DESIGNS[args.notebook][0](args.cohort, p)
-    names = {cell.name: identity(cohort, p, cell) for cell in cells}
+    cells = design(args.notebook).cells(args.cohort, p)
+    names = {cell.name: identity(args.notebook, cohort, p, cell) for cell in cells}
     folder = place(args.cohort, p) / args.notebook
     notes = {cell.name: finished(folder, cell) for cell in cells}
     stale = [name for name, note in notes.items() if note and note["identity"] != names[name]]
@@ -289,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
         )
     todo = [cell for cell in cells if notes[cell.name] is None or cell.name in stale]
     rate = calibrate(p)
-    cost = {cell.name: estimate(p, cell, cohort, rate) for cell in cells}
+    cost = {cell.name: estimate(args.notebook, p, cell, cohort, rate) for cell in cells}
     left = sum(cost[cell.name] for cell in todo)
     if args.plan:
         for cell in cells:

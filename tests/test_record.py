@@ -1,11 +1,12 @@
 """Records: planned cells, written one by one, resumed to the identical table; a record of other code is noticed."""
 
+import dataclasses
 import json
 
 import pandas as pd
 import pytest
 
-from medsec import fedgan_eval, params, paths, record, tables
+from medsec import fedgan_eval, params, paths, record, record_designs, tables
 from medsec.errors import InputError
 
 NOTEBOOK, COHORT = "01_backdoor_fedgan", "npz"
@@ -53,7 +54,7 @@ def call(*more):
 
 
 def test_plan_is_a_headline_and_one_factor_at_a_time(small):
-    cells = record.cells_01(COHORT, small)
+    cells = record_designs.cells_01(COHORT, small)
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
     headline = [cell for cell in cells if not cell.keys]
@@ -78,16 +79,11 @@ def test_plan_runs_nothing(small, capsys, tmp_path):
 
 
 def test_interrupted_and_resumed_gives_the_same_table(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        record,
-        "DESIGNS",
-        {
-            NOTEBOOK: (
-                lambda c, p: [x for x in record.cells_01(c, p) if not x.keys or "ratio" in x.keys],
-                fedgan_eval.KEYS,
-            )
-        },
+    design = dataclasses.replace(
+        record_designs.DESIGNS[NOTEBOOK],
+        cells=lambda c, p: [x for x in record_designs.cells_01(c, p) if not x.keys or "ratio" in x.keys],
     )
+    monkeypatch.setitem(record_designs.DESIGNS, NOTEBOOK, design)
     assert call() == 0
     place = record.place(COHORT, small) / NOTEBOOK
     target = paths.records(COHORT) / f"{NOTEBOOK}.csv"
@@ -122,7 +118,7 @@ def test_interrupted_and_resumed_gives_the_same_table(small, tmp_path, monkeypat
     assert not record.is_stale(NOTEBOOK, COHORT)
 
     # Other code: nothing is mixed, and it is said.
-    monkeypatch.setattr(record, "code_hash", lambda: "another")
+    monkeypatch.setattr(record, "code_hash", lambda modules: "another")
     assert record.is_stale(NOTEBOOK, COHORT)
     ran.clear()
     capsys.readouterr()
@@ -146,6 +142,6 @@ def test_committed_records_meet_their_plan():
         assert not table.duplicated(tables.keys(table)).any(), file
         assert {"profile", "params", "versions", "hardware", "code", "cpu_seconds"} <= about.keys()
         if about["cells_finished"] == about["cells_planned"]:
-            headline = table[(table[list(fedgan_eval.KEYS)] == "").all(axis=1)]
+            headline = table[(table[tables.keys(table)[3:]] == "").all(axis=1)]
             assert headline["n"].min() >= 5, file
         assert isinstance(table, pd.DataFrame)

@@ -1,0 +1,125 @@
+"""What the records consist of: the cells of each notebook, and how one is run (`medsec.record` does the rest)."""
+
+import pandas as pd
+
+from medsec import data, feddetect_eval, fedgan_eval, metrics, params
+from medsec.fedgan_attackers import SCENARIOS
+from medsec.params import Params
+from medsec.record import Cell, Design
+
+FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
+
+# Notebook 01 ---------------------------------------------------------------------------------------------------------
+
+
+def cells_01(cohort: str, p: Params) -> list[Cell]:
+    """The headline on every evaluation seed, then one factor at a time on the first few of them.
+
+    A new trigger has a new detector and a new federation a new course: both need their own clean run as a control.
+    Other changes of the attack share the headline's.
+    """
+    found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
+    sweep = p.record.fedgan
+    few = p.seeds.evaluation[: sweep.seeds]
+    if cohort == "phantom":  # the only cohort that can be drawn at another size
+        arms = ("attack", "clean", "controls")
+        found += [
+            Cell(arm, seed, {}, {"size": size}, size) for size in sweep.image_size for seed in few for arm in arms
+        ]
+    factors = [({"trigger": {"kind": kind}}, {"trigger": kind}, ("attack", "clean")) for kind in sweep.trigger]
+    factors += [
+        ({"trigger": {"size": k}}, {"area": _area(k, cohort, p)}, ("attack", "clean")) for k in sweep.trigger_size
+    ]
+    factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, ("attack",)) for ratio in sweep.ratio]
+    factors += [({"malicious": list(range(n))}, {"attackers": n}, ("attack",)) for n in sweep.attackers]
+    factors += [({"n_clients": m}, {"m": m}, ("attack", "clean")) for m in sweep.n_clients]
+    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
+    factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
+    for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
+        found += [Cell(arm, seed, change, keys) for change, keys, arms in factors for arm in arms]
+    return found
+
+
+def _area(size: int, cohort: str, p: Params) -> str:
+    return f"{(size / data.load(cohort, p.cohorts).size) ** 2:.4f}"
+
+
+def run_01(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
+    """The rows of a cell that are worth keeping."""
+    changed = params.validate(params.merge(p.model_dump(), {"fedgan": cell.change}), f"record cell {cell.name}")
+    table, _ = fedgan_eval.run_cell(cohort, changed, cell.seed, cell.arm, size=cell.size)
+    table = table.assign(**{key: str(value) for key, value in cell.keys.items()})
+    # Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file.
+    seats = table["client"].isin(["", "attacker", "others", "server"])
+    return table[seats & ((table["round"] == "") | (not cell.keys))]
+
+
+def summarise_01(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
+    return metrics.summarise(runs, fedgan_eval.KEYS, paired_with="clean")
+
+
+def rounds_01(p: Params, cell: Cell) -> float:
+    return {"attack": 2 - p.fedgan.poison.boost_after, "clean": 1, "controls": 0.1}[cell.arm]
+
+
+# Notebook 02 ---------------------------------------------------------------------------------------------------------
+
+
+def cells_02(cohort: str, p: Params) -> list[Cell]:
+    """Every defence against every attacker on every evaluation seed, then what differs, for three defences only."""
+    sweep, everywhere = p.record.feddetect, feddetect_eval.VARIANTS
+    few = p.seeds.evaluation[: sweep.seeds]
+    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
+    others = [{"m": m} for m in sweep.n_clients] + [{"partition": scheme} for scheme in dealt]
+    colluders_control = {"m": p.feddetect.scenario.colluders[1]}
+    found = []
+    for seed in p.seeds.evaluation:  # seed by seed: a record that is cut short has everything, on fewer seeds
+        for scenario in SCENARIOS:
+            liar = scenario in feddetect_eval.SAME_BUT_FOR_LOSSES
+            found.append(Cell(scenario, seed, variants=feddetect_eval.READS_LOSSES if liar else everywhere))
+        found.append(Cell("no_attack", seed, keys=colluders_control, variants=tuple(sweep.variants)))
+        found.append(Cell("downstream", seed))
+        found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
+    found += [
+        Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened"))
+        for seed in few
+        for e in sweep.evade
+    ]
+    found += [
+        Cell("no_attack", s, variants=("feddetect_released", "feddetect_hardened")) for s in sweep.false_alarm_seeds
+    ]
+    for seed in few:
+        for keys in others:
+            for scenario in sweep.scenarios:
+                if not (scenario == "no_attack" and keys == colluders_control):
+                    found.append(Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants)))
+    return found
+
+
+def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
+    """The rows of a cell that are worth keeping."""
+    if cell.arm == "null":
+        return feddetect_eval.run_null(p, cell.seed, cell.keys["m"])
+    if cell.arm == "downstream":
+        return feddetect_eval.run_downstream(cohort, p, cell.seed)
+    table, _ = feddetect_eval.run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys)
+    return table[(table["client"] == "") & ((table["round"] == "") | (not cell.keys))]
+
+
+def rounds_02(p: Params, cell: Cell) -> float:
+    """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
+    each = (1 - p.feddetect.warm_up) * (3 if cell.arm == "aware" else 1)
+    return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
+
+
+DESIGNS = {
+    "01_backdoor_fedgan": Design(cells_01, run_01, summarise_01, FEDGAN_MODULES, ("fedgan", "classifier"), rounds_01),
+    "02_feddetect": Design(
+        cells_02,
+        run_02,
+        feddetect_eval.summarise,
+        (*FEDGAN_MODULES, "feddetect", "fedgan_attackers", "feddetect_eval"),
+        ("fedgan", "classifier", "feddetect"),
+        rounds_02,
+    ),
+}
