@@ -36,6 +36,8 @@ VARIANTS = (
 READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
 # To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
 SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "honest", "boost_liar": "boost"}
+# Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
+TWIN = ("trimmed_mean", "median")
 BLOCKED = 0.01  # a weight below this share of the equal weight 1/m counts as blocked
 UNITS = {
     "tpr": "share",
@@ -425,23 +427,26 @@ def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
 def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     """A runs table with the rows that follow from others.
 
-    (1) Where a defence does not read losses, a liar's rows are those of the attacker who sends the same and tells the
-    truth (`SAME_BUT_FOR_LOSSES`). (2) ``<metric>_minus_clean``: the difference to the undefended federation without
+    (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
+    losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
+    (3) ``<metric>_minus_clean``: the difference to the undefended federation without
     attack, on the same seed and the same size and partition of the federation.
     """
-    runs = pd.concat([runs, *_same_rows(runs)], ignore_index=True)
+    if params.fedgan.n_clients == 4 and len(params.fedgan.malicious) == 1:
+        like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
+        runs = _with(runs, like.assign(variant=TWIN[0]))
+    for liar, truthful in SAME_BUT_FOR_LOSSES.items():
+        like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
+        runs = _with(runs, like.assign(scenario=liar))
     return pd.concat([runs, _minus_clean(runs, params)], ignore_index=True)
 
 
-def _same_rows(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    blind = runs[~runs["variant"].isin([*READS_LOSSES, "augmentation"])]
-    found = []
-    for liar, truthful in SAME_BUT_FOR_LOSSES.items():
-        copied = blind[blind["scenario"] == truthful].assign(scenario=liar)
-        by = [c for c in runs.columns if c not in ("value", "n_items", "unit")]
-        there = pd.MultiIndex.from_frame(runs[by].astype(str))
-        found.append(copied[~pd.MultiIndex.from_frame(copied[by].astype(str)).isin(there)])
-    return found
+def _with(runs: pd.DataFrame, copied: pd.DataFrame) -> pd.DataFrame:
+    """The runs and those copied rows that are not among them."""
+    address = [c for c in runs.columns if c not in ("value", "n_items", "unit")]
+    there = pd.MultiIndex.from_frame(runs[address].astype(str))
+    fresh = copied[~pd.MultiIndex.from_frame(copied[address].astype(str)).isin(there)]
+    return pd.concat([runs, fresh], ignore_index=True)
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:

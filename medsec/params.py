@@ -272,6 +272,7 @@ class FedGANRecord(Section):
 class FedDetectRecord(Section):
     """What notebook 02's record adds to every defence against every attacker."""
 
+    baseline_seeds: Count
     seeds: Count
     variants: list[str]
     scenarios: list[str]

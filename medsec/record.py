@@ -37,7 +37,7 @@ class Cell:
     """One seed of one arm (of notebook 02: a scenario) under one change of the parameters.
 
     ``keys`` are the key columns that address its rows (empty for the headline), ``size`` another image size,
-    ``variants`` the methods that are compared where a cell runs several.
+    ``variants`` the methods that are compared where a cell runs several; ``group`` names them in the file's name.
     """
 
     arm: str
@@ -46,11 +46,13 @@ class Cell:
     keys: dict = field(default_factory=dict)
     size: int | None = None
     variants: tuple[str, ...] = ()
+    group: str = ""
 
     @property
     def name(self) -> str:
         """File name of the cell, such as ``attack-ratio=0.25-seed0``."""
-        return "-".join([self.arm, *(f"{key}={value}" for key, value in self.keys.items()), f"seed{self.seed}"])
+        keys = [f"{key}={value}" for key, value in self.keys.items()]
+        return "-".join([self.arm, *filter(None, [self.group]), *keys, f"seed{self.seed}"])
 
 
 @dataclass(frozen=True)

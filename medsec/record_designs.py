@@ -65,35 +65,53 @@ def rounds_01(p: Params, cell: Cell) -> float:
 # Notebook 02 ---------------------------------------------------------------------------------------------------------
 
 
+BASELINES = tuple(v for v in feddetect_eval.VARIANTS if v != "none" and v not in feddetect_eval.READS_LOSSES)
+
+
 def cells_02(cohort: str, p: Params) -> list[Cell]:
-    """Every defence against every attacker on every evaluation seed, then what differs, for three defences only."""
-    sweep, everywhere = p.record.feddetect, feddetect_eval.VARIANTS
+    """FedDetect in all versions against every attacker, the baselines on fewer seeds, then what differs, on fewer still.
+
+    Seed by seed: a record that is cut short has every scenario, on fewer seeds.
+    """
+    sweep, ours = p.record.feddetect, ("none", *feddetect_eval.READS_LOSSES)
+    blind = [name for name in SCENARIOS if name not in feddetect_eval.SAME_BUT_FOR_LOSSES]
     few = p.seeds.evaluation[: sweep.seeds]
-    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
-    others = [{"m": m} for m in sweep.n_clients] + [{"partition": scheme} for scheme in dealt]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
     found = []
-    for seed in p.seeds.evaluation:  # seed by seed: a record that is cut short has everything, on fewer seeds
+    for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
             liar = scenario in feddetect_eval.SAME_BUT_FOR_LOSSES
-            found.append(Cell(scenario, seed, variants=feddetect_eval.READS_LOSSES if liar else everywhere))
+            found.append(Cell(scenario, seed, variants=feddetect_eval.READS_LOSSES if liar else ours))
         found.append(Cell("no_attack", seed, keys=colluders_control, variants=tuple(sweep.variants)))
         found.append(Cell("downstream", seed))
         found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
+        if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
+            found += [Cell(scenario, seed, variants=_baselines(scenario), group="baselines") for scenario in blind]
     found += [
-        Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened"))
-        for seed in few
-        for e in sweep.evade
-    ]
-    found += [
-        Cell("no_attack", s, variants=("feddetect_released", "feddetect_hardened")) for s in sweep.false_alarm_seeds
+        Cell("no_attack", seed, variants=("feddetect_released", "feddetect_hardened"))
+        for seed in sweep.false_alarm_seeds
     ]
     for seed in few:
-        for keys in others:
-            for scenario in sweep.scenarios:
-                if not (scenario == "no_attack" and keys == colluders_control):
-                    found.append(Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants)))
+        found += [Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade]
+        found += [
+            Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants))
+            for keys in _federations(cohort, p)
+            for scenario in sweep.scenarios
+            if not (scenario == "no_attack" and keys == colluders_control)
+        ]
     return found
+
+
+def _baselines(scenario: str) -> tuple[str, ...]:
+    """Those that `feddetect_eval.complete` cannot copy from another."""
+    twin = () if SCENARIOS[scenario].colluders else (feddetect_eval.TWIN[0],)
+    return tuple(variant for variant in BASELINES if variant not in twin)
+
+
+def _federations(cohort: str, p: Params) -> list[dict]:
+    sweep, sites = p.record.feddetect, data.load(cohort, p.cohorts).sites
+    dealt = [scheme for scheme in sweep.partition if scheme != "style" or sites]
+    return [{"m": m} for m in sweep.n_clients] + [{"partition": scheme} for scheme in dealt]
 
 
 def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
