@@ -68,8 +68,9 @@ $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
 
-record: $(READY) ## make or resume the record of a cohort (about an hour; PLAN=1 only says what it would do)
+record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m medsec.record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m medsec.record 02_feddetect --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

@@ -77,7 +77,10 @@ END = "<!-- end of results -->"
 
 
 def readme_block() -> str:
-    """Verdicts of every ledger as Markdown between `BEGIN` and `END`; one column a cohort: its record, else its results."""
+    """Verdicts of every ledger as Markdown between `BEGIN` and `END`; one column a cohort: its record, else its results.
+
+    Claims marked ``detail`` are left to the notebook.
+    """
     cohorts = sorted(folder.name for folder in (paths.ROOT / "results").iterdir() if folder.is_dir())
     cohorts.sort(key=lambda name: name != "phantom")
     parts = [BEGIN]
@@ -90,6 +93,7 @@ def readme_block() -> str:
             if file is None:
                 continue
             found = verdicts(name, tables.read(file))
+            found = found[[not claim.get("detail", False) for claim in ledger["claims"]]]
             shown = found[["claim", "by"]] if shown is None else shown
             cells = [
                 verdict if n == 0 else f"**{verdict}**: {measured} (n = {n})"

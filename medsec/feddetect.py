@@ -270,6 +270,11 @@ def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
     return found
 
 
+def flag_threshold(fpr: float) -> float:
+    """Standard normal quantile of 1 − ``fpr`` / 13: Bonferroni's correction for 12 map statistics and the loss."""
+    return float(stats.norm.isf(fpr / (4 * (len(WINDOWS) + 1) + 1)))
+
+
 class Hardened:
     """Our repair: two kinds of evidence, calibrated, with a memory that forgives.
 
@@ -316,8 +321,7 @@ class Hardened:
     ):
         self.draw, self.state, self.warm_up, self.watch = draw, state, warm_up, watch
         self.scale, self.loss_floor = scale, loss_floor
-        n_statistics = 4 * (len(WINDOWS) + 1) + 1
-        self.threshold = float(stats.norm.isf(fpr / n_statistics))
+        self.threshold = flag_threshold(fpr)
         self.drift, self.limit = drift * self.threshold, limit * self.threshold
         self.suspicion: dict[int, float] = {}
 

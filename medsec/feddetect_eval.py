@@ -38,6 +38,10 @@ READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened
 SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "honest", "boost_liar": "boost"}
 # Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
 TWIN = ("trimmed_mean", "median")
+QUICK = {  # what the notebook itself runs; the rest is in the record
+    "no_attack": ("none", "feddetect_released", "feddetect_hardened"),
+    "boost_liar": ("none", "feddetect_hardened"),
+}
 BLOCKED = 0.01  # a weight below this share of the equal weight 1/m counts as blocked
 UNITS = {
     "tpr": "share",
@@ -134,6 +138,11 @@ def hardened(params: Params, federation: fedgan.Federation) -> feddetect.Hardene
         drift=p.drift,
         limit=p.limit,
     )
+
+
+def flag_threshold(params: Params) -> float:
+    """The evidence above which the hardened defence flags a client."""
+    return feddetect.flag_threshold(params.feddetect.hardened.fpr)
 
 
 def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
@@ -254,7 +263,13 @@ def run_variant(
 
 
 def run_cell(
-    cohort: str, params: Params, seed: int, scenario: str, variants: Sequence[str] = VARIANTS, keys: dict | None = None
+    cohort: str,
+    params: Params,
+    seed: int,
+    scenario: str,
+    variants: Sequence[str] = VARIANTS,
+    keys: dict | None = None,
+    timed: bool = False,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """One seed of one scenario with several defences.
 
@@ -265,6 +280,7 @@ def run_cell(
         scenario: one of `SCENARIOS`.
         variants: defences, some of `VARIANTS`.
         keys: what differs from the headline: ``m``, ``partition``, ``trigger``, ``evade``.
+        timed: add the defence's time a round (``server_ms``), for records: no table of results may hold a time.
 
     Returns:
         Rows as `fedgan_eval.run_cell`, with the key columns `KEYS`; and for every variant a gallery (n, C, S, S).
@@ -278,6 +294,8 @@ def run_cell(
         federation, log = run_variant(setup, start, watcher, scenario, variant)
         rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
         _detection_rows(rows, log, changed)
+        if timed:
+            rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
         galleries[variant] = _image_rows(rows, setup, federation, seed)
         parts.append(rows.table().assign(**{k: str(v) for k, v in (keys or {}).items()}))
     return pd.concat(parts, ignore_index=True), galleries
@@ -297,7 +315,6 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
     for entry in log:
         rows.add("trigger_rate", entry["trigger_rate"], DRAWN_EACH_ROUND, round=entry["round"])
-    rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
     found = [entry["diagnostics"] for entry in log]
     if "flagged" in found[0]:
         flags = pd.DataFrame([d["flagged"] for d in found]).astype(float)
@@ -447,6 +464,19 @@ def _with(runs: pd.DataFrame, copied: pd.DataFrame) -> pd.DataFrame:
     there = pd.MultiIndex.from_frame(runs[address].astype(str))
     fresh = copied[~pd.MultiIndex.from_frame(copied[address].astype(str)).isin(there)]
     return pd.concat([runs, fresh], ignore_index=True)
+
+
+def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """The aware attacker's final trigger rate and how often it is blocked, by the evidence that it allows itself.
+
+    Returns:
+        Rows of the summary with ``name`` (defence) and ``x`` (share of the threshold), the headline's included.
+    """
+    metric = summary["metric"].isin(["trigger_rate", "blocked_tpr"])
+    rows = summary[metric & (summary["scenario"] == "aware") & summary["variant"].isin(["none", "feddetect_hardened"])]
+    rows = rows[(rows[["m", "partition", "trigger", "round", "client"]] == "").all(axis=1)]
+    share = rows["evade"].where(rows["evade"] != "", str(params.feddetect.scenario.aware.evade)).astype(float)
+    return rows.assign(name=rows["variant"], x=share).sort_values(["name", "x"], ascending=[False, True])
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:

@@ -196,7 +196,7 @@ class Aware:
             optimizer.zero_grad()
             (planted + excess).backward()
             optimizer.step()
-        return {self.PART + k: v for k, v in self._retreat(clean, free, peers, rng).items()}
+        return own | {self.PART + k: v for k, v in self._retreat(clean, free, peers, rng).items()}
 
     @torch.no_grad()
     def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator) -> State:

@@ -278,6 +278,7 @@ class FedDetectRecord(Section):
     scenarios: list[str]
     n_clients: list[Annotated[int, Field(ge=3)]]
     partition: list[Literal["dirichlet", "style"]]
+    trigger: list[Literal["grid"]]
     evade: list[Positive]
     false_alarm_seeds: list[Seed]
 

@@ -99,6 +99,11 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
             for scenario in sweep.scenarios
             if not (scenario == "no_attack" and keys == colluders_control)
         ]
+        found += [
+            Cell(scenario, seed, keys={"trigger": kind}, variants=tuple(sweep.variants))
+            for kind in sweep.trigger
+            for scenario in ("honest", "boost_liar")
+        ]
     return found
 
 
@@ -120,7 +125,7 @@ def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
         return feddetect_eval.run_null(p, cell.seed, cell.keys["m"])
     if cell.arm == "downstream":
         return feddetect_eval.run_downstream(cohort, p, cell.seed)
-    table, _ = feddetect_eval.run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys)
+    table, _ = feddetect_eval.run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys, timed=True)
     return table[(table["client"] == "") & ((table["round"] == "") | (not cell.keys))]
 
 

@@ -113,6 +113,11 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
     return found.iloc[0]
 
 
+def headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a metric that have no key column set, one a variant and scenario."""
+    return table[(table["metric"] == metric) & (table[keys(table)[3:]] == "").all(axis=1)]
+
+
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table without padding, so that its text changes only where a value does."""
     lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]

@@ -28,6 +28,14 @@ BACKDOOR = ThreatModel(
     defender_sees="The server sees every client's generator and the losses that it reports; never images or discriminators.",
     out_of_scope="A dishonest server, colluding majorities, attacks on the channel.",
 )
+BACKDOOR_DEFENDED = ThreatModel(
+    name="Backdoor against a server that defends itself",
+    goal="As without a defence: the trigger in the images of the shared generator, in spite of the defence.",
+    knowledge="What the others send in the same round, and the defence's code; not the server's secret latent vectors.",
+    capability="Poisons its images, scales or optimises what it sends, lies about its losses, bides its time. A minority.",
+    defender_sees="Every client's generator, in the clear, and the losses that it reports; no images, no discriminators.",
+    out_of_scope="Colluding majorities, a dishonest server, secure aggregation (which hides single updates).",
+)
 INVERSION = ThreatModel(
     name="Gradient inversion",
     goal="Reconstruct a client's training images from what it sends.",
