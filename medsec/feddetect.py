@@ -5,9 +5,10 @@ Every defence here is an aggregator with a memory: ``defence(updates, round) -> 
 run. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for attackers,
 ``flagged`` says whom it suspects in this round. Rounds are counted from 0, as `medsec.federated.run_round` does.
 
-What happens to odd input, in all of them: with fewer than three updates nobody can be compared with anybody, so nobody
-is flagged; a loss that is missing, NaN or infinite is said in each class; a client that is away for some rounds keeps
-its count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
+What happens to odd input, in all of them: with fewer than three updates nobody can be compared with anybody, so no
+comparison is made (what a defence remembers still counts); what becomes of a loss that is missing, NaN or infinite is
+said in each class, and a finite one is taken as at most ±`LARGEST_LOSS`; a client that is away for some rounds keeps its
+count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
 """
 
 import math
@@ -24,6 +25,7 @@ from medsec.errors import InputError
 from medsec.federated import State, Update, fedavg
 
 LEAST_CLIENTS = 3
+LARGEST_LOSS = 1e6  # beyond float32 the isolation forest would flag the wrong ones, and a median would overflow
 # 1.4826 MAD estimates the standard deviation of normal data.
 MAD_TO_SD = 1.4826
 
@@ -32,10 +34,11 @@ def isolation_flags(losses: Sequence[float]) -> np.ndarray:
     """Which losses the released detector isolates: an isolation forest on the points (0, |loss|).
 
     ``IsolationForest(max_samples=m, contamination="auto", random_state=999)`` as in the released code; it is two-sided,
-    a low loss is flagged as well.
+    a low loss is flagged as well. Its threshold compares sums that are equal up to rounding where all losses are equal:
+    it then flags everybody (m = 4 and 7) or nobody (3, 5, 6, 8, 9).
 
     Args:
-        losses: (m,) finite numbers.
+        losses: (m,) finite numbers, at most `LARGEST_LOSS` in size.
 
     Returns:
         (m,) bool; nobody is flagged among fewer than three.
@@ -72,7 +75,7 @@ def null_rates(m: int, rounds: int, seed: int) -> dict[str, float]:
 def reported(updates: Sequence[Update], name: str) -> np.ndarray:
     """(n,) the losses of that name; NaN where a client reports none that is finite."""
     values = np.array([u.metrics.get(name, math.nan) for u in updates], dtype=np.float64)
-    return np.where(np.isfinite(values), values, math.nan)
+    return np.where(np.isfinite(values), values.clip(-LARGEST_LOSS, LARGEST_LOSS), math.nan)
 
 
 def _forest(losses: np.ndarray) -> np.ndarray:
@@ -209,7 +212,8 @@ def peculiarity(images: Tensor) -> Tensor:
     Of every client's images the mean and the standard deviation over the latents are taken, pixel by pixel: two maps.
     From each map the median of the *other* clients' maps is subtracted; the root mean square of the difference is
     searched for its largest value over all `WINDOWS`, and over the whole image. A second time the difference is divided
-    by what is usual at the pixel (the median over the clients), so that a faint pattern in a quiet corner counts too.
+    by what is usual around the pixel (the lower median over the clients of its size, averaged over 5 × 5 pixels, plus a
+    tenth of the image's mean), so that a faint pattern in a quiet corner counts too.
 
     Args:
         images: (m, n, C, S, S), image k of every client from the same latent vector and label; m ≥ 3.
@@ -225,7 +229,7 @@ def peculiarity(images: Tensor) -> Tensor:
         usual = F.avg_pool2d(_pad(difference.abs().median(0).values[None], 2), 5, 1)
         usual = usual + 0.1 * usual.mean() + 1e-6
         for relative in (difference, difference / usual):
-            square = relative**2
+            square = relative**2 + 1e-12  # keeps the root's gradient finite
             columns += [F.avg_pool2d(_pad(square, k // 2), k, 1).amax((1, 2, 3)).sqrt() for k in WINDOWS]
             columns.append(square.mean((1, 2, 3)).sqrt())
     return torch.stack(columns, 1) + 1e-9
@@ -291,7 +295,8 @@ class Hardened:
 
     It looks on during the second part of the warm-up and acts after it.
 
-    With fewer than three updates there is no evidence and no action; without a finite loss the images alone speak. If
+    With fewer than three updates there is no new evidence, and old suspicion still weighs; without a finite loss the
+    images alone speak; a generator that draws NaN counts as caught, and the others are compared without it. If
     everybody's weight is 0, the server keeps the state that it has. It costs drawing n images from every generator a
     round, and it needs each client's update in the clear: plain secure aggregation rules it out.
 
@@ -326,19 +331,23 @@ class Hardened:
         self.suspicion: dict[int, float] = {}
 
     def evidence(self, updates: Sequence[Update], round: int) -> np.ndarray:
-        """(m,) each client's evidence in this round; −inf where there are fewer than three to compare."""
+        """(m,) each client's evidence in this round: −inf where there are fewer than three to compare, ∞ for a generator
+        whose images are not finite."""
         if len(updates) < LEAST_CLIENTS:
             return np.full(len(updates), -np.inf)
         with torch.no_grad():
             images = torch.stack([self.draw(u.state, round) for u in updates])
-            seen = map_evidence(images, self.scale).cpu().double().numpy()
-        return np.maximum(seen, loss_evidence(reported(updates, "loss_g"), self.loss_floor))
+            drawn = torch.isfinite(images).flatten(1).all(1)
+            seen = torch.where(drawn, -math.inf, math.inf).double()
+            if drawn.sum() >= LEAST_CLIENTS:
+                seen[drawn] = map_evidence(images[drawn], self.scale).double()
+        return np.maximum(seen.cpu().numpy(), loss_evidence(reported(updates, "loss_g"), self.loss_floor))
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
         clients = [u.client for u in updates]
         found = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
-        if np.isfinite(found).any():
+        if (found > -np.inf).any():
             for client, e in zip(clients, found, strict=True):
                 before = self.suspicion.get(client, 0.0)
                 self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))

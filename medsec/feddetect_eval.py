@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medsec import classifier, feddetect, federated, fedgan, fedgan_eval, metrics, tables, triggers
 from medsec import params as parameters
+from medsec.errors import InputError
 from medsec.federated import State, Update, derive_seed, torch_generator
 from medsec.fedgan_attackers import SCENARIOS, Attack, Aware, special_trigger
 from medsec.fedgan_eval import Setup
@@ -61,7 +62,6 @@ UNITS = {
     "label_accuracy": "share",
     "downstream_auc": "AUC",
     "frechet_minus_clean": "distance",
-    "trigger_rate_minus_clean": "share",
     "downstream_auc_minus_clean": "AUC",
     "augmented_auc": "AUC",
     "augmented_auc_gain": "AUC",
@@ -253,7 +253,8 @@ def run_variant(
         seed = derive_seed(federation.seed, "per round")
         labels = fedgan_eval.reference_labels(setup, DRAWN_EACH_ROUND, seed)
         images, _ = fedgan.synthesise(federation.generator(), DRAWN_EACH_ROUND, seed, labels)
-        log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
+        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
+            log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
 
     fedgan.run(federation, aggregate=aggregate, after_round=look)
     return federation, log
@@ -311,13 +312,16 @@ def _image_rows(rows: tables.Rows, setup: Setup, federation: fedgan.Federation, 
 
 
 def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
-    """Rows on flags, weights and evidence; only those that the defence gives."""
+    """Rows on flags, weights and evidence; only those that the defence gives.
+
+    An update that was turned away because it is broken (`federated.screen`) counts as flagged and as weighing nothing.
+    """
     m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
     for entry in log:
         rows.add("trigger_rate", entry["trigger_rate"], DRAWN_EACH_ROUND, round=entry["round"])
     found = [entry["diagnostics"] for entry in log]
     if "flagged" in found[0]:
-        flags = pd.DataFrame([d["flagged"] for d in found]).astype(float)
+        flags = pd.DataFrame([d["flagged"] for d in found]).reindex(columns=range(m)).astype(float).fillna(1.0)
         _seat_rows(rows, flags, attackers, "tpr", "fpr")
         rows.add("any_flag", flags.any(axis=1).mean(), len(flags))
     if "acted" in found[0]:
@@ -326,7 +330,7 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
         _seat_rows(rows, flags.mul(acted, axis=0), attackers, "", "fpr_acted")
     if "weights" not in found[0]:
         return
-    weights = pd.DataFrame([d["weights"] for d in found]).fillna(0.0)
+    weights = pd.DataFrame([d["weights"] for d in found]).reindex(columns=range(m)).fillna(0.0)
     blocked = (weights < BLOCKED / m).astype(float)
     _seat_rows(rows, blocked, attackers, "blocked_tpr", "false_exclusion")
     benign = weights[[c for c in weights if c not in attackers]]
@@ -404,8 +408,17 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
 
 
 def _few(setup: Setup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A few images of every class of ``public``."""
+    """A few images of every class of ``public``.
+
+    Raises:
+        InputError: a class has fewer.
+    """
     images, labels = setup.splits["public"]
+    least = int(torch.bincount(labels.cpu(), minlength=setup.cohort.n_classes).min())
+    if least < per_class:
+        raise InputError(
+            f"feddetect.downstream.real_per_class {per_class}: a class of split 'public' has {least} images; lower it"
+        )
     rng = torch_generator(seed, "few")
     order = torch.randperm(len(labels), generator=rng)
     index = torch.cat([order[(labels[order] == k).cpu()][:per_class] for k in range(setup.cohort.n_classes)])
@@ -446,10 +459,10 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
 
     (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
     losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
-    (3) ``<metric>_minus_clean``: the difference to the undefended federation without
+    (3) For all others ``<metric>_minus_clean``: the difference to the undefended federation without
     attack, on the same seed and the same size and partition of the federation.
     """
-    if params.fedgan.n_clients == 4 and len(params.fedgan.malicious) == 1:
+    if has_twin(params):
         like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
         runs = _with(runs, like.assign(variant=TWIN[0]))
     for liar, truthful in SAME_BUT_FOR_LOSSES.items():
@@ -458,10 +471,16 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     return pd.concat([runs, _minus_clean(runs, params)], ignore_index=True)
 
 
+def has_twin(params: Params) -> bool:
+    """Whether the two variants of `TWIN` are the same rule in the headline's federation."""
+    return params.fedgan.n_clients == 4 and len(params.fedgan.malicious) == 1
+
+
 def _with(runs: pd.DataFrame, copied: pd.DataFrame) -> pd.DataFrame:
     """The runs and those copied rows that are not among them."""
     address = [c for c in runs.columns if c not in ("value", "n_items", "unit")]
     there = pd.MultiIndex.from_frame(runs[address].astype(str))
+    copied = copied[copied["metric"] != "server_ms"]  # a time is measured or not there
     fresh = copied[~pd.MultiIndex.from_frame(copied[address].astype(str)).isin(there)]
     return pd.concat([runs, fresh], ignore_index=True)
 
@@ -480,16 +499,14 @@ def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    compared = ("frechet", "trigger_rate", "downstream_auc")
+    compared = ("frechet", "downstream_auc")
     rows = runs[runs["metric"].isin(compared) & (runs["round"] == "") & (runs["client"] == "")].copy()
     many = str(params.feddetect.scenario.colluders[1])
     rows["size"] = rows["m"].where(~((rows["scenario"] == "colluders") & (rows["m"] == "")), many)
     checker = (rows["variant"] == "none") & (rows["scenario"] == "no_attack") & (rows["trigger"] == "")
     by = ["seed", "metric", "size", "partition"]
     clean = rows[checker].set_index(by)["value"]
-    joined = rows.join(clean.rename("clean"), on=by).dropna(subset="clean")
+    joined = rows[~checker].join(clean.rename("clean"), on=by).dropna(subset="clean")
     joined["value"] -= joined["clean"]
     joined["metric"] += "_minus_clean"
-    return (
-        joined[joined["variant"] != "none"].drop(columns=["size", "clean"])[runs.columns] if len(joined) else runs[:0]
-    )
+    return joined[runs.columns]

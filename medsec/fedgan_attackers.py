@@ -144,8 +144,8 @@ class Aware:
     It trains on clean images like everybody, then changes its generator by gradient steps (Adam) so that the *average*
     that the server will form shows the trigger, while its own evidence, computed by the defence's own code on the
     others' real updates, stays below ``evade`` times the flag's threshold. In the end it measures its evidence on fresh
-    latents and, where that is too high, moves back towards the clean update by bisection. It knows everything but the
-    server's secret latents.
+    latents and, where that is too high, moves back towards the clean update by bisection; where even the clean update is
+    too peculiar, it sends that. It knows everything but the server's secret latents.
 
     Args:
         generator: any generator of the federation, for its architecture.
@@ -154,7 +154,7 @@ class Aware:
         scale: `map_evidence`'s scale.
         threshold: the flag's threshold.
         evade: share of the threshold that it allows itself.
-        steps, draws, lr: gradient steps a round, latents a step, Adam's learning rate.
+        steps, draws, lr: gradient steps a round, latents a round (fresh ones for the last measurement), Adam's rate.
         begin: round of its first attack.
     """
 

@@ -86,10 +86,11 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
         found.append(Cell("downstream", seed))
         found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
         if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
-            found += [Cell(scenario, seed, variants=_baselines(scenario), group="baselines") for scenario in blind]
+            found += [Cell(scenario, seed, variants=_baselines(scenario, p), group="baselines") for scenario in blind]
     found += [
         Cell("no_attack", seed, variants=("feddetect_released", "feddetect_hardened"))
         for seed in sweep.false_alarm_seeds
+        if seed not in p.seeds.evaluation
     ]
     for seed in few:
         found += [Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade]
@@ -107,10 +108,10 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     return found
 
 
-def _baselines(scenario: str) -> tuple[str, ...]:
+def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
     """Those that `feddetect_eval.complete` cannot copy from another."""
-    twin = () if SCENARIOS[scenario].colluders else (feddetect_eval.TWIN[0],)
-    return tuple(variant for variant in BASELINES if variant not in twin)
+    copied = feddetect_eval.has_twin(p) and not SCENARIOS[scenario].colluders
+    return tuple(variant for variant in BASELINES if not (copied and variant == feddetect_eval.TWIN[0]))
 
 
 def _federations(cohort: str, p: Params) -> list[dict]:

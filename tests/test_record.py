@@ -143,5 +143,7 @@ def test_committed_records_meet_their_plan():
         assert {"profile", "params", "versions", "hardware", "code", "cpu_seconds"} <= about.keys()
         if about["cells_finished"] == about["cells_planned"]:
             headline = table[(table[tables.keys(table)[3:]] == "").all(axis=1)]
-            assert headline["n"].min() >= 5, file
+            fewer = headline["variant"].isin(record_designs.BASELINES)  # robust aggregators, for comparison
+            assert headline["n"][~fewer].min() >= 5, file
+            assert headline["n"].min() >= 3, file
         assert isinstance(table, pd.DataFrame)

@@ -1,0 +1,642 @@
+"""Cells of notebook 02 end to end: fair pairs from one warm-up, rows that say what they promise, plan and record."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medsec import (
+    classifier,
+    feddetect,
+    feddetect_eval,
+    federated,
+    fedgan,
+    fedgan_eval,
+    metrics,
+    params,
+    paths,
+    record,
+    record_designs,
+    tables,
+    triggers,
+)
+from medsec.errors import InputError
+from medsec.feddetect_eval import KEYS, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
+from medsec.federated import Update, derive_seed
+from medsec.fedgan_attackers import SCENARIOS
+
+NOTEBOOK, COHORT, SEED = "02_feddetect", "npz", 0
+SMALL = {
+    "seeds": {"tuning": [9], "evaluation": [0, 1]},
+    "classifier": {"batch": 32},
+    "fedgan": {
+        "n_clients": 4,
+        "malicious": [0],
+        "partition": "iid",
+        "images_per_client": 16,
+        "rounds": 5,
+        "gan": {"z_dim": 4, "width": 4, "batch": 8},
+        "measure": {"synthetic": 100, "extractor_epochs": 1, "downstream_epochs": 1, "probe": 8, "threshold_fpr": 0.1},
+    },
+    "feddetect": {
+        "warm_up": 0.4,
+        "hardened": {"draws": 32, "watch": 0.5},
+        "scenario": {"colluders": [2, 8], "strike_every": 2, "aware": {"steps": 2, "draws": 8}},
+        "null_test": {"clients": [4, 5], "rounds": 3},
+        "downstream": {"real_per_class": [2, 4], "synthetic": 100, "steps": 3},
+    },
+    "record": {
+        "feddetect": {"baseline_seeds": 1, "seeds": 1, "n_clients": [6], "evade": [0.5], "false_alarm_seeds": [5, 6]}
+    },
+}
+ROUNDS, WARM_UP = 5, 2
+IMAGES = {"trigger_rate", "trigger_ncc", "frechet", "label_accuracy", "downstream_auc"}
+FLAGS, WEIGHTS = {"fpr", "any_flag"}, {"false_exclusion", "benign_weight_min", "weight"}
+PROMISED = {  # without an attack
+    "none": IMAGES | WEIGHTS,
+    "feddetect_released": IMAGES | FLAGS | WEIGHTS | {"acts", "fpr_acted"},
+    "feddetect_described": IMAGES | FLAGS | WEIGHTS,
+    "feddetect_hardened": IMAGES | FLAGS | WEIGHTS | {"evidence"},
+    "median": IMAGES,
+    "trimmed_mean": IMAGES,
+    "krum": IMAGES | WEIGHTS,
+    "multi_krum": IMAGES | WEIGHTS,
+    "norm_clip": IMAGES | WEIGHTS,
+}
+ADDRESS = ["seed", "variant", "scenario", "metric", *KEYS]
+SUMMARY = ["variant", "scenario", "metric", *KEYS]
+
+
+@pytest.fixture(scope="module")
+def p(tmp_path_factory):
+    """Parameters of cells of seconds, for a file of random images (one for the whole module: cells are shared)."""
+    file = tmp_path_factory.mktemp("cohort") / "tiny.npz"
+    draw, content = np.random.default_rng(0), {}
+    for split in ("train", "val", "test"):
+        content[f"{split}_images"] = draw.integers(0, 256, (240, 28, 28), dtype=np.uint8)
+        content[f"{split}_labels"] = (np.arange(240) % 2).astype(np.uint8)[:, None]
+    np.savez_compressed(file, **content)
+    tree = params.merge(params.load().model_dump(), SMALL)
+    yield params.validate(params.merge(tree, {"cohorts": {"npz": {"path": str(file)}}}))
+    fedgan_eval._prepare.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def cell(p):
+    """Function: the rows and pictures of one of `CELLS`, run once."""
+
+    @functools.cache
+    def run(scenario):
+        return feddetect_eval.run_cell(COHORT, p, SEED, scenario, CELLS[scenario])
+
+    return run
+
+
+def about_images(table, variant):
+    """The rows that describe the federation's images: they tell two generators apart."""
+    rows = table[(table["variant"] == variant) & table["metric"].isin(IMAGES)]
+    return rows.drop(columns=["variant", "scenario"]).reset_index(drop=True)
+
+
+def value(table, **where):
+    return tables.row(table.drop(columns="seed"), **where)["value"]
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+CELLS = {
+    "no_attack": VARIANTS,
+    "honest": ("none", "feddetect_released", "median", "norm_clip"),
+    "boost": ("none", "feddetect_hardened", "median", "trimmed_mean", "norm_clip"),
+    "liar": ("none", "median"),
+    "framer": ("none", "median"),
+    "boost_liar": ("none", "feddetect_described", "feddetect_hardened", "norm_clip"),
+    "colluders": ("none", "feddetect_hardened", "median", "trimmed_mean", "multi_krum"),
+    "waitout": ("feddetect_released", "feddetect_hardened"),
+    "aware": ("none", "feddetect_hardened"),
+}
+
+
+@pytest.mark.parametrize("scenario", CELLS)
+def test_a_cell_has_the_rows_that_it_promises(cell, p, scenario):
+    table, pictures = cell(scenario)
+    assert tuple(table["variant"].unique()) == CELLS[scenario]
+    assert (table["scenario"] == scenario).all()
+    assert not table.duplicated(ADDRESS).any()
+    assert np.isfinite(table["value"]).all()
+    assert (table["unit"] == table["metric"].map(UNITS)).all()
+    assert (table["n_items"] > 0).all()
+    assert table.loc[table["unit"].isin(["share", "AUC"]), "value"].between(0, 1).all()
+    for variant in CELLS[scenario]:
+        rows = table[table["variant"] == variant]
+        expected = set(PROMISED[variant])
+        if SCENARIOS[scenario].attacks:
+            expected |= {"tpr"} if "fpr" in expected else set()
+            expected |= {"blocked_tpr", "rounds_to_detect"} if "weight" in expected else set()
+        assert set(rows["metric"]) == expected, variant
+        per_round = rows[(rows["metric"] == "trigger_rate") & (rows["round"] != "")]
+        assert list(per_round["round"]) == ["3", "4", "5"], "rounds of the warm-up are not the defence's"
+        assert set(rows[(rows[list(KEYS)] == "").all(axis=1)]["metric"]) >= IMAGES
+        assert pictures[variant].shape == (fedgan_eval.GALLERY, 1, 28, 28)
+    clients = 8 if scenario == "colluders" else 4
+    weights = table[table["metric"] == "weight"]
+    assert set(weights["client"]) == set(map(str, range(clients)))
+    sums = weights.groupby(["variant", "round"])["value"].sum()
+    assert all(s == pytest.approx(1) or s == 0 for s in sums)
+    summary = metrics.summarise(table, KEYS)
+    assert len(summary) == len(table)
+
+
+def test_a_client_is_blocked_below_a_hundredth_of_its_equal_share(p, monkeypatch):
+    """Of four clients that is 0.0025; counted from the end of the warm-up."""
+    first = {2: 0.003, 3: 0.002, 4: 0.002}  # the attacker's weight by round
+
+    def rule(updates, round=0):
+        own = first.get(round, 0.25)
+        return federated.fedavg(updates, weights=[own, *[(1 - own) / 3] * 3])
+
+    monkeypatch.setattr(feddetect_eval, "uniform_mean", rule)
+    table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "honest", ("none",))
+    found = {
+        m: value(table, variant="none", scenario="honest", metric=m)
+        for m in ("blocked_tpr", "rounds_to_detect", "false_exclusion", "benign_weight_min")
+    }
+    assert found == pytest.approx(
+        {"blocked_tpr": 2 / 3, "rounds_to_detect": 2, "false_exclusion": 0, "benign_weight_min": 0.997 / 3}
+    )
+
+
+@pytest.mark.parametrize("scenario", ["boost_liar", "colluders"])
+def test_weights_and_evidence_add_up_to_the_rows_on_detection(cell, p, scenario):
+    """A second way to every share, from the per-client rows."""
+    table, _ = cell(scenario)
+    m, attackers = (8, ["0", "1"]) if scenario == "colluders" else (4, ["0"])
+    rows = table[table["variant"] == "feddetect_hardened"]
+
+    def grid(metric):
+        return rows[rows["metric"] == metric].pivot(index="round", columns="client", values="value")
+
+    found = {
+        metric: value(rows, variant="feddetect_hardened", scenario=scenario, metric=metric)
+        for metric in (
+            "tpr",
+            "fpr",
+            "any_flag",
+            "blocked_tpr",
+            "false_exclusion",
+            "benign_weight_min",
+            "rounds_to_detect",
+        )
+    }
+    weight, flag = grid("weight"), grid("evidence") > feddetect_eval.flag_threshold(p)
+    assert weight.shape == flag.shape == (ROUNDS - WARM_UP, m)
+    blocked = weight < 0.01 / m
+    expected = {
+        "tpr": flag[attackers].to_numpy().mean(),
+        "fpr": flag.drop(columns=attackers).to_numpy().mean(),
+        "any_flag": flag.any(axis=1).mean(),
+        "blocked_tpr": blocked[attackers].to_numpy().mean(),
+        "false_exclusion": blocked.drop(columns=attackers).to_numpy().mean(),
+        "benign_weight_min": weight.drop(columns=attackers).min().min(),
+        "rounds_to_detect": next((i + 1 for i, b in enumerate(blocked[attackers].all(axis=1)) if b), len(blocked) + 1),
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_the_same_cell_again_in_another_order(cell, p):
+    """Nothing of one defence leaks into the next; only times differ, and they are only there if asked for."""
+    variants = CELLS["boost_liar"]
+    first, pictures = cell("boost_liar")
+    again, pictures_again = feddetect_eval.run_cell(COHORT, p, SEED, "boost_liar", variants[::-1], timed=True)
+    timed = again["metric"] == "server_ms"
+    assert sorted(again[timed]["variant"]) == sorted(variants)
+    assert (again[timed]["value"] > 0).all()
+    first, again = (table.sort_values(ADDRESS, ignore_index=True) for table in (first, again[~timed]))
+    pd.testing.assert_frame_equal(again, first, check_exact=True)
+    assert all(np.array_equal(pictures[name], pictures_again[name]) for name in variants)
+
+
+@pytest.mark.parametrize("scenario", ["boost_liar", "colluders", "aware"])
+def test_all_variants_continue_the_same_warm_up(p, scenario):
+    """No defence acts in the warm-up, none changes it, and one that never acts is the undefended federation."""
+    changed = feddetect_eval.settings(p, scenario)
+    setup = feddetect_eval.instruments(COHORT, p, changed, scenario)
+    start, watcher = feddetect_eval.warm_up(setup, SEED, scenario)
+    assert start.round == WARM_UP == feddetect_eval.warm_up_rounds(changed)
+    held = {k: v.clone() for k, v in start.state.items()}
+    suspicion = dict(watcher.suspicion)
+    assert set(suspicion) == set(range(changed.fedgan.n_clients)), "the watcher saw nothing"
+    plain, log = feddetect_eval.run_variant(setup, start, watcher, scenario, "none")
+    patient = params.validate(params.merge(changed.model_dump(), {"feddetect": {"patience": 99}}))
+    idle, _ = feddetect_eval.run_variant(
+        dataclasses.replace(setup, params=patient), start, watcher, scenario, "feddetect_described"
+    )
+    strict, _ = feddetect_eval.run_variant(setup, start, watcher, scenario, "krum")
+    assert [entry["round"] for entry in log] == [3, 4, 5]
+    assert (plain.round, idle.round, start.round) == (ROUNDS, ROUNDS, WARM_UP)
+    assert all(torch.equal(plain.state[k], v) for k, v in idle.state.items())
+    assert any(not torch.equal(plain.state[k], v) for k, v in strict.state.items())
+    assert all(torch.equal(held[k], v) for k, v in start.state.items())
+    assert watcher.suspicion == suspicion
+    # The clients' boosts belong to the copies.
+    assert [c.boost for c in start.clients] == [1.0] * changed.fedgan.n_clients
+    boosted = [c.index for c in plain.clients if c.boost > 1]
+    assert boosted == (changed.fedgan.malicious if SCENARIOS[scenario].boosted else [])
+
+
+def test_the_hardened_defence_remembers_the_second_part_of_the_warm_up(p):
+    setup = feddetect_eval.instruments(COHORT, p, p, "no_attack")
+    start, watcher = feddetect_eval.warm_up(setup, SEED, "no_attack")
+    rule = feddetect_eval.defence("feddetect_hardened", p, start, watcher)
+    assert rule.suspicion == watcher.suspicion
+    assert rule.suspicion is not watcher.suspicion
+    assert (rule.watch, rule.warm_up) == (1, 2)
+    assert rule.threshold == feddetect_eval.flag_threshold(p) == watcher.threshold
+
+
+def test_the_server_draws_fresh_latents_each_round_alike_for_all(p):
+    setup = feddetect_eval.instruments(COHORT, p, p, "no_attack")
+    federation, _ = feddetect_eval.warm_up(setup, SEED, "no_attack")
+    draw = feddetect_eval.drawer(federation, 40)
+    first, again, later = draw(federation.state, 3), draw(federation.state, 3), draw(federation.state, 4)
+    assert first.shape == (40, 1, 28, 28)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    # What is drawn follows from the state, not from the last one drawn.
+    other = {k: v + 0.1 if v.is_floating_point() else v for k, v in federation.state.items()}
+    assert not torch.equal(draw(other, 3), first)
+    assert torch.equal(draw(federation.state, 3), first)
+    same_seed = fedgan.synthesise(federation.generator(), 40, derive_seed(SEED, "server", 3))[0]
+    assert torch.equal(first, same_seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ scenarios
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_settings_and_instruments_of_every_scenario(p, scenario):
+    what, changed = SCENARIOS[scenario], feddetect_eval.settings(p, scenario)
+    assert (changed.fedgan.n_clients, changed.fedgan.malicious) == ((8, [0, 1]) if what.colluders else (4, [0]))
+    stealth = p.feddetect.scenario.stealth_ratio
+    assert changed.fedgan.poison.ratio == (stealth if what.stealthy else p.fedgan.poison.ratio)
+    setup = feddetect_eval.instruments(COHORT, p, changed, scenario)
+    assert setup.params == changed
+    plain = fedgan_eval.prepare(COHORT, p)
+    assert setup.extractor is plain.extractor, "defences are measured with the same instruments"
+    if what.trigger is None:
+        assert setup.trigger is plain.trigger
+    else:
+        assert setup.trigger.kind == ("blended" if what.trigger == "stripes" else what.trigger)
+        assert not torch.equal(setup.trigger.pattern, plain.trigger.pattern) or what.trigger == "moving"
+    public = setup.splits["public"][0]
+    assert setup.threshold == triggers.calibrate(setup.trigger, public, p.fedgan.measure.threshold_fpr)
+
+
+def test_keys_change_what_they_name(p):
+    changed = feddetect_eval.settings(p, "boost_liar", {"m": 6, "partition": "dirichlet", "trigger": "grid"})
+    assert (changed.fedgan.n_clients, changed.fedgan.partition, changed.fedgan.trigger.kind) == (6, "dirichlet", "grid")
+    assert feddetect_eval.settings(p, "aware", {"evade": 0.5}).feddetect.scenario.aware.evade == 0.5
+    with pytest.raises(InputError, match="scenario boost_liar"):
+        feddetect_eval.settings(p, "boost_liar", {"m": 0})
+
+
+def test_keys_address_the_rows(p):
+    table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "boost_liar", ("none",), {"m": 5})
+    assert (table["m"] == "5").all()
+    assert set(table[table["metric"] == "weight"]["client"]) == {"0", "1", "2", "3", "4"}
+
+
+def test_one_who_waits_strikes_in_the_last_round_and_never_in_the_warm_up(p):
+    longer = params.merge(feddetect_eval.settings(p, "waitout").model_dump(), {"fedgan": {"rounds": 6}})
+    setup = feddetect_eval.instruments(COHORT, p, params.validate(longer), "waitout")
+    federation, watcher = feddetect_eval.warm_up(setup, SEED, "waitout")
+    attack = feddetect_eval.attack_of("waitout", setup, federation, watcher)
+    updates = [Update(i, {"w": torch.tensor([10.0 * (i == 0)])}, 1, {"loss_g": 1.0}) for i in range(4)]
+    sent = [float(attack(updates, t)[0].state["w"]) for t in range(6)]
+    assert sent == [0.0, 0.0, 0.0, 10.0, 0.0, 10.0]  # every second round, counted from the end
+
+
+@pytest.mark.parametrize(("liar", "truthful"), SAME_BUT_FOR_LOSSES.items())
+def test_to_a_defence_that_reads_no_losses_a_liar_is_a_truthful_attacker(cell, liar, truthful):
+    first, second = (cell(scenario)[0] for scenario in (liar, truthful))
+    variants = set(first["variant"]) & set(second["variant"]) - set(READS_LOSSES)
+    assert variants
+    for variant in variants:
+        pd.testing.assert_frame_equal(about_images(first, variant), about_images(second, variant), check_exact=True)
+
+
+def test_with_four_clients_the_trimmed_mean_is_the_median(cell):
+    """Both are the mean of the middle two; with eight and two attackers they differ."""
+    table, _ = cell("boost")
+    pd.testing.assert_frame_equal(*(about_images(table, v) for v in TWIN), check_exact=True)
+    table, _ = cell("colluders")
+    assert not about_images(table, TWIN[0]).equals(about_images(table, TWIN[1]))
+
+
+# ---------------------------------------------------------------------------------------------------- aggregation rules
+
+
+def updates_of(rows):
+    return [Update(i, {"w": torch.tensor(row, dtype=torch.float32)}, 1 + i) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 2), (9, 2), (9, 3)])
+def test_nearest_krum_is_krum_where_that_is_defined(n, f):
+    updates = updates_of(np.random.default_rng(n).normal(size=(n, 20)))
+    for keep, rule in ((1, federated.krum), (n - f, federated.multi_krum)):
+        expected, chosen = rule(updates, n_malicious=f)
+        found, diagnostics = feddetect_eval.nearest_krum(updates, n_malicious=f, keep=keep)
+        torch.testing.assert_close(found["w"], expected["w"], rtol=0, atol=0)
+        weights = {u.client: (u.client in chosen["selected"]) / keep for u in updates}
+        assert diagnostics["weights"] == pytest.approx(weights)
+
+
+def test_nearest_krum_of_four_takes_one_of_the_closest_pair():
+    rows = np.random.default_rng(0).normal(size=(4, 6))
+    with pytest.raises(InputError, match="2 f"):
+        federated.krum(updates_of(rows), n_malicious=1)
+    distance = {(i, j): np.linalg.norm(rows[i] - rows[j]) for i in range(4) for j in range(i)}
+    found, diagnostics = feddetect_eval.nearest_krum(updates_of(rows), n_malicious=1, keep=1)
+    (chosen,) = [client for client, w in diagnostics["weights"].items() if w == 1]
+    assert chosen in min(distance, key=distance.get)
+    np.testing.assert_array_equal(found["w"], np.float32(rows[chosen]))
+
+
+# ----------------------------------------------------------------------------------------------------- null, downstream
+
+
+def test_null_rows(p):
+    for m in (4, 5):
+        table = feddetect_eval.run_null(p, 3, m)
+        expected = feddetect.null_rates(m, 3, derive_seed(3, "null", m))
+        found = {
+            metric: value(table, variant="feddetect_released", scenario="null", metric=metric, m=str(m))
+            for metric in ("fpr", "any_flag", "acts")
+        }
+        assert found == pytest.approx(expected)
+        assert dict(zip(table["metric"], table["n_items"], strict=True)) == {"fpr": 3 * m, "any_flag": 3, "acts": 3}
+
+
+def test_downstream_compares_classifiers_on_the_same_real_images(p, monkeypatch):
+    """Every classifier takes equally many steps from the same start; without synthetic images it sees few real ones."""
+    fedgan_eval.prepare(COHORT, p)
+    seen, fit = [], classifier.fit
+
+    def watched(images, labels, *args, **options):
+        if options["seed"] == derive_seed(SEED, "augmented"):
+            seen.append((images, options["epochs"]))
+        return fit(images, labels, *args, **options)
+
+    monkeypatch.setattr(classifier, "fit", watched)
+    table = feddetect_eval.run_downstream(COHORT, p, SEED)
+    assert not table.duplicated(ADDRESS).any()
+    auc, gain = (
+        table[table["metric"] == m].set_index(["source", "real"])["value"]
+        for m in ("augmented_auc", "augmented_auc_gain")
+    )
+    sources = list(feddetect_eval.SOURCES)
+    assert set(auc.index) == {(s, r) for s in ("real", *sources) for r in ("2", "4")}
+    assert set(gain.index) == {(s, r) for s in sources for r in ("2", "4")}
+    for source, real in gain.index:
+        assert gain[source, real] == pytest.approx(auc[source, real] - auc["real", real])
+    assert len(seen) == 8
+    assert {(len(images), epochs) for images, epochs in seen} == {(3 * 32, 1)}
+    public = fedgan_eval.prepare(COHORT, p).splits["public"][0]
+    known = {image.numpy().tobytes() for image in public}
+    for per_class, (control, *mixed) in ((2, seen[:4]), (4, seen[4:])):
+        few = {image.numpy().tobytes() for image in control[0]}
+        assert few <= known
+        assert len(few) == 2 * per_class
+        for images, _ in mixed:
+            kept = (images == control[0]).flatten(1).all(1)
+            assert 0.3 < kept.float().mean() < 0.7, "half of the stream is synthetic, at the same places"
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def row(variant, scenario, metric, number, seed=0, **cells):
+    return tables.run_row(KEYS, seed, variant, scenario, metric, number, 10, UNITS[metric], **cells)
+
+
+def test_complete_fills_what_follows_and_nothing_twice(cell, p):
+    """The copied rows are those that running the cell gives; what was run itself stays."""
+    honest, boost, ran = (cell(scenario)[0] for scenario in ("honest", "boost", "boost_liar"))
+    ran = ran[ran["variant"] == "none"].assign(value=0.125)
+    full = feddetect_eval.complete(pd.concat([honest, boost, ran], ignore_index=True), p)
+    assert not full.duplicated(ADDRESS).any()
+    names = full.groupby("scenario")["variant"].unique().map(set).to_dict()
+    blind = {"none", "median", "trimmed_mean", "norm_clip"}
+    assert names == {
+        "honest": {*CELLS["honest"], "trimmed_mean"},
+        "boost": set(CELLS["boost"]),
+        "liar": blind,
+        "framer": blind,
+        "boost_liar": blind,
+    }
+    part = full[(full["scenario"] == "boost_liar") & (full["variant"] == "none")]
+    assert len(part) == len(ran)
+    assert (part["value"] == 0.125).all()
+    for scenario in ("liar", "framer"):
+        own, source = full[full["scenario"] == scenario], honest[honest["variant"] == "median"]
+        for variant in ("median", "trimmed_mean"):
+            pd.testing.assert_frame_equal(
+                own[own["variant"] == variant].drop(columns=["variant", "scenario"]).reset_index(drop=True),
+                source.drop(columns=["variant", "scenario"]).reset_index(drop=True),
+            )
+    assert len(metrics.summarise(full, KEYS)) == len(full)
+
+
+def test_the_twin_is_not_copied_where_it_is_none(p):
+    median = [row("median", s, "frechet", 3.0, **k) for s, k in (("colluders", {}), ("honest", {"m": 8}))]
+    assert len(feddetect_eval.complete(pd.DataFrame(median[:1]), p)) == 1
+    assert TWIN[0] not in set(feddetect_eval.complete(pd.DataFrame(median), p)["variant"])
+    five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
+    honest = pd.DataFrame([row("median", "honest", "frechet", 3.0)])
+    assert TWIN[0] not in set(feddetect_eval.complete(honest, five)["variant"])
+    assert TWIN[0] in set(feddetect_eval.complete(honest, p)["variant"])
+
+
+def test_differences_to_the_clean_federation_by_hand(p):
+    """Same seed, same size, same partition; colluders are eight, and so is their control."""
+    hardened = "feddetect_hardened"
+    runs = pd.DataFrame(
+        [
+            row("none", "no_attack", "frechet", 10.0),
+            row("none", "no_attack", "frechet", 20.0, seed=1),
+            row("none", "no_attack", "frechet", 100.0, m=8),
+            row("none", "no_attack", "frechet", 1000.0, partition="dirichlet"),
+            row("none", "no_attack", "trigger_rate", 0.25),
+            row("none", "no_attack", "trigger_rate", 0.0, round=3),
+            row(hardened, "no_attack", "frechet", 11.0),
+            row(hardened, "no_attack", "frechet", 9.0, seed=7),  # without a control: no row
+            row(hardened, "boost_liar", "frechet", 12.0),
+            row(hardened, "boost_liar", "frechet", 23.0, seed=1),
+            row(hardened, "boost_liar", "frechet", 104.0, m=8),
+            row(hardened, "boost_liar", "frechet", 1005.0, partition="dirichlet"),
+            row(hardened, "boost_liar", "frechet", 1.0, m=16),  # without a control
+            row(hardened, "boost_liar", "trigger_rate", 0.75),
+            row(hardened, "boost_liar", "trigger_rate", 1.0, round=3),
+            row(hardened, "boost_liar", "label_accuracy", 1.0),
+            row(hardened, "colluders", "frechet", 106.0),
+            row(hardened, "aware", "frechet", 17.0, evade=0.5),
+        ]
+    )
+    full = feddetect_eval.complete(runs, p)
+    found = full[full["metric"].str.endswith("_minus_clean")]
+    columns = ["scenario", "metric", "seed", "m", "partition", "evade"]
+    assert (found["variant"] == hardened).all()
+    assert {tuple(map(str, r[:-1])): r[-1] for r in found[[*columns, "value"]].itertuples(index=False)} == {
+        ("no_attack", "frechet_minus_clean", "0", "", "", ""): 1.0,
+        ("boost_liar", "frechet_minus_clean", "0", "", "", ""): 2.0,
+        ("boost_liar", "frechet_minus_clean", "1", "", "", ""): 3.0,
+        ("boost_liar", "frechet_minus_clean", "0", "8", "", ""): 4.0,
+        ("boost_liar", "frechet_minus_clean", "0", "", "dirichlet", ""): 5.0,
+        ("colluders", "frechet_minus_clean", "0", "", "", ""): 6.0,
+        ("aware", "frechet_minus_clean", "0", "", "", "0.5"): 7.0,
+    }
+    assert set(found["metric"]) <= UNITS.keys()
+    assert not full.duplicated(ADDRESS).any()
+
+
+# ------------------------------------------------------------------------------------------------- clients that go wrong
+
+
+def failing(client, rounds):
+    """`fedgan.train_client`, but this client sends NaN in these rounds."""
+    original = fedgan.train_client
+
+    def train(own, state, federation, round):
+        update = original(own, state, federation, round)
+        if own.index == client and round in rounds:
+            name = next(iter(update.state))
+            update.state[name] = torch.full_like(update.state[name], math.nan)
+        return update
+
+    return train
+
+
+@pytest.mark.parametrize(("client", "rounds"), [(1, (3,)), (0, (2, 3, 4))])
+def test_a_client_that_sends_nan_leaves_a_table(p, monkeypatch, client, rounds):
+    """The server rejects it; what is left is measured, and every row can be summarised."""
+    monkeypatch.setattr(fedgan, "train_client", failing(client, rounds))
+    variants = ("none", "feddetect_released", "feddetect_hardened")
+    table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "boost_liar", variants)
+    assert np.isfinite(table["value"]).all()
+    assert len(metrics.summarise(table, KEYS)) == len(table)
+
+
+# --------------------------------------------------------------------------------------------------------------- record
+
+
+def plan(p, profile=None):
+    if profile is not None:
+        tree = params.merge(params.load(profile).model_dump(), {"cohorts": {"npz": {"path": p.cohorts.npz.path}}})
+        p = params.validate(tree)
+    return p, record_designs.cells_02(COHORT, p)
+
+
+@pytest.mark.parametrize("profile", [None, "quick", "full", "full-gpu"])
+def test_cells_of_the_plan_have_names_of_their_own(p, profile):
+    """A name is a file: two cells of one name would overwrite each other."""
+    changed, cells = plan(p, profile)
+    names = [c.name for c in cells]
+    assert len(set(names)) == len(names)
+    assert {len(c.keys) for c in cells} == {0, 1}
+    for c in cells:
+        if c.arm in SCENARIOS:
+            feddetect_eval.settings(changed, c.arm, c.keys)
+            assert set(c.variants) <= set(VARIANTS)
+        else:
+            assert c.arm in ("null", "downstream")
+
+
+def planned(p, cells):
+    """What the record's table will hold: the (variant, scenario, seed) of the headline, after `complete`."""
+    rows = [row(v, c.arm, "label_accuracy", 1.0, c.seed) for c in cells if not c.keys for v in c.variants]
+    full = feddetect_eval.complete(pd.DataFrame(rows), p)
+    assert not full.duplicated(ADDRESS).any(), "two cells give the same row"
+    return set(full[["variant", "scenario", "seed"]].itertuples(index=False, name=None))
+
+
+@pytest.mark.parametrize("profile", [None, "full"])
+def test_the_plan_has_every_defence_against_every_attacker(p, profile):
+    """Directly or through what `complete` copies; FedDetect on all evaluation seeds, the baselines on the first."""
+    p, cells = plan(p, profile)
+    ours = ("none", *READS_LOSSES)
+    baseline_seeds = p.seeds.evaluation[: p.record.feddetect.baseline_seeds]
+    expected = {(v, s, seed) for seed in p.seeds.evaluation for s in SCENARIOS for v in ours}
+    expected |= {(v, s, seed) for seed in baseline_seeds for s in SCENARIOS for v in VARIANTS}
+    alarms = {
+        (v, "no_attack", s) for s in p.record.feddetect.false_alarm_seeds for v in READS_LOSSES if "desc" not in v
+    }
+    assert planned(p, cells) == expected | alarms
+    # Each federation of another kind has its control on the same seed.
+    swept = {(tuple(c.keys.items()), c.seed) for c in cells if c.variants and c.keys.keys() & {"m", "partition"}}
+    controls = {(tuple(c.keys.items()), c.seed) for c in cells if c.arm == "no_attack" and "none" in c.variants}
+    assert swept <= controls
+    many = p.feddetect.scenario.colluders[1]
+    assert {((("m", many),), seed) for seed in p.seeds.evaluation} <= controls, "colluders have no control"
+
+
+def test_the_plan_of_another_federation_has_the_trimmed_mean(p):
+    """With five clients it is no twin of the median, so it has to be run."""
+    five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
+    found = planned(five, record_designs.cells_02(COHORT, five))
+    assert {s for v, s, _ in found if v == "trimmed_mean"} == set(SCENARIOS)
+
+
+def test_interrupted_and_resumed_gives_the_same_table(p, tmp_path, monkeypatch):
+    cells = [
+        record.Cell("no_attack", 0, variants=("none", "feddetect_hardened")),
+        record.Cell("honest", 0, variants=("none", "median"), group="baselines"),
+        record.Cell("boost_liar", 0, keys={"m": 5}, variants=("feddetect_released",)),
+        record.Cell("null", 0, keys={"m": 4}),
+    ]
+    small = dataclasses.replace(record_designs.DESIGNS[NOTEBOOK], cells=lambda cohort, p: cells)
+    monkeypatch.setitem(record_designs.DESIGNS, NOTEBOOK, small)
+    monkeypatch.setattr(params, "load", lambda profile: p)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "records", lambda cohort: tmp_path / "records" / cohort)
+
+    def call():
+        return record.main([NOTEBOOK, "--cohort", COHORT, "--processes", "1"])
+
+    assert call() == 0
+    place = record.place(COHORT, p) / NOTEBOOK
+    target = paths.records(COHORT) / f"{NOTEBOOK}.csv"
+    whole = tables.read(target)
+    about = json.loads(target.with_suffix(".json").read_text())
+    assert about["cells_finished"] == about["cells_planned"] == 4
+    assert {"feddetect", "fedgan_attackers", "feddetect_eval"} <= about["modules"].keys()
+
+    # Killed: one cell is missing, one half written, one has no note.
+    for name in ("no_attack-seed0", "null-m=4-seed0"):
+        (place / f"{name}.csv").unlink()
+        (place / f"{name}.json").unlink()
+    (place / "no_attack-seed0.partial").write_text("seed,variant\n")
+    (place / "honest-baselines-seed0.json").unlink()
+    target.unlink()
+    ran, run_cell = [], record.run_cell
+    monkeypatch.setattr(record, "run_cell", lambda *args: ran.append(args[3].name) or run_cell(*args))
+    assert call() == 0
+    assert sorted(ran) == ["honest-baselines-seed0", "no_attack-seed0", "null-m=4-seed0"]
+    resumed = tables.read(target)
+    times = [table["metric"] == "server_ms" for table in (whole, resumed)]
+    assert list(whole[times[0]][SUMMARY].itertuples(index=False)) == list(
+        resumed[times[1]][SUMMARY].itertuples(index=False)
+    )
+    assert {"none", "feddetect_hardened", "feddetect_released", "median"} <= set(whole[times[0]]["variant"])
+    pd.testing.assert_frame_equal(whole[~times[0]], resumed[~times[1]], check_exact=True)
+
+    # Rows of clients stay in the cells' tables of the notebook; rounds only without a key.
+    assert (whole["client"] == "").all()
+    assert (whole.loc[whole["m"] == "5", "round"] == "").all()
+    assert tables.row(whole, variant="median", scenario="liar", metric="frechet")["n"] == 1
+    assert tables.row(whole, variant="feddetect_hardened", scenario="no_attack", metric="frechet_minus_clean")["n"] == 1
+    assert not record.is_stale(NOTEBOOK, COHORT)
