@@ -349,6 +349,8 @@ class Hardened:
         found = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
         if (found > -np.inf).any():
             for client, e in zip(clients, found, strict=True):
+                if e == -np.inf:  # nothing was seen of it: neither accused nor forgiven
+                    continue
                 before = self.suspicion.get(client, 0.0)
                 self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))
         weights = [1.0] * len(clients)

@@ -34,9 +34,10 @@ VARIANTS = (
     "multi_krum",
     "norm_clip",
 )
+ORACLE = "oracle"  # a control, no defence: the server is told who attacks, and leaves them out
 READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
 # To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
-SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "honest", "boost_liar": "boost"}
+SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "boost", "boost_liar": "boost"}
 # Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
 TWIN = ("trimmed_mean", "median")
 QUICK = {  # what the notebook itself runs; the rest is in the record
@@ -48,6 +49,10 @@ UNITS = {
     "tpr": "share",
     "fpr": "share",
     "fpr_acted": "share",
+    "voided": "share",
+    "penalised": "share",
+    "weight_lost": "share",
+    "attacker_evidence": "share",
     "any_flag": "share",
     "acts": "share",
     "blocked_tpr": "share",
@@ -79,10 +84,11 @@ def settings(params: Params, scenario: str, keys: dict | None = None) -> Params:
     change: dict = {"partition": keys.get("partition", params.fedgan.partition)}
     if what.colluders:
         change |= {"n_clients": p.scenario.colluders[1], "malicious": list(range(p.scenario.colluders[0]))}
-    if "m" in keys:
+    if "m" in keys:  # who is one of many must scale more to outweigh the average
         change["n_clients"] = int(keys["m"])
+        change["poison"] = {"boost": params.fedgan.poison.boost * int(keys["m"]) / params.fedgan.n_clients}
     if what.stealthy:
-        change["poison"] = {"ratio": p.scenario.stealth_ratio}
+        change["poison"] = {"ratio": p.scenario.stealth_ratio, "boost": p.scenario.stealth_boost}
     if "trigger" in keys:
         change["trigger"] = {"kind": keys["trigger"]}
     tree = parameters.merge(params.model_dump(), {"fedgan": change})
@@ -172,6 +178,9 @@ def defence(variant: str, params: Params, federation: fedgan.Federation, watcher
         return fresh
     return {
         "none": lambda: uniform_mean,
+        ORACLE: lambda: (
+            lambda updates, round: uniform_mean([u for u in updates if u.client not in params.fedgan.malicious])
+        ),
         "feddetect_released": lambda: feddetect.Released(warm_up_rounds(params), p.decay),
         "feddetect_described": lambda: feddetect.Described(warm_up_rounds(params), p.patience),
         "median": lambda: federated.median,
@@ -198,11 +207,12 @@ def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watche
             seed=derive_seed(federation.seed, "aware"),
             scale=watcher.scale,
             threshold=watcher.threshold,
-            evade=settings.evade,
+            evade=settings.late_evade if what.late else settings.evade,
             steps=settings.steps,
             draws=settings.draws,
             lr=settings.lr,
-            begin=warm_up,
+            measure=p.hardened.draws,
+            begin=last + 1 - settings.late_rounds if what.late else warm_up,
         )
     return Attack(what, setup.params.fedgan.malicious, strikes, aware)
 
@@ -243,7 +253,7 @@ def run_variant(
     attack = attack_of(scenario, setup, federation, watcher)
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        arrived = attack(updates, round)
+        arrived, _ = federated.screen(attack(updates, round), federation.state)
         begin = time.perf_counter()
         state, diagnostics = rule(arrived, round)
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
@@ -256,7 +266,14 @@ def run_variant(
         if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
             log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
 
-    fedgan.run(federation, aggregate=aggregate, after_round=look)
+    # An intermittent attacker has few rounds and does not let the learning rate fade in them.
+    constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
+
+    def train(client: fedgan.Client, state: State, federation: fedgan.Federation, round: int) -> Update:
+        faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
+        return fedgan.train_client(client, state, constant if faithless else federation, round)
+
+    fedgan.run(federation, train=train, aggregate=aggregate, after_round=look)
     return federation, log
 
 
@@ -279,7 +296,7 @@ def run_cell(
         params: all parameters.
         seed: of the run.
         scenario: one of `SCENARIOS`.
-        variants: defences, some of `VARIANTS`.
+        variants: defences, some of `VARIANTS`, or the control `ORACLE`.
         keys: what differs from the headline: ``m``, ``partition``, ``trigger``, ``evade``.
         timed: add the defence's time a round (``server_ms``), for records: no table of results may hold a time.
 
@@ -323,7 +340,9 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     if "flagged" in found[0]:
         flags = pd.DataFrame([d["flagged"] for d in found]).reindex(columns=range(m)).astype(float).fillna(1.0)
         _seat_rows(rows, flags, attackers, "tpr", "fpr")
-        rows.add("any_flag", flags.any(axis=1).mean(), len(flags))
+        some = flags.sum(axis=1)
+        rows.add("any_flag", (some > 0).mean(), len(flags))
+        rows.add("voided", (some >= m // 2).mean(), len(flags))
     if "acted" in found[0]:
         acted = np.array([d["acted"] for d in found])
         rows.add("acts", acted.mean(), len(acted))
@@ -335,10 +354,18 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     _seat_rows(rows, blocked, attackers, "blocked_tpr", "false_exclusion")
     benign = weights[[c for c in weights if c not in attackers]]
     rows.add("benign_weight_min", benign.to_numpy().min(), benign.size)
+    # Below the equal share in spite of what others lost; and below the best: some suspicion, even without a flag.
+    rows.add("weight_lost", (1 - m * benign).clip(lower=0).to_numpy().mean(), benign.size)
+    rows.add("penalised", benign.lt(0.999 * weights.max(axis=1), axis=0).to_numpy().mean(), benign.size)
     if attackers:
         caught = blocked[sorted(attackers)].to_numpy().all(1)
         # Counted from the end of the warm-up; one more than there are rounds if it never happens.
         rows.add("rounds_to_detect", 1 + int(caught.argmax()) if caught.any() else len(caught) + 1, 1)
+    if attackers and "evidence" in found[0]:
+        theirs = [d["evidence"].get(attacker, np.nan) for d in found for attacker in attackers]
+        theirs = [e for e in theirs if np.isfinite(e)]
+        if theirs:  # largest, as a share of the flag's threshold: has an aware attacker judged itself rightly?
+            rows.add("attacker_evidence", max(theirs) / flag_threshold(params), len(theirs))
     for name, per_client in (("weight", weights), ("evidence", pd.DataFrame([d.get("evidence", {}) for d in found]))):
         for client in per_client:
             for entry, value in zip(log, per_client[client], strict=True):

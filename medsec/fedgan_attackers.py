@@ -35,9 +35,11 @@ class Scenario:
         boosted: scales its update after the warm-up.
         report: ``true`` losses; ``median`` of the honest ones; ``closest``: between the two honest losses that lie
             closest together, so that another honest one stands out.
-        intermittent: strikes every few rounds, the last among them, and sends the mean of the others in between.
+        intermittent: behaves during the warm-up; then strikes every few rounds, the last among them, ignoring the fading
+            learning rate, and sends the mean of the others in between.
         colluders: several attackers in a larger federation (``feddetect.scenario.colluders``).
-        aware: optimises its update against the hardened defence (`Aware`).
+        aware: optimises its update against the hardened defence (`Aware`), from the end of the warm-up on ...
+        late: ... or in the last rounds only, where the defence's memory is still empty.
     """
 
     text: str
@@ -49,6 +51,7 @@ class Scenario:
     intermittent: bool = False
     colluders: bool = False
     aware: bool = False
+    late: bool = False
 
 
 SCENARIOS = {
@@ -56,13 +59,23 @@ SCENARIOS = {
     "honest": Scenario("Poisons its images, as released, and reports its true losses."),
     "boost": Scenario("Scales its update after the warm-up and reports its true losses.", boosted=True),
     "liar": Scenario("Poisons its images and reports the median of the honest losses.", report="median"),
-    "framer": Scenario("Poisons its images and reports a loss that makes an honest one stand out.", report="closest"),
-    "colluders": Scenario("Two attackers of eight, both boosted.", boosted=True, colluders=True),
+    "framer": Scenario(
+        "Scales its update and reports a loss that makes an honest one stand out.", boosted=True, report="closest"
+    ),
+    "colluders": Scenario(
+        "Two of eight: both scale their updates and report a loss that makes honest ones stand out.",
+        boosted=True,
+        report="closest",
+        colluders=True,
+    ),
     "stealth": Scenario(
-        "Poisons only a quarter of its images and lies about its loss.", stealthy=True, report="median"
+        "Poisons only a quarter of its images, scales its update all the more, and lies about its loss.",
+        stealthy=True,
+        boosted=True,
+        report="median",
     ),
     "waitout": Scenario(
-        "Sends the mean of the others, and a boosted poisoned update every few rounds, the last among them.",
+        "Sends the mean of the others, and a scaled poisoned update every few rounds, the last among them.",
         boosted=True,
         report="median",
         intermittent=True,
@@ -75,12 +88,22 @@ SCENARIOS = {
         "boost_liar with a faint pattern over the whole image.", trigger="blended", boosted=True, report="median"
     ),
     "stripes_trigger": Scenario(
-        "boost_liar with faint vertical stripes, never looked at while the defence was built.",
+        "boost_liar with a sinusoidal signal (Barni et al. 2019), never looked at while the defence was built.",
         trigger="stripes",
         boosted=True,
         report="median",
     ),
-    "aware": Scenario("Optimises its update against the hardened defence, and lies.", report="median", aware=True),
+    "aware": Scenario(
+        "Optimises its update against the hardened defence and stays where that never punishes it; lies.",
+        report="median",
+        aware=True,
+    ),
+    "aware_late": Scenario(
+        "The same in the last rounds only, going further, before the defence's memory fills.",
+        report="median",
+        aware=True,
+        late=True,
+    ),
 }
 
 
@@ -141,11 +164,12 @@ class Attack:
 class Aware:
     """An attacker who knows the hardened defence and optimises its update against it.
 
-    It trains on clean images like everybody, then changes its generator by gradient steps (Adam) so that the *average*
-    that the server will form shows the trigger, while its own evidence, computed by the defence's own code on the
-    others' real updates, stays below ``evade`` times the flag's threshold. In the end it measures its evidence on fresh
-    latents and, where that is too high, moves back towards the clean update by bisection; where even the clean update is
-    too peculiar, it sends that. It knows everything but the server's secret latents.
+    It starts from the mean of the others' updates, the least suspicious thing to send, and changes that generator by
+    gradient steps (Adam) so that the *average* that the server will form shows the trigger, while its own evidence,
+    computed by the defence's own code on the others' real updates, stays below ``evade`` times the flag's threshold. In the
+    end it measures its evidence on as many fresh latents as the server draws and, where it is too high, moves back towards
+    the mean by bisection; where even the mean is too peculiar, it sends that. It knows everything but the server's secret
+    latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
 
     Args:
         generator: any generator of the federation, for its architecture.
@@ -154,8 +178,9 @@ class Aware:
         scale: `map_evidence`'s scale.
         threshold: the flag's threshold.
         evade: share of the threshold that it allows itself.
-        steps, draws, lr: gradient steps a round, latents a round (fresh ones for the last measurement), Adam's rate.
-        begin: round of its first attack.
+        steps, draws, lr: gradient steps a round, latents for them, Adam's learning rate.
+        measure: latents of the last measurement, as many as the server draws: few would understate the evidence.
+        begin: round of its first attack; before it the attacker sends the mean of the others.
     """
 
     PART = "generator."
@@ -172,22 +197,25 @@ class Aware:
         steps: int,
         draws: int,
         lr: float,
+        measure: int,
         begin: int,
     ):
         self.model = copy.deepcopy(generator).eval().requires_grad_(False)
         self.trigger, self.seed, self.scale = trigger, seed, scale
         self.allowed, self.steps, self.draws, self.lr, self.begin = evade * threshold, steps, draws, lr, begin
-        self.queries = 0
+        self.measure, self.queries = measure, 0
 
     def __call__(self, own: State, others: Sequence[State], round: int) -> State:
-        if round < self.begin:
-            return own
-        clean = self._generator_state(own)
         peers = [self._generator_state(state) for state in others]
+        clean = {
+            k: torch.stack([state[k] for state in peers]).double().mean(0).to(v.dtype) for k, v in peers[0].items()
+        }
+        if round < self.begin:
+            return own | {self.PART + k: v for k, v in clean.items()}
         rng = torch_generator(self.seed, "aware", round)
         free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
         optimizer = torch.optim.Adam(free.values(), lr=self.lr)
-        z, y, theirs = self._look(peers, rng)
+        z, y, theirs = self._look(peers, rng, self.draws)
         for _ in range(self.steps):
             mine = clean | free
             mean = {k: sum([state[k] for state in peers], mine[k]) / (1 + len(peers)) for k in mine}
@@ -200,8 +228,8 @@ class Aware:
 
     @torch.no_grad()
     def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator) -> State:
-        """The point on the way from the clean update to the optimised one that just passes."""
-        z, y, theirs = self._look(peers, rng)
+        """The point on the way from the mean of the others to the optimised update that just passes."""
+        z, y, theirs = self._look(peers, rng, self.measure)
 
         def at(share: float) -> State:
             return clean | {k: clean[k] + share * (v - clean[k]) for k, v in free.items()}
@@ -219,11 +247,11 @@ class Aware:
         return map_evidence(torch.cat([self._draw(mine, z, y)[None], theirs]), self.scale)[0]
 
     @torch.no_grad()
-    def _look(self, peers: list[State], rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(self, peers: list[State], rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Fresh latents and labels, and what the others' generators draw from them."""
         device = next(self.model.parameters()).device
-        z = torch.randn(self.draws, self.model.z_dim, generator=rng).to(device)
-        y = (torch.arange(self.draws) % self.model.n_classes).to(device)
+        z = torch.randn(n, self.model.z_dim, generator=rng).to(device)
+        y = (torch.arange(n) % self.model.n_classes).to(device)
         return z, y, torch.stack([self._draw(state, z, y) for state in peers])
 
     def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:

@@ -218,10 +218,13 @@ class AwareParams(Section):
     steps: Count
     draws: int = Field(ge=8)
     lr: Positive
+    late_evade: Positive
+    late_rounds: Count
 
 
 class ScenarioParams(Section):
     stealth_ratio: Rate
+    stealth_boost: float = Field(ge=1, allow_inf_nan=False)
     strike_every: Count
     colluders: list[Count] = Field(min_length=2, max_length=2)
     faint_opacity: Rate

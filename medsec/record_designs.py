@@ -81,10 +81,17 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
             liar = scenario in feddetect_eval.SAME_BUT_FOR_LOSSES
-            found.append(Cell(scenario, seed, variants=feddetect_eval.READS_LOSSES if liar else ours))
+            variants = feddetect_eval.READS_LOSSES if liar else ours
+            if scenario == "boost_liar":  # a run that is the same for every attacker of this warm-up
+                variants = (*variants, feddetect_eval.ORACLE)
+            found.append(Cell(scenario, seed, variants=variants))
         found.append(Cell("no_attack", seed, keys=colluders_control, variants=tuple(sweep.variants)))
         found.append(Cell("downstream", seed))
         found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
+        if seed in few:
+            found += [
+                Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade
+            ]
         if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
             found += [Cell(scenario, seed, variants=_baselines(scenario, p), group="baselines") for scenario in blind]
     found += [
@@ -93,7 +100,6 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
         if seed not in p.seeds.evaluation
     ]
     for seed in few:
-        found += [Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade]
         found += [
             Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants))
             for keys in _federations(cohort, p)
@@ -132,7 +138,7 @@ def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
 
 def rounds_02(p: Params, cell: Cell) -> float:
     """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
-    each = (1 - p.feddetect.warm_up) * (3 if cell.arm == "aware" else 1)
+    each = (1 - p.feddetect.warm_up) * (3 if cell.arm.startswith("aware") else 1)
     return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 
 
