@@ -302,13 +302,21 @@ def matrix(table: pd.DataFrame, title: str, label: str):
     return fig, ax
 
 
-def curves(panels: Mapping[str, pd.DataFrame], title: str, xlabel: str, *, ylim: tuple[float, float] | None = None):
+def curves(
+    panels: Mapping[str, pd.DataFrame],
+    title: str,
+    xlabel: str,
+    *,
+    ylim: tuple[float, float] | None = None,
+    mark: float | None = None,
+):
     """Several lines with intervals over a numeric horizontal axis, one panel a quantity.
 
     Args:
         panels: label of the vertical axis -> columns ``name, x, value, low, high``.
         title, xlabel: of the figure and of the horizontal axes.
         ylim: of every panel.
+        mark: where a dotted vertical line stands.
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
     styles = [("#000000", ":", "D"), ("#0072B2", "-", "o"), ("#D55E00", "-.", "^"), ("#009E73", "--", "s")]
@@ -321,6 +329,8 @@ def curves(panels: Mapping[str, pd.DataFrame], title: str, xlabel: str, *, ylim:
         ax.set(xlabel=xlabel, ylabel=label)
         if ylim:
             ax.set_ylim(*ylim)
+        if mark is not None:
+            ax.axvline(mark, color="0.4", linewidth=0.8, linestyle=":")
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.suptitle(title, x=0.01, y=1.0, ha="left", weight="bold", fontsize=10)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
