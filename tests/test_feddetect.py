@@ -425,6 +425,32 @@ def test_a_generator_that_draws_nan_does_not_blind_the_server():
     assert diagnostics["weights"][0] > 0.3
 
 
+def test_who_shows_nothing_is_neither_accused_nor_forgiven():
+    """Two generators draw NaN, so the two others have no peers, and no loss either: no evidence, the suspicion stays."""
+
+    def draw(sent, round):
+        return torch.full((8, 1, 8, 8), math.nan) if round and sent["b"][0] >= 2 else drawn(sent, round)
+
+    defence = hardened(draw, warm_up=0, watch=0)
+    defence.suspicion = {0: 0.5 * defence.limit, 2: 0.25 * defence.limit}
+    for t in (1, 2):
+        _, diagnostics = defence(updates_of([None] * 4), t)
+        assert diagnostics["evidence"] == {0: -math.inf, 1: -math.inf, 2: math.inf, 3: math.inf}
+        assert diagnostics["flagged"] == {0: False, 1: False, 2: True, 3: True}
+        assert diagnostics["weights"] == pytest.approx({0: 1 / 3, 1: 2 / 3, 2: 0.0, 3: 0.0})
+        assert defence.suspicion.get(0) == 0.5 * defence.limit
+        assert defence.suspicion.get(1, 0.0) == 0.0
+        assert defence.suspicion[2] == defence.suspicion[3] == 2 * defence.limit
+    # The same client, once there is something to see again and it is nothing unusual, is forgiven.
+    defence(updates_of([None] * 4), 0)
+    assert defence.suspicion[0] < 0.5 * defence.limit
+
+
+def test_reported_losses_are_clipped_to_a_million():
+    found = feddetect.reported(updates_of([1e38, -1e38, 2.0, math.inf, math.nan, None]), "loss_g")
+    np.testing.assert_array_equal(found, [1e6, -1e6, 2.0, math.nan, math.nan, math.nan])
+
+
 def test_huge_losses_of_others_exclude_nobody_for_ever():
     defence = hardened(warm_up=0, watch=0)
     with np.errstate(all="ignore"):
@@ -588,6 +614,9 @@ def test_a_framer_has_an_honest_client_flagged():
     truth, lie = (Attack(SCENARIOS[name], [0])(updates, 0) for name in ("honest", "framer"))
     flagged = [[k for k, flag in Released(0)(sent, 0)[1]["flagged"].items() if flag] for sent in (truth, lie)]
     assert flagged == [[0], [3]]
+    # Colluders tell the same lie, from the honest losses only.
+    both = Attack(SCENARIOS["colluders"], [0, 1])(trained([9.0, 5.0, 1.0, 1.02, 1.6]), 0)
+    assert [u.metrics["loss_g"] for u in both] == pytest.approx([1.01, 1.01, 1.0, 1.02, 1.6])
     _, diagnostics = Released(warm_up=0)(lie, 0)
     assert diagnostics["acted"]
     assert diagnostics["weights"][3] < diagnostics["weights"][0]
@@ -612,12 +641,32 @@ def test_without_an_honest_client_nothing_changes():
 
 def test_scenarios_are_what_their_names_say():
     assert [name for name, what in SCENARIOS.items() if not what.attacks] == ["no_attack"]
-    assert {name for name, what in SCENARIOS.items() if what.aware} == {"aware"}
-    # The liars differ from the truthful attacker in what they report, and in nothing else.
-    for liar, truthful in {"liar": "honest", "framer": "honest", "boost_liar": "boost"}.items():
-        neutral = dataclasses.replace(SCENARIOS[liar], text="", report="true")
-        assert neutral == dataclasses.replace(SCENARIOS[truthful], text="")
-        assert SCENARIOS[liar].report != "true"
+    flags = {
+        "aware": {"aware", "aware_late"},
+        "late": {"aware_late"},
+        "intermittent": {"waitout"},
+        "stealthy": {"stealth"},
+        "colluders": {"colluders"},
+    }
+    for flag, names in flags.items():
+        assert {name for name, what in SCENARIOS.items() if getattr(what, flag)} == names
+    # What differs from another attacker in the flags named, and in nothing else.
+    pairs = {
+        ("liar", "honest"): ("report",),
+        ("framer", "boost"): ("report",),
+        ("boost_liar", "boost"): ("report",),
+        ("boost", "honest"): ("boosted",),
+        ("colluders", "framer"): ("colluders",),
+        ("stealth", "boost_liar"): ("stealthy",),
+        ("waitout", "boost_liar"): ("intermittent",),
+        ("aware_late", "aware"): ("late",),
+        **{(f"{kind}_trigger", "boost_liar"): ("trigger",) for kind in ("moving", "blended", "stripes")},
+    }
+    for (name, other), expected in pairs.items():
+        first, second = (dataclasses.asdict(SCENARIOS[k]) | {"text": ""} for k in (name, other))
+        assert tuple(k for k in first if first[k] != second[k]) == expected, name
+    assert {name for name, what in SCENARIOS.items() if what.report == "closest"} == {"framer", "colluders"}
+    assert {name for name, what in SCENARIOS.items() if what.report == "true"} == {"no_attack", "honest", "boost"}
 
 
 # ---------------------------------------------------------------------------------------------------- the one who knows
@@ -654,8 +703,8 @@ CHECKER = triggers.make_trigger("checker", image_size=28, channels=1)
 
 
 def aware(model, evade, **change):
-    options = {"seed": 1, "scale": SCALE, "threshold": THRESHOLD, "steps": 40, "draws": 64, "lr": 0.02, "begin": 2}
-    return Aware(model, CHECKER, evade=evade, **(options | change))
+    options = {"seed": 1, "scale": SCALE, "threshold": THRESHOLD, "steps": 40, "draws": 64, "lr": 0.02}
+    return Aware(model, CHECKER, evade=evade, **(options | {"measure": 256, "begin": 2} | change))
 
 
 def mean_of(states):
@@ -666,19 +715,49 @@ def planted(draw, states):
     return float(triggers.score(CHECKER, draw(mean_of(states))).mean())
 
 
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], v) for k, v in second.items())
+
+
 @pytest.mark.parametrize("evade", [0.5, 1.0])
 def test_aware_stays_below_what_it_allows_itself(federation, evade):
     """Measured on latents that it has never seen, as the server does; the slack is for those."""
     model, states, draw = federation
-    clean = map_evidence(torch.stack([draw(s) for s in states]), SCALE)[0]
-    assert clean < 0.5 * THRESHOLD, "this client would be suspect without any attack"
+    start = mean_of(states[1:])
+    clean = map_evidence(torch.stack([draw(s) for s in (start, *states[1:])]), SCALE)[0]
+    assert clean < 0.5 * THRESHOLD, "where it starts it would be suspect already"
     sent = aware(model, evade)(states[0], states[1:], 5)
     assert sent.keys() == states[0].keys()
     assert all(torch.isfinite(v).all() for v in sent.values())
     for seed in (7, 8):
         found = map_evidence(torch.stack([draw(s, seed) for s in (sent, *states[1:])]), SCALE)[0]
         assert found <= 1.25 * evade * THRESHOLD
-    assert planted(draw, [sent, *states[1:]]) > planted(draw, states) + 0.1, "it evades by doing nothing"
+    for innocent in (states[0], start):
+        gain = planted(draw, [sent, *states[1:]]) - planted(draw, [innocent, *states[1:]])
+        assert gain > 0.1, "it evades by doing nothing"
+
+
+def test_aware_starts_from_the_mean_of_the_others_and_retreats_to_it(federation):
+    """What it trained itself does not matter; who may not even send that mean sends that mean."""
+    model, states, _ = federation
+    others, elsewhere = states[1:], {k: v + 1 for k, v in states[0].items()}
+    sent = [aware(model, 1.0, steps=3)(own, others, 5) for own in (states[0], elsewhere)]
+    assert same(*sent)
+    assert not same(sent[0], mean_of(others))
+    assert same(aware(model, -100.0, steps=3)(states[0], others, 5), mean_of(others))
+
+
+def test_aware_measures_itself_on_as_many_latents_as_the_server_draws(federation):
+    model, states, _ = federation
+    attacker, sizes = aware(model, 0.5, steps=3, draws=16, measure=48), []
+    attacker.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    attacker(states[0], states[1:], 5)
+    # The others' images once, then a step draws the average's and its own.
+    trained = 3 + 2 * 3
+    assert sizes == [16] * trained + [48] * (len(sizes) - trained)
+    assert len(sizes) - trained in (3 + 1, 3 + 1 + 8), (
+        "one look at the optimised update, and eight halvings if it fails"
+    )
 
 
 def test_aware_without_restraint_plants_the_trigger_and_is_seen(federation):
@@ -693,7 +772,7 @@ def test_aware_waits_repeats_itself_and_counts_its_queries(federation):
     model, states, _ = federation
     before = {k: v.clone() for k, v in model.state_dict().items()}
     attacker = aware(model, 1.0, lr=2e-3, begin=2)
-    assert all(attacker(states[0], states[1:], t) is states[0] for t in (0, 1))
+    assert all(same(attacker(states[0], states[1:], t), mean_of(states[1:])) for t in (0, 1))
     assert attacker.queries == 0
     sent = [attacker(states[0], states[1:], t) for t in range(2, 7)]
     # An attack on a defence that is tried only a few times says nothing.
@@ -708,8 +787,10 @@ def test_aware_keeps_the_other_parts_of_a_state(federation):
     """Where the discriminators are averaged as well, it sends its own."""
     model, states, _ = federation
     own, *others = ({**s, "discriminator.w": torch.full((2,), float(i))} for i, s in enumerate(states))
-    sent = aware(model, 1.0, steps=1)(own, others, 5)
-    assert torch.equal(sent["discriminator.w"], own["discriminator.w"])
+    for round in (0, 5):  # while it waits as well
+        sent = aware(model, 1.0, steps=1)(own, others, round)
+        assert sent.keys() == own.keys()
+        assert torch.equal(sent["discriminator.w"], own["discriminator.w"])
 
 
 # ------------------------------------------------------------------------------------------------------------- triggers

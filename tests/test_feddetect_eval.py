@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from medsec import (
     classifier,
@@ -26,9 +27,9 @@ from medsec import (
     triggers,
 )
 from medsec.errors import InputError
-from medsec.feddetect_eval import KEYS, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
+from medsec.feddetect_eval import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
 from medsec.federated import Update, derive_seed
-from medsec.fedgan_attackers import SCENARIOS
+from medsec.fedgan_attackers import SCENARIOS, Attack
 
 NOTEBOOK, COHORT, SEED = "02_feddetect", "npz", 0
 SMALL = {
@@ -56,7 +57,8 @@ SMALL = {
 }
 ROUNDS, WARM_UP = 5, 2
 IMAGES = {"trigger_rate", "trigger_ncc", "frechet", "label_accuracy", "downstream_auc"}
-FLAGS, WEIGHTS = {"fpr", "any_flag"}, {"false_exclusion", "benign_weight_min", "weight"}
+FLAGS = {"fpr", "any_flag", "voided"}
+WEIGHTS = {"false_exclusion", "benign_weight_min", "weight", "weight_lost", "penalised"}
 PROMISED = {  # without an attack
     "none": IMAGES | WEIGHTS,
     "feddetect_released": IMAGES | FLAGS | WEIGHTS | {"acts", "fpr_acted"},
@@ -67,6 +69,7 @@ PROMISED = {  # without an attack
     "krum": IMAGES | WEIGHTS,
     "multi_krum": IMAGES | WEIGHTS,
     "norm_clip": IMAGES | WEIGHTS,
+    ORACLE: IMAGES | WEIGHTS,
 }
 ADDRESS = ["seed", "variant", "scenario", "metric", *KEYS]
 SUMMARY = ["variant", "scenario", "metric", *KEYS]
@@ -115,10 +118,11 @@ CELLS = {
     "boost": ("none", "feddetect_hardened", "median", "trimmed_mean", "norm_clip"),
     "liar": ("none", "median"),
     "framer": ("none", "median"),
-    "boost_liar": ("none", "feddetect_described", "feddetect_hardened", "norm_clip"),
+    "boost_liar": ("none", "feddetect_described", "feddetect_hardened", "norm_clip", ORACLE),
     "colluders": ("none", "feddetect_hardened", "median", "trimmed_mean", "multi_krum"),
     "waitout": ("feddetect_released", "feddetect_hardened"),
     "aware": ("none", "feddetect_hardened"),
+    "aware_late": ("feddetect_hardened",),
 }
 
 
@@ -131,13 +135,16 @@ def test_a_cell_has_the_rows_that_it_promises(cell, p, scenario):
     assert np.isfinite(table["value"]).all()
     assert (table["unit"] == table["metric"].map(UNITS)).all()
     assert (table["n_items"] > 0).all()
-    assert table.loc[table["unit"].isin(["share", "AUC"]), "value"].between(0, 1).all()
+    # Of the flag's threshold, not of a whole: the one share that can leave [0, 1].
+    bounded = table["unit"].isin(["share", "AUC"]) & (table["metric"] != "attacker_evidence")
+    assert table.loc[bounded, "value"].between(0, 1).all()
     for variant in CELLS[scenario]:
         rows = table[table["variant"] == variant]
         expected = set(PROMISED[variant])
         if SCENARIOS[scenario].attacks:
             expected |= {"tpr"} if "fpr" in expected else set()
             expected |= {"blocked_tpr", "rounds_to_detect"} if "weight" in expected else set()
+            expected |= {"attacker_evidence"} if "evidence" in expected else set()
         assert set(rows["metric"]) == expected, variant
         per_round = rows[(rows["metric"] == "trigger_rate") & (rows["round"] != "")]
         assert list(per_round["round"]) == ["3", "4", "5"], "rounds of the warm-up are not the defence's"
@@ -187,25 +194,112 @@ def test_weights_and_evidence_add_up_to_the_rows_on_detection(cell, p, scenario)
             "tpr",
             "fpr",
             "any_flag",
+            "voided",
             "blocked_tpr",
             "false_exclusion",
             "benign_weight_min",
+            "weight_lost",
+            "penalised",
             "rounds_to_detect",
+            "attacker_evidence",
         )
     }
-    weight, flag = grid("weight"), grid("evidence") > feddetect_eval.flag_threshold(p)
+    threshold = feddetect_eval.flag_threshold(p)
+    weight, flag = grid("weight"), grid("evidence") > threshold
     assert weight.shape == flag.shape == (ROUNDS - WARM_UP, m)
     blocked = weight < 0.01 / m
+    benign, best = weight.drop(columns=attackers).to_numpy(), weight.to_numpy().max(axis=1, keepdims=True)
     expected = {
         "tpr": flag[attackers].to_numpy().mean(),
         "fpr": flag.drop(columns=attackers).to_numpy().mean(),
         "any_flag": flag.any(axis=1).mean(),
+        "voided": (flag.sum(axis=1) >= m / 2).mean(),
         "blocked_tpr": blocked[attackers].to_numpy().mean(),
         "false_exclusion": blocked.drop(columns=attackers).to_numpy().mean(),
-        "benign_weight_min": weight.drop(columns=attackers).min().min(),
+        "benign_weight_min": benign.min(),
+        "weight_lost": np.maximum(0, 1 - m * benign).mean(),
+        "penalised": (benign < 0.999 * best).mean(),
         "rounds_to_detect": next((i + 1 for i, b in enumerate(blocked[attackers].all(axis=1)) if b), len(blocked) + 1),
+        "attacker_evidence": grid("evidence")[attackers].to_numpy().max() / threshold,
     }
     assert found == pytest.approx(expected)
+
+
+def hand_made(p, scenario, variant="feddetect_hardened", **diagnostics):
+    """The rows without key of a log of given weights, flags and evidence, a list by client a round; None: turned away."""
+    rounds = [
+        {name: {c: v for c, v in enumerate(values[t]) if v is not None} for name, values in diagnostics.items()}
+        for t in range(len(diagnostics["weights"]))
+    ]
+    log = [{"round": 3 + t, "diagnostics": d, "trigger_rate": 0.5} for t, d in enumerate(rounds)]
+    rows = tables.Rows(KEYS, UNITS, SEED, variant, scenario)
+    feddetect_eval._detection_rows(rows, log, feddetect_eval.settings(p, scenario))
+    table = rows.table()
+    assert np.isfinite(table["value"]).all()
+    return table[(table[list(KEYS)] == "").all(axis=1)].set_index("metric")["value"]
+
+
+def test_penalties_by_hand(p):
+    """Four clients, the first attacks. Lost: below 1/4. Penalised: below the largest weight of the round."""
+    weights = [
+        [0.25, 0.25, 0.25, 0.25],  # nothing lost, nobody penalised
+        [0.0, 0.4, 0.4, 0.2],  # the last lost a fifth of its quarter
+        [0.0, 0.375, 0.375, 0.25],  # a quarter still: nothing lost, but less than the others have
+        [0.5, 0.3, 0.2, 0.0],  # the attacker has the most: all penalised; lost 0, 1/5 and all
+        [0.0, 0.50002, 0.49998, None],  # rounding is no penalty; who was turned away weighs nothing
+    ]
+    found = hand_made(p, "boost_liar", weights=weights)
+    expected = {"weight_lost": (0.2 + 0.2 + 1 + 1) / 15, "penalised": (1 + 1 + 3 + 1) / 15, "benign_weight_min": 0}
+    assert found[list(expected)].to_dict() == pytest.approx(expected)
+    # Without an attack the first is honest as well.
+    found = hand_made(p, "no_attack", weights=weights)
+    expected = {"weight_lost": (3 + 0.2 + 0.2 + 1 + 1) / 20, "penalised": (3 + 1 + 1 + 3 + 1) / 20}
+    assert found[list(expected)].to_dict() == pytest.approx(expected)
+
+
+def test_void_rounds_and_the_attackers_evidence_by_hand(p):
+    """Half of the clients flagged void a round, and who was turned away counts as flagged."""
+    flagged = [[1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 0, None], [1, 1, 1, 1], [0, 0, 0, 0]]
+    z = feddetect_eval.flag_threshold(p)
+    evidence = [[0.5 * z, 3 * z, 0, 0], [-math.inf, 0, 0, 0], [1.5 * z, 0, 0, None], [math.inf, 0, 0, 0], [0] * 4]
+    log = {"weights": [[0.25] * 4] * 5, "flagged": flagged, "evidence": evidence}
+    found = hand_made(p, "boost_liar", **log)
+    expected = {"voided": 3 / 5, "any_flag": 4 / 5, "tpr": 4 / 5, "fpr": 5 / 15, "attacker_evidence": 1.5}
+    assert found[list(expected)].to_dict() == pytest.approx(expected)
+    assert "attacker_evidence" not in hand_made(p, "no_attack", **log)
+
+
+@pytest.mark.parametrize(("scenario", "malicious"), [("boost_liar", 1), ("colluders", 2)])
+def test_the_oracle_is_the_mean_of_the_honest_updates(p, scenario, malicious):
+    assert ORACLE not in VARIANTS
+    changed = feddetect_eval.settings(p, scenario)
+    rows = np.random.default_rng(0).normal(size=(changed.fedgan.n_clients, 6)).astype(np.float32)
+    found, diagnostics = feddetect_eval.defence(ORACLE, changed, None, None)(updates_of(rows), 3)
+    honest = range(malicious, changed.fedgan.n_clients)
+    np.testing.assert_allclose(found["w"], rows[malicious:].mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert diagnostics["weights"] == pytest.approx(dict.fromkeys(honest, 1 / len(honest)))
+
+
+def test_a_run_with_the_oracle(cell, p):
+    """The attacker weighs nothing from the first round, no honest client loses, and what it sends does not matter."""
+    table, pictures = cell("boost_liar")
+    expected = {
+        "blocked_tpr": 1,
+        "rounds_to_detect": 1,
+        "false_exclusion": 0,
+        "benign_weight_min": 1 / 3,
+        "weight_lost": 0,
+        "penalised": 0,
+    }
+    found = {metric: value(table, variant=ORACLE, scenario="boost_liar", metric=metric) for metric in expected}
+    assert found == pytest.approx(expected)
+    attackers = table[(table["variant"] == ORACLE) & (table["metric"] == "weight") & (table["client"] == "0")]
+    assert list(attackers["value"]) == [0.0] * (ROUNDS - WARM_UP)
+    assert not about_images(table, ORACLE).equals(about_images(table, "none"))
+    # The same for every attacker of this warm-up, as the plan of the record takes it to be.
+    other, pictures_other = feddetect_eval.run_cell(COHORT, p, SEED, "honest", (ORACLE,))
+    pd.testing.assert_frame_equal(about_images(other, ORACLE), about_images(table, ORACLE), check_exact=True)
+    assert np.array_equal(pictures_other[ORACLE], pictures[ORACLE])
 
 
 def test_the_same_cell_again_in_another_order(cell, p):
@@ -284,6 +378,8 @@ def test_settings_and_instruments_of_every_scenario(p, scenario):
     assert (changed.fedgan.n_clients, changed.fedgan.malicious) == ((8, [0, 1]) if what.colluders else (4, [0]))
     stealth = p.feddetect.scenario.stealth_ratio
     assert changed.fedgan.poison.ratio == (stealth if what.stealthy else p.fedgan.poison.ratio)
+    own = p.feddetect.scenario.stealth_boost if what.stealthy else p.fedgan.poison.boost
+    assert changed.fedgan.poison.boost == own
     setup = feddetect_eval.instruments(COHORT, p, changed, scenario)
     assert setup.params == changed
     plain = fedgan_eval.prepare(COHORT, p)
@@ -300,6 +396,10 @@ def test_settings_and_instruments_of_every_scenario(p, scenario):
 def test_keys_change_what_they_name(p):
     changed = feddetect_eval.settings(p, "boost_liar", {"m": 6, "partition": "dirichlet", "trigger": "grid"})
     assert (changed.fedgan.n_clients, changed.fedgan.partition, changed.fedgan.trigger.kind) == (6, "dirichlet", "grid")
+    # One of more clients scales its update the more, so that it weighs as much as one of four.
+    assert changed.fedgan.poison.boost == pytest.approx(p.fedgan.poison.boost * 6 / 4)
+    assert changed.fedgan.poison.ratio == p.fedgan.poison.ratio
+    assert feddetect_eval.settings(p, "boost_liar", {"m": 4}).fedgan.poison == p.fedgan.poison
     assert feddetect_eval.settings(p, "aware", {"evade": 0.5}).feddetect.scenario.aware.evade == 0.5
     with pytest.raises(InputError, match="scenario boost_liar"):
         feddetect_eval.settings(p, "boost_liar", {"m": 0})
@@ -319,6 +419,49 @@ def test_one_who_waits_strikes_in_the_last_round_and_never_in_the_warm_up(p):
     updates = [Update(i, {"w": torch.tensor([10.0 * (i == 0)])}, 1, {"loss_g": 1.0}) for i in range(4)]
     sent = [float(attack(updates, t)[0].state["w"]) for t in range(6)]
     assert sent == [0.0, 0.0, 0.0, 10.0, 0.0, 10.0]  # every second round, counted from the end
+
+
+@pytest.mark.parametrize(("scenario", "fades"), [("waitout", False), ("boost_liar", True)])
+def test_the_learning_rate_of_one_who_waits_does_not_fade(p, monkeypatch, scenario, fades):
+    """It fades in the last round only, so that both runs come to that round alike; the others' fades in any case."""
+    sent, original = [], fedgan.train_client
+
+    def train(own, state, federation, round):
+        update = original(own, state, federation, round)
+        if round == ROUNDS - 1:
+            sent.append((feddetect.update_length(update.state, state), update.state))
+        return update
+
+    monkeypatch.setattr(fedgan, "train_client", train)
+    for share in (0.6, 1.0):
+        tree = params.merge(
+            feddetect_eval.settings(p, scenario).model_dump(), {"fedgan": {"gan": {"decay_after": share}}}
+        )
+        setup = feddetect_eval.instruments(COHORT, p, params.validate(tree), scenario)
+        feddetect_eval.run_variant(setup, *feddetect_eval.warm_up(setup, SEED, scenario), scenario, "none")
+    faded, full = sent[:4], sent[4:]
+    assert len(full) == 4
+    for client, ((length, state), (length_full, state_full)) in enumerate(zip(faded, full, strict=True)):
+        if client == 0 and not fades:
+            assert length == length_full > 0
+            assert all(torch.equal(state[k], v) for k, v in state_full.items())
+        else:
+            assert length < 0.9 * length_full
+
+
+def test_the_aware_attackers_begin_and_allow_themselves_what_the_parameters_say(p):
+    """The one goes to work after the warm-up and stays below the CUSUM's drift, the other comes late and goes further."""
+    aware = p.feddetect.scenario.aware
+    assert aware.evade <= p.feddetect.hardened.drift < aware.late_evade
+    expected = {"aware": (WARM_UP, aware.evade), "aware_late": (ROUNDS - aware.late_rounds, aware.late_evade)}
+    for scenario, (begin, evade) in expected.items():
+        setup = feddetect_eval.instruments(COHORT, p, feddetect_eval.settings(p, scenario), scenario)
+        federation, watcher = feddetect_eval.warm_up(setup, SEED, scenario)
+        assert not any(client.malicious for client in federation.clients), "it trains on clean images"
+        found = feddetect_eval.attack_of(scenario, setup, federation, watcher).aware
+        assert found.begin == begin
+        assert found.allowed == pytest.approx(evade * feddetect_eval.flag_threshold(p))
+        assert (found.measure, found.draws, found.steps) == (p.feddetect.hardened.draws, aware.draws, aware.steps)
 
 
 @pytest.mark.parametrize(("liar", "truthful"), SAME_BUT_FOR_LOSSES.items())
@@ -442,8 +585,8 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
     part = full[(full["scenario"] == "boost_liar") & (full["variant"] == "none")]
     assert len(part) == len(ran)
     assert (part["value"] == 0.125).all()
-    for scenario in ("liar", "framer"):
-        own, source = full[full["scenario"] == scenario], honest[honest["variant"] == "median"]
+    for scenario, truthful in (("liar", honest), ("framer", boost)):
+        own, source = full[full["scenario"] == scenario], truthful[truthful["variant"] == "median"]
         for variant in ("median", "trimmed_mean"):
             pd.testing.assert_frame_equal(
                 own[own["variant"] == variant].drop(columns=["variant", "scenario"]).reset_index(drop=True),
@@ -473,6 +616,9 @@ def test_differences_to_the_clean_federation_by_hand(p):
             row("none", "no_attack", "frechet", 1000.0, partition="dirichlet"),
             row("none", "no_attack", "trigger_rate", 0.25),
             row("none", "no_attack", "trigger_rate", 0.0, round=3),
+            row("none", "boost_liar", "frechet", 40.0),  # under attack the undefended one is compared as well
+            row("none", "colluders", "frechet", 140.0),
+            row("none", "boost_liar", "frechet", 1.0, seed=7),  # without a control: no row
             row(hardened, "no_attack", "frechet", 11.0),
             row(hardened, "no_attack", "frechet", 9.0, seed=7),  # without a control: no row
             row(hardened, "boost_liar", "frechet", 12.0),
@@ -489,16 +635,17 @@ def test_differences_to_the_clean_federation_by_hand(p):
     )
     full = feddetect_eval.complete(runs, p)
     found = full[full["metric"].str.endswith("_minus_clean")]
-    columns = ["scenario", "metric", "seed", "m", "partition", "evade"]
-    assert (found["variant"] == hardened).all()
+    columns = ["variant", "scenario", "metric", "seed", "m", "partition", "evade"]
     assert {tuple(map(str, r[:-1])): r[-1] for r in found[[*columns, "value"]].itertuples(index=False)} == {
-        ("no_attack", "frechet_minus_clean", "0", "", "", ""): 1.0,
-        ("boost_liar", "frechet_minus_clean", "0", "", "", ""): 2.0,
-        ("boost_liar", "frechet_minus_clean", "1", "", "", ""): 3.0,
-        ("boost_liar", "frechet_minus_clean", "0", "8", "", ""): 4.0,
-        ("boost_liar", "frechet_minus_clean", "0", "", "dirichlet", ""): 5.0,
-        ("colluders", "frechet_minus_clean", "0", "", "", ""): 6.0,
-        ("aware", "frechet_minus_clean", "0", "", "", "0.5"): 7.0,
+        (hardened, "no_attack", "frechet_minus_clean", "0", "", "", ""): 1.0,
+        (hardened, "boost_liar", "frechet_minus_clean", "0", "", "", ""): 2.0,
+        (hardened, "boost_liar", "frechet_minus_clean", "1", "", "", ""): 3.0,
+        (hardened, "boost_liar", "frechet_minus_clean", "0", "8", "", ""): 4.0,
+        (hardened, "boost_liar", "frechet_minus_clean", "0", "", "dirichlet", ""): 5.0,
+        (hardened, "colluders", "frechet_minus_clean", "0", "", "", ""): 6.0,
+        (hardened, "aware", "frechet_minus_clean", "0", "", "", "0.5"): 7.0,
+        ("none", "boost_liar", "frechet_minus_clean", "0", "", "", ""): 30.0,
+        ("none", "colluders", "frechet_minus_clean", "0", "", "", ""): 40.0,
     }
     assert set(found["metric"]) <= UNITS.keys()
     assert not full.duplicated(ADDRESS).any()
@@ -531,6 +678,26 @@ def test_a_client_that_sends_nan_leaves_a_table(p, monkeypatch, client, rounds):
     assert len(metrics.summarise(table, KEYS)) == len(table)
 
 
+@pytest.mark.parametrize("variant", ["none", "feddetect_hardened"])
+def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, variant):
+    """A poisoned update that turns to NaN on the way is left out, as if that client had sent nothing."""
+
+    def attack_of(scenario, setup, *rest):
+        return Attack(
+            SCENARIOS[scenario],
+            setup.params.fedgan.malicious,
+            aware=lambda own, others, round: {k: v * math.nan if v.is_floating_point() else v for k, v in own.items()},
+        )
+
+    start = feddetect_eval.warm_up  # of the original attacker
+    setup = feddetect_eval.instruments(COHORT, p, p, "boost_liar")
+    federation, watcher = start(setup, SEED, "boost_liar")
+    monkeypatch.setattr(feddetect_eval, "attack_of", attack_of)
+    finished, log = feddetect_eval.run_variant(setup, federation, watcher, "boost_liar", variant)
+    assert all(torch.isfinite(v).all() for v in finished.state.values())
+    assert [set(entry["diagnostics"]["weights"]) for entry in log] == [{1, 2, 3}] * (ROUNDS - WARM_UP)
+
+
 # --------------------------------------------------------------------------------------------------------------- record
 
 
@@ -551,7 +718,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
     for c in cells:
         if c.arm in SCENARIOS:
             feddetect_eval.settings(changed, c.arm, c.keys)
-            assert set(c.variants) <= set(VARIANTS)
+            assert set(c.variants) <= {*VARIANTS, ORACLE}
         else:
             assert c.arm in ("null", "downstream")
 
@@ -572,6 +739,7 @@ def test_the_plan_has_every_defence_against_every_attacker(p, profile):
     baseline_seeds = p.seeds.evaluation[: p.record.feddetect.baseline_seeds]
     expected = {(v, s, seed) for seed in p.seeds.evaluation for s in SCENARIOS for v in ours}
     expected |= {(v, s, seed) for seed in baseline_seeds for s in SCENARIOS for v in VARIANTS}
+    expected |= {(ORACLE, "boost_liar", seed) for seed in p.seeds.evaluation}
     alarms = {
         (v, "no_attack", s) for s in p.record.feddetect.false_alarm_seeds for v in READS_LOSSES if "desc" not in v
     }
@@ -640,3 +808,34 @@ def test_interrupted_and_resumed_gives_the_same_table(p, tmp_path, monkeypatch):
     assert tables.row(whole, variant="median", scenario="liar", metric="frechet")["n"] == 1
     assert tables.row(whole, variant="feddetect_hardened", scenario="no_attack", metric="frechet_minus_clean")["n"] == 1
     assert not record.is_stale(NOTEBOOK, COHORT)
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_every_claim_asks_for_a_row_that_can_exist():
+    """A misspelt claim would otherwise be found only once the record, which takes hours, is there."""
+    ledger = yaml.safe_load((paths.CLAIMS / "1-fedgan-defence.yaml").read_text(encoding="utf-8"))
+    assert ledger["table"] == NOTEBOOK
+    assert len({claim["id"] for claim in ledger["claims"]}) == len(ledger["claims"]) > 40
+    p = params.load().feddetect
+    for claim in ledger["claims"]:
+        where, name = dict(claim["where"]), claim["id"]
+        variant, scenario, metric = (where.pop(key) for key in ("variant", "scenario", "metric"))
+        assert variant in {*VARIANTS, "augmentation"}, name
+        assert scenario in {*SCENARIOS, "null", "downstream"}, name
+        assert metric in UNITS, name
+        assert set(where) <= set(KEYS), name
+        assert all(isinstance(v, str) for v in where.values()), f"{name}: keys of a table are text"
+        if scenario == "null":
+            assert (variant, set(where)) == ("feddetect_released", {"m"}), name
+            assert int(where["m"]) in p.null_test.clients, name
+        elif scenario == "downstream" or variant == "augmentation":
+            assert (variant, scenario, set(where)) == ("augmentation", "downstream", {"source", "real"}), name
+            assert where["source"] in feddetect_eval.SOURCES, name
+            assert int(where["real"]) in p.downstream.real_per_class, name
+        else:
+            # What that defence measures (`test_a_cell_has_the_rows_that_it_promises`), or what follows from it.
+            attacked = {"tpr", "blocked_tpr"} if SCENARIOS[scenario].attacks else set()
+            follows = {"frechet_minus_clean", "downstream_auc_minus_clean"}
+            assert metric in PROMISED[variant] | attacked | follows, name
