@@ -283,7 +283,7 @@ def test_the_ledgers_of_the_repository_are_well_formed(name):
     ids = [entry["id"] for entry in ledger["claims"]]
     assert len(set(ids)) == len(ids)
     for entry in ledger["claims"]:
-        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only"}, entry["id"]
+        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only", "detail"}, entry["id"]
         assert entry["by"]
         assert entry["text"]
         assert isinstance(entry.get("record_only", ""), str), entry["id"]
