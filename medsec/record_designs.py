@@ -2,12 +2,19 @@
 
 import pandas as pd
 
-from medsec import data, feddetect_eval, fedgan_eval, metrics, params
+from medsec import cohort_eval, data, feddetect_eval, fedgan_eval, metrics, params
 from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
 
 FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
+
+
+def _partitions(cohort: str, p: Params, schemes: list[str]) -> list[str]:
+    """Those of ``schemes`` that the cohort allows."""
+    allowed = cohort_eval.schemes(data.load(cohort, p.cohorts))
+    return [scheme for scheme in schemes if scheme in allowed]
+
 
 # Notebook 01 ---------------------------------------------------------------------------------------------------------
 
@@ -33,7 +40,7 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     factors += [({"poison": {"ratio": ratio}}, {"ratio": ratio}, ("attack",)) for ratio in sweep.ratio]
     factors += [({"malicious": list(range(n))}, {"attackers": n}, ("attack",)) for n in sweep.attackers]
     factors += [({"n_clients": m}, {"m": m}, ("attack", "clean")) for m in sweep.n_clients]
-    dealt = [scheme for scheme in sweep.partition if scheme != "style" or data.load(cohort, p.cohorts).sites]
+    dealt = _partitions(cohort, p, sweep.partition)
     factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
     for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
         found += [Cell(arm, seed, change, keys) for change, keys, arms in factors for arm in arms]
@@ -77,6 +84,8 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     blind = [name for name in SCENARIOS if name not in feddetect_eval.SAME_BUT_FOR_LOSSES]
     few = p.seeds.evaluation[: sweep.seeds]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
+    federations = [{"m": m} for m in sweep.n_clients]
+    federations += [{"partition": scheme} for scheme in _partitions(cohort, p, sweep.partition)]
     found = []
     for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
@@ -102,7 +111,7 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     for seed in few:
         found += [
             Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants))
-            for keys in _federations(cohort, p)
+            for keys in federations
             for scenario in sweep.scenarios
             if not (scenario == "no_attack" and keys == colluders_control)
         ]
@@ -118,12 +127,6 @@ def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
     """Those that `feddetect_eval.complete` cannot copy from another."""
     copied = feddetect_eval.has_twin(p) and not SCENARIOS[scenario].colluders
     return tuple(variant for variant in BASELINES if not (copied and variant == feddetect_eval.TWIN[0]))
-
-
-def _federations(cohort: str, p: Params) -> list[dict]:
-    sweep, sites = p.record.feddetect, data.load(cohort, p.cohorts).sites
-    dealt = [scheme for scheme in sweep.partition if scheme != "style" or sites]
-    return [{"m": m} for m in sweep.n_clients] + [{"partition": scheme} for scheme in dealt]
 
 
 def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
