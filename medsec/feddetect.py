@@ -13,6 +13,7 @@ count or evidence as it was, for absence is no proof of innocence; if nobody is 
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -167,6 +168,11 @@ class Described:
         return state, {"weights": shares, "flagged": _by_client(updates, flags)}
 
 
+def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
+    """No defence: the plain mean, every client alike, as released."""
+    return fedavg(updates, weights=[1.0] * len(updates))
+
+
 class NormClip:
     """Mean of the updates, each shortened to the median length of the round (Sun et al. 2019, arXiv:1911.07963).
 
@@ -191,7 +197,7 @@ class NormClip:
                 for k, v in u.state.items()
             }
             clipped.append(Update(u.client, state, u.n_samples, u.metrics))
-        self.state, found = fedavg(clipped, weights=[1.0] * len(clipped))
+        self.state, found = uniform_mean(clipped)
         return self.state, found
 
 
@@ -247,16 +253,23 @@ def _median_of_others(values: Tensor) -> Tensor:
     return torch.stack([(r[low] + r[high]) / 2 for r in ranked])
 
 
-def map_evidence(images: Tensor, scale: tuple[float, float]) -> Tensor:
-    """How peculiar each client is among its peers: (m, n, C, S, S) images -> (m,), differentiable.
+def map_evidence(log: Tensor, scale: tuple[float, float], before: Sequence[Tensor] = ()) -> Tensor:
+    """How peculiar each client is for this federation: (m, 12) -> (m,), differentiable.
 
-    The largest over `peculiarity`'s columns of log(own / median of the others), in units of the standard deviation
-    ``scale`` that it has for honest clients: of the columns as they are, and of those divided by what is usual.
+    The largest over the columns of ``log`` minus the (lower) median of this round's and the last rounds' values of all
+    clients, in units of the standard deviation ``scale`` that it has for honest clients: of the columns as they are, and
+    of those divided by what is usual. The earlier rounds steady that median where clients are few: of four, one that
+    sends the mean of the others, and so draws what is least peculiar, would else make honest ones stand out.
+
+    Args:
+        log: logarithm of `peculiarity`.
+        scale: for the two kinds of columns.
+        before: the same of earlier rounds, (clients, 12) each.
     """
-    log = peculiarity(images).log()
     columns = len(WINDOWS) + 1
     unit = torch.tensor([*[scale[0]] * columns, *[scale[1]] * columns] * 2, device=log.device)
-    return ((log - _median_of_others(log)) / unit).amax(1)
+    usual = torch.cat([*before, log]).median(0).values
+    return ((log - usual) / unit).amax(1)
 
 
 def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
@@ -284,14 +297,16 @@ class Hardened:
 
     *Evidence.* (1) The paper's own: reported losses, but the mean of the epoch, only upwards, and robustly scaled
     (`loss_evidence`). (2) What needs nobody's honesty: the server draws from every returned generator with fresh latents
-    that it keeps secret, and looks for a place where one client's images differ from the others' by more than the
-    others differ among themselves (`map_evidence`). A client's evidence e is the larger of the two.
+    that it keeps secret, and looks for a place where one client's images differ from the others' by more than clients
+    differed from each other in this and the last rounds (`map_evidence`). A client's evidence e is the larger of the two.
 
     *Flag.* e above the standard normal quantile of 1 − ``fpr`` / (number of statistics), Bonferroni's correction.
 
     *Memory.* A one-sided CUSUM (Page 1954, Biometrika 41:100): S ← clip(S + e − drift, 0, 2 limit), with drift and limit
-    in units of the flag's threshold. The weight is 1 − S / limit, at least 0. So one very strong sign, or weaker ones
-    in a row, take a client out, and quiet rounds bring it back.
+    in units of the flag's threshold. Who is below the limit counts fully, who is not counts nothing: one very strong
+    sign, or weaker ones in a row, take a client out, and quiet rounds bring it back. (A weight that fades with S looks
+    milder and is not: an honest client that counts less in the average is less like it in the next round, so that its
+    suspicion feeds itself.)
 
     It looks on during the second part of the warm-up and acts after it.
 
@@ -307,6 +322,7 @@ class Hardened:
         watch: first round whose evidence is remembered; before it the generators are too raw to be compared.
         fpr: target false-positive rate of the flag, per client and round.
         scale: standard deviations of an honest client's log ratios (`map_evidence`); chosen on tuning seeds.
+        window: number of rounds, this one included, that say how much clients usually differ.
         loss_floor: least scale of the losses (nats).
         drift, limit: of the CUSUM, in units of the threshold.
     """
@@ -320,6 +336,7 @@ class Hardened:
         watch: int,
         fpr: float,
         scale: tuple[float, float],
+        window: int,
         loss_floor: float,
         drift: float,
         limit: float,
@@ -329,10 +346,13 @@ class Hardened:
         self.threshold = flag_threshold(fpr)
         self.drift, self.limit = drift * self.threshold, limit * self.threshold
         self.suspicion: dict[int, float] = {}
+        self.recent: deque[Tensor] = deque(maxlen=window - 1)  # log peculiarities of the rounds before
 
     def evidence(self, updates: Sequence[Update], round: int) -> np.ndarray:
-        """(m,) each client's evidence in this round: −inf where there are fewer than three to compare, ∞ for a generator
-        whose images are not finite."""
+        """(m,) each client's evidence in this round, which is remembered as one of the last.
+
+        −inf where there are fewer than three to compare, ∞ for a generator whose images are not finite.
+        """
         if len(updates) < LEAST_CLIENTS:
             return np.full(len(updates), -np.inf)
         with torch.no_grad():
@@ -340,7 +360,9 @@ class Hardened:
             drawn = torch.isfinite(images).flatten(1).all(1)
             seen = torch.where(drawn, -math.inf, math.inf).double()
             if drawn.sum() >= LEAST_CLIENTS:
-                seen[drawn] = map_evidence(images[drawn], self.scale).double()
+                log = peculiarity(images[drawn]).log()
+                seen[drawn] = map_evidence(log, self.scale, self.recent).double()
+                self.recent.append(log)
         return np.maximum(seen.cpu().numpy(), loss_evidence(reported(updates, "loss_g"), self.loss_floor))
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
@@ -355,7 +377,7 @@ class Hardened:
                 self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))
         weights = [1.0] * len(clients)
         if round >= self.warm_up:
-            weights = [max(0.0, 1 - self.suspicion.get(client, 0.0) / self.limit) for client in clients]
+            weights = [float(self.suspicion.get(client, 0.0) < self.limit) for client in clients]
         if sum(weights) > 0:
             self.state, shares = _average(updates, dict(zip(clients, weights, strict=True)))
         else:

@@ -5,6 +5,7 @@ defences are compared on the same networks and images. `run_null` simulates the 
 `run_downstream` trains classifiers with and without synthetic images.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from medsec import classifier, feddetect, federated, fedgan, fedgan_eval, metrics, tables, triggers
 from medsec import params as parameters
 from medsec.errors import InputError
+from medsec.feddetect import uniform_mean
 from medsec.federated import State, Update, derive_seed, torch_generator
 from medsec.fedgan_attackers import SCENARIOS, Attack, Aware, special_trigger
 from medsec.fedgan_eval import Setup
@@ -52,7 +54,8 @@ UNITS = {
     "voided": "share",
     "penalised": "share",
     "weight_lost": "share",
-    "attacker_evidence": "share",
+    "attacker_evidence": "ratio",
+    "youden_j": "share",
     "any_flag": "share",
     "acts": "share",
     "blocked_tpr": "share",
@@ -70,6 +73,7 @@ UNITS = {
     "downstream_auc_minus_clean": "AUC",
     "augmented_auc": "AUC",
     "augmented_auc_gain": "AUC",
+    "augmented_auc_minus_attacked": "AUC",
     "server_ms": "ms",
 }
 DRAWN_EACH_ROUND = 100  # images for the trigger rate after every round
@@ -88,7 +92,8 @@ def settings(params: Params, scenario: str, keys: dict | None = None) -> Params:
         change["n_clients"] = int(keys["m"])
         change["poison"] = {"boost": params.fedgan.poison.boost * int(keys["m"]) / params.fedgan.n_clients}
     if what.stealthy:
-        change["poison"] = {"ratio": p.scenario.stealth_ratio, "boost": p.scenario.stealth_boost}
+        boost = p.scenario.stealth_boost * change.get("n_clients", params.fedgan.n_clients) / params.fedgan.n_clients
+        change["poison"] = {"ratio": p.scenario.stealth_ratio, "boost": boost}
     if "trigger" in keys:
         change["trigger"] = {"kind": keys["trigger"]}
     tree = parameters.merge(params.model_dump(), {"fedgan": change})
@@ -140,6 +145,7 @@ def hardened(params: Params, federation: fedgan.Federation) -> feddetect.Hardene
         watch=fedgan.rounds_until(p.watch, warm_up),
         fpr=p.fpr,
         scale=(p.scale, p.scale_relative),
+        window=p.window,
         loss_floor=p.loss_floor,
         drift=p.drift,
         limit=p.limit,
@@ -149,11 +155,6 @@ def hardened(params: Params, federation: fedgan.Federation) -> feddetect.Hardene
 def flag_threshold(params: Params) -> float:
     """The evidence above which the hardened defence flags a client."""
     return feddetect.flag_threshold(params.feddetect.hardened.fpr)
-
-
-def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
-    """No defence: the plain mean, every client alike, as released."""
-    return federated.fedavg(updates, weights=[1.0] * len(updates))
 
 
 def nearest_krum(updates: Sequence[Update], *, n_malicious: int, keep: int) -> tuple[State, dict]:
@@ -169,18 +170,22 @@ def nearest_krum(updates: Sequence[Update], *, n_malicious: int, keep: int) -> t
     return state, {"weights": {u.client: (u.client in chosen) / keep for u in updates}}
 
 
+def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -> tuple[State, dict]:
+    """The mean of the honest updates; if there are none, the state that the server has."""
+    honest = [u for u in updates if u.client not in malicious]
+    return uniform_mean(honest) if honest else (state, {"weights": {}})
+
+
 def defence(variant: str, params: Params, federation: fedgan.Federation, watcher: feddetect.Hardened):
     """A fresh defence for the rounds after the warm-up; the hardened one remembers what ``watcher`` saw during it."""
     p, f = params.feddetect, max(1, len(params.fedgan.malicious))
     if variant == "feddetect_hardened":
         fresh = hardened(params, federation)
-        fresh.suspicion = dict(watcher.suspicion)
+        fresh.suspicion, fresh.recent = dict(watcher.suspicion), copy.copy(watcher.recent)
         return fresh
     return {
         "none": lambda: uniform_mean,
-        ORACLE: lambda: (
-            lambda updates, round: uniform_mean([u for u in updates if u.client not in params.fedgan.malicious])
-        ),
+        ORACLE: lambda: lambda updates, round: without(updates, params.fedgan.malicious, federation.state),
         "feddetect_released": lambda: feddetect.Released(warm_up_rounds(params), p.decay),
         "feddetect_described": lambda: feddetect.Described(warm_up_rounds(params), p.patience),
         "median": lambda: federated.median,
@@ -196,6 +201,10 @@ def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watche
     what, p, warm_up = SCENARIOS[scenario], setup.params.feddetect, warm_up_rounds(setup.params)
     last, every, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, None
 
+    def evade(round: int) -> float:
+        settings = p.scenario.aware
+        return settings.late_evade if what.late and round > last - settings.late_rounds else settings.evade
+
     def strikes(round: int) -> bool:
         return round >= warm_up and (last - round) % every == 0
 
@@ -207,12 +216,13 @@ def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watche
             seed=derive_seed(federation.seed, "aware"),
             scale=watcher.scale,
             threshold=watcher.threshold,
-            evade=settings.late_evade if what.late else settings.evade,
+            evade=evade,
             steps=settings.steps,
             draws=settings.draws,
             lr=settings.lr,
             measure=p.hardened.draws,
-            begin=last + 1 - settings.late_rounds if what.late else warm_up,
+            recent=watcher.recent,
+            begin=warm_up,
         )
     return Attack(what, setup.params.fedgan.malicious, strikes, aware)
 
@@ -260,11 +270,12 @@ def run_variant(
         return state, diagnostics
 
     def look(federation: fedgan.Federation) -> None:
+        if not log or log[-1]["round"] != federation.round:
+            return  # nobody sent anything usable, and no rule was asked
         seed = derive_seed(federation.seed, "per round")
         labels = fedgan_eval.reference_labels(setup, DRAWN_EACH_ROUND, seed)
         images, _ = fedgan.synthesise(federation.generator(), DRAWN_EACH_ROUND, seed, labels)
-        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
-            log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
+        log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
@@ -339,7 +350,9 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     found = [entry["diagnostics"] for entry in log]
     if "flagged" in found[0]:
         flags = pd.DataFrame([d["flagged"] for d in found]).reindex(columns=range(m)).astype(float).fillna(1.0)
-        _seat_rows(rows, flags, attackers, "tpr", "fpr")
+        tpr, fpr = _seat_rows(rows, flags, attackers, "tpr", "fpr")
+        if attackers:
+            rows.add("youden_j", tpr - fpr, flags.size)  # Youden 1950: 0 for a detector that does not look
         some = flags.sum(axis=1)
         rows.add("any_flag", (some > 0).mean(), len(flags))
         rows.add("voided", (some >= m // 2).mean(), len(flags))
@@ -356,7 +369,8 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     rows.add("benign_weight_min", benign.to_numpy().min(), benign.size)
     # Below the equal share in spite of what others lost; and below the best: some suspicion, even without a flag.
     rows.add("weight_lost", (1 - m * benign).clip(lower=0).to_numpy().mean(), benign.size)
-    rows.add("penalised", benign.lt(0.999 * weights.max(axis=1), axis=0).to_numpy().mean(), benign.size)
+    best = weights.max(axis=1).clip(lower=BLOCKED / m)  # where nobody weighs anything, all are penalised
+    rows.add("penalised", benign.lt(0.999 * best, axis=0).to_numpy().mean(), benign.size)
     if attackers:
         caught = blocked[sorted(attackers)].to_numpy().all(1)
         # Counted from the end of the warm-up; one more than there are rounds if it never happens.
@@ -373,13 +387,17 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
                     rows.add(name, value, 1, round=entry["round"], client=client)
 
 
-def _seat_rows(rows: tables.Rows, flags: pd.DataFrame, attackers: set[int], hit: str, alarm: str) -> None:
-    """Share of the attackers' client-rounds (``hit``) and of the honest ones (``alarm``) that are set."""
+def _seat_rows(
+    rows: tables.Rows, flags: pd.DataFrame, attackers: set[int], hit: str, alarm: str
+) -> tuple[float, float]:
+    """Share of the attackers' client-rounds (``hit``) and of the honest ones (``alarm``) that are set: rows, and returned."""
     theirs = [c for c in flags if c in attackers]
     honest = [c for c in flags if c not in attackers]
+    rates = flags[theirs].to_numpy().mean() if theirs else np.nan, flags[honest].to_numpy().mean()
     if theirs and hit:
-        rows.add(hit, flags[theirs].to_numpy().mean(), flags[theirs].size)
-    rows.add(alarm, flags[honest].to_numpy().mean(), flags[honest].size)
+        rows.add(hit, rates[0], flags[theirs].size)
+    rows.add(alarm, rates[1], flags[honest].size)
+    return rates
 
 
 # The detector's null -------------------------------------------------------------------------------------------------
@@ -408,7 +426,8 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
     Classifiers are trained on a few real images per class of ``public``, alone (``source`` = "real", the control, with
     the same classical augmentation and the same number of gradient steps) and together with labelled synthetic images
     from a clean, an attacked and a defended federation. ``augmented_auc`` is the AUC on ``test``,
-    ``augmented_auc_gain`` its difference to the control on the same images and seed.
+    ``augmented_auc_gain`` its difference to the control on the same images and seed, ``augmented_auc_minus_attacked``
+    that of the defended federation's to the attacked one's.
     """
     torch.set_num_threads(1)
     p, synthetic = params.feddetect.downstream, {}
@@ -418,19 +437,17 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
         draw = derive_seed(seed, "augment")
         classes = torch.arange(p.synthetic) % setup.cohort.n_classes
         synthetic[source] = fedgan.synthesise(federation.generator(), p.synthetic, draw, classes)
-    found = []
+    rows, n = tables.Rows(KEYS, UNITS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
     for real in p.real_per_class:
         few = _few(setup, real, seed)
         control = _augmented_auc(setup, few, None, seed)
-        found.append(("real", real, control, 0.0))
-        for source, drawn in synthetic.items():
-            value = _augmented_auc(setup, few, drawn, seed)
-            found.append((source, real, value, value - control))
-    rows, n = tables.Rows(KEYS, UNITS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
-    for source, real, value, gain in found:
-        rows.add("augmented_auc", value, n, source=source, real=real)
-        if source != "real":
-            rows.add("augmented_auc_gain", gain, n, source=source, real=real)
+        found = {source: _augmented_auc(setup, few, drawn, seed) for source, drawn in synthetic.items()}
+        rows.add("augmented_auc", control, n, source="real", real=real)
+        for source, value in found.items():
+            rows.add("augmented_auc", value, n, source=source, real=real)
+            rows.add("augmented_auc_gain", value - control, n, source=source, real=real)
+        difference = found["defended"] - found["attacked"]
+        rows.add("augmented_auc_minus_attacked", difference, n, source="defended", real=real)
     return rows.table()
 
 

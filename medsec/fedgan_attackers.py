@@ -8,6 +8,7 @@ A `Scenario` says what an attacker does; an `Attack` is one attacker in one run.
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from medsec import triggers
-from medsec.feddetect import map_evidence
-from medsec.federated import State, Update, fedavg, torch_generator
+from medsec.feddetect import map_evidence, peculiarity, uniform_mean
+from medsec.federated import State, Update, torch_generator
 from medsec.models import Generator
 from medsec.triggers import Trigger
 
@@ -39,7 +40,7 @@ class Scenario:
             learning rate, and sends the mean of the others in between.
         colluders: several attackers in a larger federation (``feddetect.scenario.colluders``).
         aware: optimises its update against the hardened defence (`Aware`), from the end of the warm-up on ...
-        late: ... or in the last rounds only, where the defence's memory is still empty.
+        late: ... and goes further in the last rounds, as far as the defence's memory lets it.
     """
 
     text: str
@@ -99,7 +100,7 @@ SCENARIOS = {
         aware=True,
     ),
     "aware_late": Scenario(
-        "The same in the last rounds only, going further, before the defence's memory fills.",
+        "The same, and in the last rounds it goes as far as the defence's memory lets it.",
         report="median",
         aware=True,
         late=True,
@@ -153,7 +154,7 @@ class Attack:
     def _send(self, own: Update, others: list[Update], round: int) -> Update:
         state, metrics = own.state, own.metrics
         if self.scenario.intermittent and not self.strikes(round):
-            state, _ = fedavg(others, weights=[1.0] * len(others))
+            state, _ = uniform_mean(others)
         elif self.aware is not None:
             state = self.aware(own.state, [u.state for u in others], round)
         if self.scenario.report != "true":
@@ -166,10 +167,10 @@ class Aware:
 
     It starts from the mean of the others' updates, the least suspicious thing to send, and changes that generator by
     gradient steps (Adam) so that the *average* that the server will form shows the trigger, while its own evidence,
-    computed by the defence's own code on the others' real updates, stays below ``evade`` times the flag's threshold. In the
-    end it measures its evidence on as many fresh latents as the server draws and, where it is too high, moves back towards
-    the mean by bisection; where even the mean is too peculiar, it sends that. It knows everything but the server's secret
-    latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
+    computed by the defence's own code on the others' real updates, this round's and the last ones', stays below ``evade``
+    times the flag's threshold. In the end it measures its evidence on as many fresh latents as the server draws and, where
+    it is too high, moves back towards the mean by bisection; where even the mean is too peculiar, it sends that. It knows
+    everything but the server's secret latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
 
     Args:
         generator: any generator of the federation, for its architecture.
@@ -177,9 +178,10 @@ class Aware:
         seed: of its latents.
         scale: `map_evidence`'s scale.
         threshold: the flag's threshold.
-        evade: share of the threshold that it allows itself.
+        evade: share of the threshold that it allows itself, by round.
         steps, draws, lr: gradient steps a round, latents for them, Adam's learning rate.
         measure: latents of the last measurement, as many as the server draws: few would understate the evidence.
+        recent: what the server remembers of the rounds before (`feddetect.Hardened.recent`); kept up by the attacker.
         begin: round of its first attack; before it the attacker sends the mean of the others.
     """
 
@@ -193,26 +195,33 @@ class Aware:
         seed: int,
         scale,
         threshold: float,
-        evade: float,
+        evade: Callable[[int], float],
         steps: int,
         draws: int,
         lr: float,
         measure: int,
+        recent: deque[Tensor],
         begin: int,
     ):
         self.model = copy.deepcopy(generator).eval().requires_grad_(False)
         self.trigger, self.seed, self.scale = trigger, seed, scale
-        self.allowed, self.steps, self.draws, self.lr, self.begin = evade * threshold, steps, draws, lr, begin
-        self.measure, self.queries = measure, 0
+        self.threshold, self.evade = threshold, evade
+        self.steps, self.draws, self.lr, self.begin = steps, draws, lr, begin
+        self.measure, self.queries, self.recent = measure, 0, copy.copy(recent)
 
     def __call__(self, own: State, others: Sequence[State], round: int) -> State:
         peers = [self._generator_state(state) for state in others]
         clean = {
             k: torch.stack([state[k] for state in peers]).double().mean(0).to(v.dtype) for k, v in peers[0].items()
         }
-        if round < self.begin:
-            return own | {self.PART + k: v for k, v in clean.items()}
         rng = torch_generator(self.seed, "aware", round)
+        sent = clean if round < self.begin else self._optimised(clean, peers, rng, self.evade(round) * self.threshold)
+        z, y, theirs = self._look(peers, rng, self.measure)
+        with torch.no_grad():
+            self.recent.append(self._peculiarity(sent, theirs, z, y))
+        return own | {self.PART + k: v for k, v in sent.items()}
+
+    def _optimised(self, clean: State, peers: list[State], rng: torch.Generator, allowed: float) -> State:
         free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
         optimizer = torch.optim.Adam(free.values(), lr=self.lr)
         z, y, theirs = self._look(peers, rng, self.draws)
@@ -220,31 +229,34 @@ class Aware:
             mine = clean | free
             mean = {k: sum([state[k] for state in peers], mine[k]) / (1 + len(peers)) for k in mine}
             planted = (0.9 - triggers.score(self.trigger, self._draw(mean, z, y))).clamp_min(0).mean()
-            excess = (self._evidence(mine, theirs, z, y) - 0.9 * self.allowed).clamp_min(0)
+            excess = (self._evidence(mine, theirs, z, y) - 0.9 * allowed).clamp_min(0)
             optimizer.zero_grad()
             (planted + excess).backward()
             optimizer.step()
-        return own | {self.PART + k: v for k, v in self._retreat(clean, free, peers, rng).items()}
+        return self._retreat(clean, free, peers, rng, allowed)
 
     @torch.no_grad()
-    def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator) -> State:
+    def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator, allowed: float) -> State:
         """The point on the way from the mean of the others to the optimised update that just passes."""
         z, y, theirs = self._look(peers, rng, self.measure)
 
         def at(share: float) -> State:
             return clean | {k: clean[k] + share * (v - clean[k]) for k, v in free.items()}
 
-        if self._evidence(at(1.0), theirs, z, y) <= self.allowed:
+        if self._evidence(at(1.0), theirs, z, y) <= allowed:
             return at(1.0)
         low, high = 0.0, 1.0
         for _ in range(8):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._evidence(at(middle), theirs, z, y) <= self.allowed else (low, middle)
+            low, high = (middle, high) if self._evidence(at(middle), theirs, z, y) <= allowed else (low, middle)
         return at(low)
 
     def _evidence(self, mine: State, theirs: Tensor, z: Tensor, y: Tensor) -> Tensor:
         self.queries += 1
-        return map_evidence(torch.cat([self._draw(mine, z, y)[None], theirs]), self.scale)[0]
+        return map_evidence(self._peculiarity(mine, theirs, z, y), self.scale, self.recent)[0]
+
+    def _peculiarity(self, mine: State, theirs: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        return peculiarity(torch.cat([self._draw(mine, z, y)[None], theirs])).log()
 
     @torch.no_grad()
     def _look(self, peers: list[State], rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -208,6 +208,7 @@ class HardenedParams(Section):
     fpr: float = Field(gt=0, lt=0.5)
     scale: Positive
     scale_relative: Positive
+    window: Count
     loss_floor: Positive
     drift: Positive
     limit: Positive

@@ -72,16 +72,16 @@ def rounds_01(p: Params, cell: Cell) -> float:
 # Notebook 02 ---------------------------------------------------------------------------------------------------------
 
 
-BASELINES = tuple(v for v in feddetect_eval.VARIANTS if v != "none" and v not in feddetect_eval.READS_LOSSES)
+CONTENDERS = ("feddetect_released", "feddetect_hardened")
+BASELINES = tuple(v for v in feddetect_eval.VARIANTS if v != "none" and v not in CONTENDERS)
 
 
 def cells_02(cohort: str, p: Params) -> list[Cell]:
-    """FedDetect in all versions against every attacker, the baselines on fewer seeds, then what differs, on fewer still.
+    """FedDetect, released and hardened, against every attacker; the other defences and what differs on fewer seeds.
 
     Seed by seed: a record that is cut short has every scenario, on fewer seeds.
     """
-    sweep, ours = p.record.feddetect, ("none", *feddetect_eval.READS_LOSSES)
-    blind = [name for name in SCENARIOS if name not in feddetect_eval.SAME_BUT_FOR_LOSSES]
+    sweep = p.record.feddetect
     few = p.seeds.evaluation[: sweep.seeds]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
     federations = [{"m": m} for m in sweep.n_clients]
@@ -89,22 +89,21 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     found = []
     for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
-            liar = scenario in feddetect_eval.SAME_BUT_FOR_LOSSES
-            variants = feddetect_eval.READS_LOSSES if liar else ours
+            variants = CONTENDERS if scenario in feddetect_eval.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
             if scenario == "boost_liar":  # a run that is the same for every attacker of this warm-up
                 variants = (*variants, feddetect_eval.ORACLE)
             found.append(Cell(scenario, seed, variants=variants))
         found.append(Cell("no_attack", seed, keys=colluders_control, variants=tuple(sweep.variants)))
-        found.append(Cell("downstream", seed))
         found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
         if seed in few:
+            found.append(Cell("downstream", seed))
             found += [
                 Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade
             ]
         if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
-            found += [Cell(scenario, seed, variants=_baselines(scenario, p), group="baselines") for scenario in blind]
+            found += [Cell(s, seed, variants=_baselines(s, p), group="baselines") for s in SCENARIOS]
     found += [
-        Cell("no_attack", seed, variants=("feddetect_released", "feddetect_hardened"))
+        Cell("no_attack", seed, variants=CONTENDERS)
         for seed in sweep.false_alarm_seeds
         if seed not in p.seeds.evaluation
     ]
@@ -125,8 +124,12 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
 
 def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
     """Those that `feddetect_eval.complete` cannot copy from another."""
-    copied = feddetect_eval.has_twin(p) and not SCENARIOS[scenario].colluders
-    return tuple(variant for variant in BASELINES if not (copied and variant == feddetect_eval.TWIN[0]))
+    copied = set()
+    if feddetect_eval.has_twin(p) and not SCENARIOS[scenario].colluders:
+        copied.add(feddetect_eval.TWIN[0])
+    if scenario in feddetect_eval.SAME_BUT_FOR_LOSSES:
+        copied |= set(BASELINES) - set(feddetect_eval.READS_LOSSES)
+    return tuple(variant for variant in BASELINES if variant not in copied)
 
 
 def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:

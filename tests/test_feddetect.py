@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -253,12 +254,31 @@ def test_peculiarity_is_a_naive_one(m, channels):
     np.testing.assert_allclose(found.numpy(), naive_peculiarity(images), rtol=1e-4)
 
 
-def test_map_evidence_is_the_largest_log_ratio_in_its_own_unit():
-    images = smooth(5, 8, size=12)
-    log = np.log(peculiarity(images).double().numpy())
+def evidence(images, before=()):
+    return map_evidence(peculiarity(images).log(), SCALE, before)
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_map_evidence_is_the_largest_log_ratio_in_its_own_unit(earlier):
+    """To the lower median of all clients and rounds; who was there in an earlier round need not be there now."""
+    rounds = [peculiarity(smooth(m, 8, size=12, seed=m)).log() for m in (6, 4)[:earlier]]
+    log = peculiarity(smooth(5, 8, size=12)).log()
     unit = np.repeat([[0.3, 0.4, 0.3, 0.4]], 3)  # two maps, each as it is and divided, three columns
-    ratio = np.stack([log[i] - np.median(np.delete(log, i, 0), axis=0) for i in range(5)])
-    np.testing.assert_allclose(map_evidence(images, SCALE).numpy(), (ratio / unit).max(1), rtol=1e-4, atol=1e-4)
+    pool = np.sort(np.concatenate([x.numpy() for x in (*rounds, log)]), axis=0)
+    expected = ((log.numpy() - pool[(len(pool) - 1) // 2]) / unit).max(1)
+    np.testing.assert_allclose(map_evidence(log, SCALE, rounds).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_who_sends_the_mean_of_the_others_accuses_nobody():
+    """Of four, the least peculiar one moves the median of a round; with the rounds before, less."""
+    honest = [peculiarity(smooth(4, 32, seed=20 * t)).log() for t in range(3)]
+    mimic = honest[2].clone()
+    mimic[0] = honest[2].min(0).values - 1
+    shift = [
+        map_evidence(mimic, SCALE, b)[1:].max() - map_evidence(honest[2], SCALE, b)[1:].max() for b in ([], honest[:2])
+    ]
+    assert shift[0] > 0
+    assert shift[1] < shift[0]
 
 
 @pytest.mark.parametrize("m", [4, 7])
@@ -266,17 +286,17 @@ def test_the_order_of_clients_does_not_matter(m):
     images = smooth(m, 16)
     order = torch.randperm(m, generator=rng(5))
     torch.testing.assert_close(peculiarity(images[order]), peculiarity(images)[order], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(map_evidence(images[order], SCALE), map_evidence(images, SCALE)[order])
+    torch.testing.assert_close(evidence(images[order]), evidence(images)[order])
 
 
 @pytest.mark.parametrize("m", [4, 8])
 def test_a_planted_patch_is_found_and_nobody_else(m):
     for seed in range(4):
         images = smooth(m, 64, seed=10 * seed)
-        assert (map_evidence(images, SCALE) < THRESHOLD).all()
+        assert (evidence(images) < THRESHOLD).all()
         who = seed % m
         images[who, :, :, 20:24, 9:13] = 1.0
-        found = map_evidence(images, SCALE)
+        found = evidence(images)
         assert found.argmax() == who
         assert found[who] > THRESHOLD
         assert (np.delete(found.numpy(), who) < THRESHOLD).all()
@@ -285,13 +305,13 @@ def test_a_planted_patch_is_found_and_nobody_else(m):
 def test_map_evidence_can_be_differentiated():
     images = smooth(4, 8).requires_grad_()
     for client in range(4):
-        (gradient,) = torch.autograd.grad(map_evidence(images, SCALE)[client], images)
+        (gradient,) = torch.autograd.grad(evidence(images)[client], images)
         assert torch.isfinite(gradient).all()
         assert gradient[client].abs().sum() > 0
     # A step along the gradient does what an attacker wants of it.
-    start = map_evidence(images, SCALE)[0]
+    start = evidence(images)[0]
     (gradient,) = torch.autograd.grad(start, images)
-    assert map_evidence(images - 0.01 * gradient / gradient.abs().max(), SCALE)[0] < start
+    assert evidence(images - 0.01 * gradient / gradient.abs().max())[0] < start
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1, 8, 8), (4, 1, 8, 8), (0, 4, 1, 8, 8)])
@@ -327,7 +347,8 @@ def test_loss_evidence_looks_upwards_only():
 
 
 def hardened(draw=None, held=(0.0, 0.0, 0.0), **change):
-    options = {"warm_up": 2, "watch": 1, "fpr": 0.01, "scale": SCALE, "loss_floor": 0.3, "drift": 0.6, "limit": 1.0}
+    options = {"warm_up": 2, "watch": 1, "fpr": 0.01, "scale": SCALE, "drift": 0.6, "limit": 1.0}
+    options |= {"window": 3, "loss_floor": 0.3}
     return Hardened(draw or drawn, state(held), **(options | change))
 
 
@@ -352,7 +373,7 @@ def test_hardened_threshold_is_bonferronis():
 
 
 def test_cusum_by_hand():
-    """drift 0.6, limit 1, in units of the threshold: S <- clip(S + e - 0.6, 0, 2), weight 1 - S."""
+    """drift 0.6, limit 1, in units of the threshold: S <- clip(S + e - 0.6, 0, 2), out from 1 on."""
     script = [
         [0.0, 9.0, 0.0, 0.0],  # not yet watched: forgotten
         [1.1, 0.0, 0.2, 0.7],  # watched, no action: S = 0.5, 0, 0, 0.1
@@ -360,9 +381,9 @@ def test_cusum_by_hand():
         [0.0, 0.0, 1.2, 5.0],  # S = 0.2, 0, 1.2, 2 (of 4.4): one very strong sign excludes at once
         [0.0, 0.0, 0.0, 0.0],  # S = 0, 0, 0.6, 1.4: quiet rounds bring back
         [0.0, 0.0, 0.0, 0.0],  # S = 0, 0, 0, 0.8
-        [0.0, 0.0, 0.0, 0.0],  # S = 0, 0, 0, 0.2
+        [1.4, 0.0, 0.7, 0.8],  # S = 0.8, 0, 0.1, 1: at the limit is out
     ]
-    raw = [[1] * 4, [1] * 4, [0.2, 1, 0.4, 1], [0.8, 1, 0, 0], [1, 1, 0.4, 0], [1, 1, 1, 0.2], [1, 1, 1, 0.8]]
+    raw = [[1] * 4, [1] * 4, [1] * 4, [1, 1, 0, 0], [1, 1, 1, 0], [1] * 4, [1, 1, 1, 0]]
     defence = scripted(hardened(), script)
     for t, weights in enumerate(raw):
         found, diagnostics = defence(updates_of([1.0] * 4), t)
@@ -437,7 +458,7 @@ def test_who_shows_nothing_is_neither_accused_nor_forgiven():
         _, diagnostics = defence(updates_of([None] * 4), t)
         assert diagnostics["evidence"] == {0: -math.inf, 1: -math.inf, 2: math.inf, 3: math.inf}
         assert diagnostics["flagged"] == {0: False, 1: False, 2: True, 3: True}
-        assert diagnostics["weights"] == pytest.approx({0: 1 / 3, 1: 2 / 3, 2: 0.0, 3: 0.0})
+        assert diagnostics["weights"] == pytest.approx({0: 0.5, 1: 0.5, 2: 0.0, 3: 0.0})
         assert defence.suspicion.get(0) == 0.5 * defence.limit
         assert defence.suspicion.get(1, 0.0) == 0.0
         assert defence.suspicion[2] == defence.suspicion[3] == 2 * defence.limit
@@ -704,7 +725,12 @@ CHECKER = triggers.make_trigger("checker", image_size=28, channels=1)
 
 def aware(model, evade, **change):
     options = {"seed": 1, "scale": SCALE, "threshold": THRESHOLD, "steps": 40, "draws": 64, "lr": 0.02}
-    return Aware(model, CHECKER, evade=evade, **(options | {"measure": 256, "begin": 2} | change))
+    return Aware(
+        model,
+        CHECKER,
+        evade=lambda round: evade,
+        **(options | {"measure": 256, "recent": deque(maxlen=2), "begin": 2} | change),
+    )
 
 
 def mean_of(states):
@@ -724,13 +750,13 @@ def test_aware_stays_below_what_it_allows_itself(federation, evade):
     """Measured on latents that it has never seen, as the server does; the slack is for those."""
     model, states, draw = federation
     start = mean_of(states[1:])
-    clean = map_evidence(torch.stack([draw(s) for s in (start, *states[1:])]), SCALE)[0]
+    clean = evidence(torch.stack([draw(s) for s in (start, *states[1:])]))[0]
     assert clean < 0.5 * THRESHOLD, "where it starts it would be suspect already"
     sent = aware(model, evade)(states[0], states[1:], 5)
     assert sent.keys() == states[0].keys()
     assert all(torch.isfinite(v).all() for v in sent.values())
     for seed in (7, 8):
-        found = map_evidence(torch.stack([draw(s, seed) for s in (sent, *states[1:])]), SCALE)[0]
+        found = evidence(torch.stack([draw(s, seed) for s in (sent, *states[1:])]))[0]
         assert found <= 1.25 * evade * THRESHOLD
     for innocent in (states[0], start):
         gain = planted(draw, [sent, *states[1:]]) - planted(draw, [innocent, *states[1:]])
@@ -755,9 +781,9 @@ def test_aware_measures_itself_on_as_many_latents_as_the_server_draws(federation
     # The others' images once, then a step draws the average's and its own.
     trained = 3 + 2 * 3
     assert sizes == [16] * trained + [48] * (len(sizes) - trained)
-    assert len(sizes) - trained in (3 + 1, 3 + 1 + 8), (
-        "one look at the optimised update, and eight halvings if it fails"
-    )
+    # Twice a look at the others' images and its own: to judge the update, with eight halvings if it fails, and to
+    # remember this round as the server does.
+    assert len(sizes) - trained in (2 * (3 + 1), 2 * (3 + 1) + 8)
 
 
 def test_aware_without_restraint_plants_the_trigger_and_is_seen(federation):
@@ -765,7 +791,7 @@ def test_aware_without_restraint_plants_the_trigger_and_is_seen(federation):
     sent = aware(model, 100.0)(states[0], states[1:], 5)
     assert planted(draw, states) < 0.4
     assert planted(draw, [sent, *states[1:]]) > 0.8
-    assert map_evidence(torch.stack([draw(s) for s in (sent, *states[1:])]), SCALE)[0] > 2 * THRESHOLD
+    assert evidence(torch.stack([draw(s) for s in (sent, *states[1:])]))[0] > 2 * THRESHOLD
 
 
 def test_aware_waits_repeats_itself_and_counts_its_queries(federation):
@@ -777,7 +803,8 @@ def test_aware_waits_repeats_itself_and_counts_its_queries(federation):
     sent = [attacker(states[0], states[1:], t) for t in range(2, 7)]
     # An attack on a defence that is tried only a few times says nothing.
     assert attacker.queries >= 200
-    again = aware(model, 1.0, lr=2e-3, begin=2)(states[0], states[1:], 2)
+    repeated = aware(model, 1.0, lr=2e-3, begin=2)
+    again = [repeated(states[0], states[1:], t) for t in range(3)][-1]
     assert all(torch.equal(again[k], v) for k, v in sent[0].items())
     assert any(not torch.equal(sent[1][k], v) for k, v in sent[0].items()), "the same latents in two rounds"
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the federation's model was changed"

@@ -135,14 +135,14 @@ def test_a_cell_has_the_rows_that_it_promises(cell, p, scenario):
     assert np.isfinite(table["value"]).all()
     assert (table["unit"] == table["metric"].map(UNITS)).all()
     assert (table["n_items"] > 0).all()
-    # Of the flag's threshold, not of a whole: the one share that can leave [0, 1].
-    bounded = table["unit"].isin(["share", "AUC"]) & (table["metric"] != "attacker_evidence")
+    # Youden's J is a difference of two shares.
+    bounded = table["unit"].isin(["share", "AUC"]) & (table["metric"] != "youden_j")
     assert table.loc[bounded, "value"].between(0, 1).all()
     for variant in CELLS[scenario]:
         rows = table[table["variant"] == variant]
         expected = set(PROMISED[variant])
         if SCENARIOS[scenario].attacks:
-            expected |= {"tpr"} if "fpr" in expected else set()
+            expected |= {"tpr", "youden_j"} if "fpr" in expected else set()
             expected |= {"blocked_tpr", "rounds_to_detect"} if "weight" in expected else set()
             expected |= {"attacker_evidence"} if "evidence" in expected else set()
         assert set(rows["metric"]) == expected, variant
@@ -193,6 +193,7 @@ def test_weights_and_evidence_add_up_to_the_rows_on_detection(cell, p, scenario)
         for metric in (
             "tpr",
             "fpr",
+            "youden_j",
             "any_flag",
             "voided",
             "blocked_tpr",
@@ -212,6 +213,7 @@ def test_weights_and_evidence_add_up_to_the_rows_on_detection(cell, p, scenario)
     expected = {
         "tpr": flag[attackers].to_numpy().mean(),
         "fpr": flag.drop(columns=attackers).to_numpy().mean(),
+        "youden_j": flag[attackers].to_numpy().mean() - flag.drop(columns=attackers).to_numpy().mean(),
         "any_flag": flag.any(axis=1).mean(),
         "voided": (flag.sum(axis=1) >= m / 2).mean(),
         "blocked_tpr": blocked[attackers].to_numpy().mean(),
@@ -247,13 +249,18 @@ def test_penalties_by_hand(p):
         [0.0, 0.375, 0.375, 0.25],  # a quarter still: nothing lost, but less than the others have
         [0.5, 0.3, 0.2, 0.0],  # the attacker has the most: all penalised; lost 0, 1/5 and all
         [0.0, 0.50002, 0.49998, None],  # rounding is no penalty; who was turned away weighs nothing
+        [0.0, 0.0, 0.0, 0.0],  # nobody is left: all lost, all penalised
     ]
     found = hand_made(p, "boost_liar", weights=weights)
-    expected = {"weight_lost": (0.2 + 0.2 + 1 + 1) / 15, "penalised": (1 + 1 + 3 + 1) / 15, "benign_weight_min": 0}
+    expected = {
+        "weight_lost": (0.2 + 0.2 + 1 + 1 + 3) / 18,
+        "penalised": (1 + 1 + 3 + 1 + 3) / 18,
+        "benign_weight_min": 0,
+    }
     assert found[list(expected)].to_dict() == pytest.approx(expected)
     # Without an attack the first is honest as well.
     found = hand_made(p, "no_attack", weights=weights)
-    expected = {"weight_lost": (3 + 0.2 + 0.2 + 1 + 1) / 20, "penalised": (3 + 1 + 1 + 3 + 1) / 20}
+    expected = {"weight_lost": (3 + 0.2 + 0.2 + 1 + 1 + 4) / 24, "penalised": (3 + 1 + 1 + 3 + 1 + 4) / 24}
     assert found[list(expected)].to_dict() == pytest.approx(expected)
 
 
@@ -274,10 +281,18 @@ def test_the_oracle_is_the_mean_of_the_honest_updates(p, scenario, malicious):
     assert ORACLE not in VARIANTS
     changed = feddetect_eval.settings(p, scenario)
     rows = np.random.default_rng(0).normal(size=(changed.fedgan.n_clients, 6)).astype(np.float32)
-    found, diagnostics = feddetect_eval.defence(ORACLE, changed, None, None)(updates_of(rows), 3)
+    federation = fedgan_eval.fedgan.Federation(
+        0, changed.fedgan.gan, 5, "generator", [], updates_of([[7.0] * 6])[0].state
+    )
+    rule = feddetect_eval.defence(ORACLE, changed, federation, None)
+    found, diagnostics = rule(updates_of(rows), 3)
     honest = range(malicious, changed.fedgan.n_clients)
     np.testing.assert_allclose(found["w"], rows[malicious:].mean(axis=0), rtol=1e-5, atol=1e-6)
     assert diagnostics["weights"] == pytest.approx(dict.fromkeys(honest, 1 / len(honest)))
+    # If the attackers alone are heard, the server keeps what it has.
+    kept, diagnostics = rule(updates_of(rows)[:malicious], 4)
+    assert (kept["w"] == 7).all()
+    assert diagnostics["weights"] == {}
 
 
 def test_a_run_with_the_oracle(cell, p):
@@ -450,17 +465,19 @@ def test_the_learning_rate_of_one_who_waits_does_not_fade(p, monkeypatch, scenar
 
 
 def test_the_aware_attackers_begin_and_allow_themselves_what_the_parameters_say(p):
-    """The one goes to work after the warm-up and stays below the CUSUM's drift, the other comes late and goes further."""
+    """Both go to work after the warm-up and stay below the CUSUM's drift; the one spends its limit in the last rounds."""
     aware = p.feddetect.scenario.aware
-    assert aware.evade <= p.feddetect.hardened.drift < aware.late_evade
-    expected = {"aware": (WARM_UP, aware.evade), "aware_late": (ROUNDS - aware.late_rounds, aware.late_evade)}
-    for scenario, (begin, evade) in expected.items():
+    memory = p.feddetect.hardened
+    assert aware.evade <= memory.drift < aware.late_evade < memory.drift + memory.limit / aware.late_rounds
+    late = [aware.evade] * (ROUNDS - WARM_UP - aware.late_rounds) + [aware.late_evade] * aware.late_rounds
+    for scenario, evade in {"aware": [aware.evade] * (ROUNDS - WARM_UP), "aware_late": late}.items():
         setup = feddetect_eval.instruments(COHORT, p, feddetect_eval.settings(p, scenario), scenario)
         federation, watcher = feddetect_eval.warm_up(setup, SEED, scenario)
         assert not any(client.malicious for client in federation.clients), "it trains on clean images"
         found = feddetect_eval.attack_of(scenario, setup, federation, watcher).aware
-        assert found.begin == begin
-        assert found.allowed == pytest.approx(evade * feddetect_eval.flag_threshold(p))
+        assert found.begin == WARM_UP
+        assert [found.evade(round) for round in range(WARM_UP, ROUNDS)] == evade
+        assert found.threshold == feddetect_eval.flag_threshold(p)
         assert (found.measure, found.draws, found.steps) == (p.feddetect.hardened.draws, aware.draws, aware.steps)
 
 
@@ -735,7 +752,7 @@ def planned(p, cells):
 def test_the_plan_has_every_defence_against_every_attacker(p, profile):
     """Directly or through what `complete` copies; FedDetect on all evaluation seeds, the baselines on the first."""
     p, cells = plan(p, profile)
-    ours = ("none", *READS_LOSSES)
+    ours = ("none", "feddetect_released", "feddetect_hardened")
     baseline_seeds = p.seeds.evaluation[: p.record.feddetect.baseline_seeds]
     expected = {(v, s, seed) for seed in p.seeds.evaluation for s in SCENARIOS for v in ours}
     expected |= {(v, s, seed) for seed in baseline_seeds for s in SCENARIOS for v in VARIANTS}
@@ -837,5 +854,5 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         else:
             # What that defence measures (`test_a_cell_has_the_rows_that_it_promises`), or what follows from it.
             attacked = {"tpr", "blocked_tpr"} if SCENARIOS[scenario].attacks else set()
-            follows = {"frechet_minus_clean", "downstream_auc_minus_clean"}
+            follows = {"frechet_minus_clean", "downstream_auc_minus_clean", "youden_j"}
             assert metric in PROMISED[variant] | attacked | follows, name
