@@ -16,6 +16,11 @@ from medsec.federated import derive_seed
 STRIDES = (1, 2, 1, 2)
 
 
+def standardise(x: Tensor) -> Tensor:
+    """[0, 1] -> [−2, 2], about mean 0 and standard deviation 1 for a radiograph."""
+    return 4 * x - 2
+
+
 class ConvNet(nn.Module):
     """Four 3 × 3 convolutions with GELU and a linear head.
 
@@ -41,7 +46,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(width * size**2, n_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.body(4 * x - 2).flatten(1)
+        return self.body(standardise(x)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

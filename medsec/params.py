@@ -260,6 +260,17 @@ class FedDetectParams(Section):
     downstream: DownstreamParams
 
 
+class InversionSettings(Section):
+    iterations: Count
+    lr: Positive
+    lr_latent: Positive
+    tv: float = Field(ge=0, allow_inf_nan=False)
+    statistics: float = Field(ge=0, allow_inf_nan=False)
+    restarts: Count
+    together: Count
+    done: float = Field(ge=0, allow_inf_nan=False)
+
+
 class FedGANRecord(Section):
     """One-factor sweeps of notebook 01's record; every list holds the values besides the headline's own."""
 
