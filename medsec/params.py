@@ -260,6 +260,23 @@ class FedDetectParams(Section):
     downstream: DownstreamParams
 
 
+class FedClsParams(Section):
+    width: Count
+    n_clients: Count
+    images_per_client: Count
+    rounds: Count
+    batch: Count
+    lr: Positive
+    momentum: float = Field(ge=0, lt=1)
+
+
+class PurifierParams(Section):
+    width: Count
+    epochs: Count
+    batch: Count
+    lr: Positive
+
+
 class InversionSettings(Section):
     iterations: Count
     lr: Positive
