@@ -77,9 +77,10 @@ END = "<!-- end of results -->"
 
 
 def readme_block() -> str:
-    """Verdicts of every ledger as Markdown between `BEGIN` and `END`; one column a cohort: its record, else its results.
+    """Verdicts of every ledger as Markdown between `BEGIN` and `END`, one column a cohort.
 
-    Claims marked ``detail`` are left to the notebook.
+    A claim is judged by its row in the record, unless the record is unfinished and rests on fewer runs than the results of
+    the quick profile. Claims marked ``detail`` are left to the notebook.
     """
     cohorts = sorted(folder.name for folder in (paths.ROOT / "results").iterdir() if folder.is_dir())
     cohorts.sort(key=lambda name: name != "phantom")
@@ -88,22 +89,29 @@ def readme_block() -> str:
         ledger = load(name)
         shown = None
         for cohort in cohorts:
-            places = (paths.records(cohort), paths.results(cohort, paths.ROOT))
-            file = next((f for f in (place / f"{ledger['table']}.csv" for place in places) if f.is_file()), None)
-            if file is None:
+            places = {"record": paths.records(cohort), "quick": paths.results(cohort, paths.ROOT)}
+            files = {kind: place / f"{ledger['table']}.csv" for kind, place in places.items()}
+            found = {kind: tables.read(file) for kind, file in files.items() if file.is_file()}
+            if not found:
                 continue
-            found = verdicts(name, tables.read(file))
-            found = found[[not claim.get("detail", False) for claim in ledger["claims"]]]
-            shown = found[["claim", "by"]] if shown is None else shown
-            cells = [
-                verdict if n == 0 else f"**{verdict}**: {measured} (n = {n})"
-                for verdict, n, measured in zip(found["verdict"], found["n"], found["measured"], strict=True)
-            ]
-            where = file.relative_to(paths.ROOT).as_posix()
-            shown = shown.assign(**{f"[{cohort}, {where.split('/')[0]}]({where})": cells})
+            told = [claim for claim in ledger["claims"] if not claim.get("detail", False)]
+            if shown is None:
+                shown = pd.DataFrame({"claim": [c["text"] for c in told], "by": [c["by"] for c in told]})
+            links = [f"[{kind}]({files[kind].relative_to(paths.ROOT).as_posix()})" for kind in found]
+            shown = shown.assign(**{f"{cohort} ({', '.join(links)})": [_cell(claim, found) for claim in told]})
         if shown is not None:
             parts += [f"\n**{ledger['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(shown)]
     return "\n".join([*parts, "", END])
+
+
+def _cell(claim: dict, found: dict[str, pd.DataFrame]) -> str:
+    """What the README says of a claim: the verdict of the table with the most runs, at equality of the first."""
+    runs = {kind: tables.select(table, claim["where"])["n"].sum() for kind, table in found.items()}
+    kind = max(runs, key=runs.get)
+    judged = verdict(claim, found[kind])
+    if judged["n"] == 0:
+        return judged["verdict"]
+    return f"**{judged['verdict']}**: {judged['measured']} (n = {judged['n']}{', quick' * (kind == 'quick')})"
 
 
 def replace_block(text: str, begin: str, end: str, block: str) -> str:

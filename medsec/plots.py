@@ -320,9 +320,10 @@ def curves(
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
     styles = [("#000000", ":", "D"), ("#0072B2", "-", "o"), ("#D55E00", "-.", "^"), ("#009E73", "--", "s")]
+    names = list(dict.fromkeys(name for table in panels.values() for name in table["name"]))  # alike in all panels
     for ax, (label, table) in zip(axes[0], panels.items(), strict=True):
-        for k, (name, rows) in enumerate(table.groupby("name", sort=False)):
-            colour, line, marker = styles[k % len(styles)]
+        for name, rows in table.groupby("name", sort=False):
+            colour, line, marker = styles[names.index(name) % len(styles)]
             rows = rows.sort_values("x")
             ax.plot(rows["x"], rows["value"], color=colour, linestyle=line, marker=marker, markersize=4, label=name)
             ax.vlines(rows["x"], rows["low"], rows["high"], color=colour, linewidth=1)

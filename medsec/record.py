@@ -96,15 +96,17 @@ def place(cohort: str, p: Params) -> Path:
     return paths.records(cohort if p.device == "cpu" else f"{cohort}-gpu")
 
 
-def identity(notebook: str, cohort: data.Cohort, p: Params, cell: Cell) -> str:
-    """Hash of all that a cell's numbers depend on: its parameters, the images, the code, the version of PyTorch."""
+def identities(notebook: str, cohort: data.Cohort, p: Params, cells: Sequence[Cell]) -> dict[str, str]:
+    """By a cell's name, the hash of all that its numbers depend on: parameters, images, code, the version of PyTorch."""
     sections = "".join(getattr(p, name).model_dump_json() for name in design(notebook).sections)
-    # A scenario's keys are part of what it runs; in notebook 01 they only name the change.
-    own = json.dumps(
-        [cell.change, cell.size, cell.arm, cell.seed, *([cell.keys, *cell.variants] * bool(cell.variants))]
-    )
-    content = p.device + sections + json.dumps(p.seeds.tuning) + own + cohort.fingerprint
-    return hashlib.sha256((content + code_hash(design(notebook).modules) + torch.__version__).encode()).hexdigest()[:16]
+    before = p.device + sections + json.dumps(p.seeds.tuning)
+    after = cohort.fingerprint + code_hash(design(notebook).modules) + torch.__version__
+    found = {}
+    for cell in cells:
+        # A scenario's keys are part of what it runs; in notebook 01 they only name the change.
+        own = [cell.change, cell.size, cell.arm, cell.seed, *([cell.keys, *cell.variants] * bool(cell.variants))]
+        found[cell.name] = hashlib.sha256((before + json.dumps(own) + after).encode()).hexdigest()[:16]
+    return found
 
 
 def run_cell(notebook: str, cohort: str, p: Params, cell: Cell, name: str) -> str:
@@ -156,8 +158,9 @@ def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], prof
     """Write the record's tables from the cells that are finished, in the order of the plan."""
     records = place(cohort.name, p)
     notes = {cell.name: finished(records / notebook, cell) for cell in cells}
+    names = identities(notebook, cohort, p, cells)
     # Cells of other code or parameters are still there while a restarted record is under way: they do not count.
-    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == identity(notebook, cohort, p, cell)]
+    done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == names[cell.name]]
     runs = pd.concat([tables.read(records / notebook / f"{cell.name}.csv") for cell in done], ignore_index=True)
     summary = design(notebook).summarise(runs, p)
     target = records / f"{notebook}.csv"
@@ -252,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
     parallel.device(p.device)  # a missing GPU is named before anything is planned
     cohort = data.load(args.cohort, p.cohorts)
     cells = design(args.notebook).cells(args.cohort, p)
-    names = {cell.name: identity(args.notebook, cohort, p, cell) for cell in cells}
+    names = identities(args.notebook, cohort, p, cells)
     folder = place(args.cohort, p) / args.notebook
     notes = {cell.name: finished(folder, cell) for cell in cells}
     stale = [name for name, note in notes.items() if note and note["identity"] != names[name]]

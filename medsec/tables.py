@@ -72,9 +72,8 @@ def read(file: Path) -> pd.DataFrame:
 
 def write_metrics(summary: pd.DataFrame, file: Path) -> None:
     """The headline rows (no key set) as nested JSON, ``variant -> scenario -> metric``, for ``dvc metrics``."""
-    rows = summary[(summary[keys(summary)[3:]] == "").all(axis=1)]
     tree: dict = {}
-    for row in rows.to_dict("records"):
+    for row in without_keys(summary).to_dict("records"):
         tree.setdefault(row["variant"], {}).setdefault(row["scenario"], {})[row["metric"]] = float(
             f"{row['value']:.6g}"
         )
@@ -115,7 +114,13 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
 
 def headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The rows of a metric that have no key column set, one a variant and scenario."""
-    return table[(table["metric"] == metric) & (table[keys(table)[3:]] == "").all(axis=1)]
+    rows = without_keys(table)
+    return rows[rows["metric"] == metric]
+
+
+def without_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have no key column set: one a variant, scenario and metric."""
+    return table[(table[keys(table)[3:]] == "").all(axis=1)]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -258,16 +258,18 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     assert text.startswith(f"before\n{claims.BEGIN}\n")
     assert text.endswith(f"\n{claims.END}\nafter\n")
     assert "stale rows" not in text
-    assert "**holds**: 0.65 [0.60, 0.70] (n = 3) | **does not hold**: 0.15 [0.10, 0.20] (n = 3)" in text
-    assert text.index("[phantom, results](results/phantom/01_test.csv)") < text.index("[alpha, results]")
+    assert "**holds**: 0.65 [0.60, 0.70] (n = 3, quick) | **does not hold**: 0.15 [0.10, 0.20] (n = 3, quick)" in text
+    assert text.index("phantom ([quick](results/phantom/01_test.csv))") < text.index("alpha ([quick]")
     assert claims.main() == 0
     assert readme.read_text(encoding="utf-8") == text
-    # A record of a cohort takes the place of its quick results.
-    tables.write(summary_of(0.8, 0.9), paths.records("alpha", tmp_path) / "01_test.csv")
-    text = claims.update_readme(text)
-    assert "[alpha, records](records/alpha/01_test.csv)" in text
-    assert "[alpha, results]" not in text
-    assert "**holds**: 0.85 [0.80, 0.90] (n = 3)" in text
+    # A record's row takes the place of the quick one, unless it rests on fewer runs.
+    record = summary_of(0.8, 0.9)
+    for n, expected in ((3, "**holds**: 0.85 [0.80, 0.90] (n = 3)"), (1, "0.15 [0.10, 0.20] (n = 3, quick)")):
+        tables.write(record.assign(n=n), paths.records("alpha", tmp_path) / "01_test.csv")
+        text = claims.update_readme(text)
+        assert "alpha ([record](records/alpha/01_test.csv), [quick](results/alpha/01_test.csv))" in text
+        assert expected in text
+        assert ("0.85 [0.80, 0.90]" in text) == (n == 3)
     readme.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="lacks the marks"):
         claims.update_readme("no marks")
