@@ -1,0 +1,305 @@
+"""Baseline defences against gradient inversion: what a client may do to its gradient before it sends it.
+
+Each is a function ``defend(model, x, y, round, *, <its numbers>) -> list[Tensor]``: what the client sends for one batch,
+in the order of ``model.parameters()``. `functools.partial` fixes the numbers, and what is left is a defence like any
+other. x: (B, C, S, S) in [0, 1]; y: (B,) int64; ``round``: from 0. All raise `InputError` for images that are not in
+[0, 1], labels that do not fit, a gradient that is not finite, and BatchNorm in training mode with a batch of one.
+
+What is drawn depends on (seed, method, round, the batch): two batches of a round get different noise, the same batch gets
+new noise in the next round, and a batch that is sent twice in a round gets the same, so that nobody can average it away.
+Give every client its own seed.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from medsec.convnet import ConvNet, check_images, check_norm, flat, gradients
+from medsec.errors import InputError
+from medsec.federated import torch_generator
+
+Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]
+Perturbation = Callable[[nn.Module, Tensor, Tensor, int], Tensor]  # the same arguments -> the image x′ that is used
+
+DIRECTIONS = 256  # derivatives that are taken at once, over all images of the batch
+
+
+def none(model: nn.Module, x: Tensor, y: Tensor, round: int) -> list[Tensor]:
+    """No defence: the gradient as it is."""
+    check_images(x)
+    check_labels(model, x, y)
+    return check_gradient(model, gradients(model, x, y))
+
+
+def gradient_noise(model: nn.Module, x: Tensor, y: Tensor, round: int, *, ratio: float, seed: int) -> list[Tensor]:
+    """Independent Gaussian noise on every entry (Zhu et al. 2019, section 5.1).
+
+    Over all P parameters together its standard deviation is ``ratio`` ‖g‖₂ / √P: the expected *squared* norm of the noise
+    is (``ratio`` ‖g‖₂)². At ratio 1 there is as much noise as gradient, whatever the gradient's length.
+    """
+    if not 0 <= ratio < math.inf:
+        raise InputError(f"gradient_noise: ratio {ratio} must be a finite number >= 0")
+    found = none(model, x, y, round)
+    whole = flat(found)
+    noise = torch.randn(len(whole), generator=stream(seed, "gradient_noise", round, x)).to(whole)
+    return unflat(whole + ratio * whole.norm() / len(whole) ** 0.5 * noise, found)
+
+
+def dp_sgd(
+    model: nn.Module, x: Tensor, y: Tensor, round: int, *, clip: float, noise_multiplier: float, seed: int
+) -> list[Tensor]:
+    """Differentially private gradient (Abadi et al. 2016, algorithm 1).
+
+    Every example's gradient is shortened to ``clip`` if it is longer, over all parameters together; to their sum is added
+    Gaussian noise of standard deviation ``noise_multiplier`` · ``clip``; the whole is divided by B. What privacy that
+    gives: `epsilon`.
+
+    Raises:
+        InputError: besides the above, BatchNorm in training mode: there an example has no gradient of its own.
+    """
+    if not 0 < clip < math.inf or not 0 <= noise_multiplier < math.inf:
+        raise InputError(f"dp_sgd: clip {clip} must be positive and noise_multiplier {noise_multiplier} not negative")
+    each = per_example_gradients(model, x, y)
+    norms = torch.cat([g.flatten(1) for g in each], 1).norm(dim=1)
+    factor = (clip / norms.clamp_min(clip)).to(norms)  # 1 for those that are short enough
+    total = check_gradient(model, [torch.einsum("b,b...->...", factor, g) for g in each])
+    whole = flat(total)
+    noise = torch.randn(len(whole), generator=stream(seed, "dp_sgd", round, x)).to(whole)
+    return unflat((whole + noise_multiplier * clip * noise) / len(x), total)
+
+
+def per_example_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Gradient of each example's own cross-entropy: one tensor (B, *shape) a parameter.
+
+    Raises:
+        InputError: BatchNorm in training mode.
+    """
+    check_images(x)
+    check_labels(model, x, y)
+    check_independent(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, parameters, (image[None],)), label[None])
+
+    return list(vmap(grad(loss), (None, 0, 0))(parameters, x, y).values())
+
+
+def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """ε of (ε, δ)-differential privacy after ``steps`` of `dp_sgd`, by Opacus' Rényi accountant.
+
+    For one example that is added or removed (Mironov et al. 2019), if every example enters every batch independently with
+    probability ``sample_rate`` and the division is by the expected batch size. Other ways to draw batches, such as going
+    through shuffled images, are covered only at sample_rate 1. Infinite without noise.
+
+    Raises:
+        InputError: numbers out of range, or Opacus is not installed.
+    """
+    if noise_multiplier < 0 or not 0 < sample_rate <= 1 or steps < 1 or not 0 < delta < 1:
+        raise InputError(
+            f"epsilon: need noise_multiplier >= 0, 0 < sample_rate <= 1, steps >= 1 and 0 < delta < 1, got "
+            f"{noise_multiplier}, {sample_rate}, {steps}, {delta}"
+        )
+    if noise_multiplier == 0:
+        return math.inf
+    try:
+        from opacus.accountants import RDPAccountant
+    except ImportError as error:
+        raise InputError("epsilon needs Opacus, which is not installed: pip install -e '.[privacy]'") from error
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    return float(accountant.get_epsilon(delta))
+
+
+def topk(model: nn.Module, x: Tensor, y: Tensor, round: int, *, keep: float) -> list[Tensor]:
+    """Only the share ``keep`` of entries that are largest in size, over all parameters together; the others become 0.
+
+    Gradient compression (Lin et al. 2018) *without its memory*: what is not sent is lost, not added to the next
+    gradient. With memory the server would get it later; so this is the variant that gives less away.
+    """
+    check_share("topk: keep", keep)
+    found = none(model, x, y, round)
+    whole = flat(found)
+    kept = whole.abs().topk(share_of(keep, len(whole))).indices
+    return unflat(torch.zeros_like(whole).index_copy(0, kept, whole[kept]), found)
+
+
+def soteria(model: nn.Module, x: Tensor, y: Tensor, round: int, *, prune: float) -> list[Tensor]:
+    """The share ``prune`` of the features is hidden in the gradient of the head's weight (Sun et al. 2021, section 4).
+
+    Those with the largest |rᵢ| / ‖∂rᵢ/∂x‖₂, r being what the head sees: their columns become 0. All other gradients,
+    those of the convolutions too, are sent as they are, as in the paper.
+
+    *Batches.* The paper has one image. Here a feature's score is the mean over the batch and one set of columns is
+    hidden for all, so that a hidden column is 0 and not a sum over some of the images.
+
+    Raises:
+        InputError: besides the above, a model that is no `ConvNet`, or BatchNorm in training mode.
+    """
+    check_share("soteria: prune", prune)
+    if not isinstance(model, ConvNet):
+        raise InputError(
+            f"soteria needs a convnet.ConvNet, with features(x) and a linear head, not {type(model).__name__}"
+        )
+    found = none(model, x, y, round)
+    with torch.no_grad():
+        size = model.features(x).abs()
+    score = (size / feature_gradient_norms(model, x).clamp_min(1e-12)).mean(0)
+    hidden = score.topk(share_of(prune, len(score))).indices
+    at = next(i for i, p in enumerate(model.parameters()) if p is model.head.weight)
+    found[at] = found[at].index_fill(1, hidden, 0.0)
+    return found
+
+
+def feature_gradient_norms(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, D) exact ‖∂rᵢ/∂x‖₂ of every feature of every image, in far fewer passes than there are features or pixels.
+
+    A feature sees a field of f × f pixels. Where a direction v is 1 at pixels that lie f apart and 0 elsewhere, every
+    feature sees at most one of them, so that (∂rᵢ/∂x · v)² is the square of one partial derivative; the C f² shifts of v
+    give all of them.
+
+    Raises:
+        InputError: BatchNorm in training mode, where a feature depends on all images.
+    """
+    check_images(x)
+    check_independent(model)
+    channels, size = x.shape[1:3]
+    apart = min(size, receptive_field(model))
+    total, together = 0.0, max(1, DIRECTIONS // len(x))
+    for shifts in torch.arange(channels * apart**2).split(together):
+        directions = torch.zeros(len(shifts), channels, size, size)
+        for v, shift in zip(directions, shifts.tolist(), strict=True):
+            v[shift // apart**2, shift // apart % apart :: apart, shift % apart :: apart] = 1
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, when it first loads forward differentiation
+            derivatives = vmap(lambda v: jvp(model.features, (x,), (v.expand_as(x),))[1])(directions.to(x))
+        total = total + derivatives.square().sum(0)
+    return total.sqrt()
+
+
+def receptive_field(model: nn.Module) -> float:
+    """Pixels a side that a feature of ``model.body`` depends on; infinite where a layer is not known to be local."""
+    field, step = 1, 1
+    for layer in model.body:
+        if isinstance(layer, nn.Conv2d):
+            field += (layer.kernel_size[0] - 1) * layer.dilation[0] * step
+            step *= layer.stride[0]
+        elif not isinstance(layer, nn.BatchNorm2d | nn.GELU | nn.ReLU):
+            return math.inf
+    return field
+
+
+def image_noise(
+    model: nn.Module, x: Tensor, y: Tensor, round: int, *, rms: float, kind: str, seed: int
+) -> list[Tensor]:
+    """The gradient at `noisy_image`."""
+    return gradients_at(model, noisy_image(model, x, y, round, rms=rms, kind=kind, seed=seed), y)
+
+
+def noisy_image(model: nn.Module, x: Tensor, y: Tensor, round: int, *, rms: float, kind: str, seed: int) -> Tensor:
+    """x + independent noise of mean 0 and standard deviation ``rms`` in every value.
+
+    It is *not* clipped to [0, 1]: clipping would take away up to half of the noise where an image is black or white, and
+    with it the comparison at equal norm; the network takes any value.
+
+    Args:
+        kind: "gaussian", or "uniform" in ±√3 ``rms``.
+    """
+    check_images(x)
+    if kind not in ("gaussian", "uniform") or not 0 <= rms < math.inf:
+        raise InputError(f"image_noise: kind {kind!r} must be gaussian or uniform, and rms {rms} a finite number >= 0")
+    rng = stream(seed, f"image_noise {kind}", round, x)
+    uniform = kind == "uniform"
+    noise = 3**0.5 * (2 * torch.rand(x.shape, generator=rng) - 1) if uniform else torch.randn(x.shape, generator=rng)
+    return x + rms * noise.to(x)
+
+
+# What the defences share ---------------------------------------------------------------------------------------------
+
+
+def send(perturb: Perturbation) -> Defence:
+    """The defence that sends the gradient at the image ``perturb(model, x, y, round)`` instead of x."""
+
+    def defend(model: nn.Module, x: Tensor, y: Tensor, round: int) -> list[Tensor]:
+        return gradients_at(model, perturb(model, x, y, round), y)
+
+    return defend
+
+
+def gradients_at(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """`convnet.gradients` for an image that a defence has changed: its values may lie outside [0, 1]."""
+    check_labels(model, x, y)
+    check_norm(model, len(x))
+    with torch.enable_grad():
+        found = torch.autograd.grad(F.cross_entropy(model(x.detach()), y), list(model.parameters()))
+    return check_gradient(model, list(found))
+
+
+def stream(seed: int, purpose: str, round: int, x: Tensor) -> torch.Generator:
+    """The random numbers of one purpose for one batch in one round; drawn on the CPU, so that every device gets the same."""
+    return torch_generator(seed, purpose, round, fingerprint(x))
+
+
+def fingerprint(x: Tensor) -> str:
+    """Sixteen hexadecimal digits of what a tensor holds."""
+    return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def unflat(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """One vector as tensors of the shapes of ``like``: the inverse of `convnet.flat`."""
+    parts = whole.split([t.numel() for t in like])
+    return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
+
+
+def check_gradient(model: nn.Module, found: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, as a list.
+
+    Raises:
+        InputError: not one tensor a parameter, of its shape, or a value that is not finite.
+    """
+    parameters = list(model.named_parameters())
+    if len(found) != len(parameters):
+        raise InputError(f"{len(found)} gradients for {len(parameters)} parameters: need one each, in their order")
+    for (name, p), g in zip(parameters, found, strict=True):
+        if g.shape != p.shape:
+            raise InputError(f"gradient of {name} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+        if not torch.isfinite(g).all():
+            raise InputError(f"gradient of {name} holds NaN or infinite values: the model diverged; lower its lr")
+    return list(found)
+
+
+def check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raises InputError unless y is (B,) int64 for the B images of x, with classes that the model's head knows."""
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise InputError(
+            f"labels of shape {tuple(y.shape)}, {y.dtype}, for {len(x)} images: need ({len(x)},), torch.int64"
+        )
+    classes = getattr(getattr(model, "head", None), "out_features", math.inf)
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise InputError(f"labels from {low} to {high}, but the model knows the classes 0 to {classes - 1}")
+
+
+def check_independent(model: nn.Module) -> None:
+    """Raises InputError if BatchNorm makes one image's output depend on the others."""
+    if any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
+        raise InputError(
+            "BatchNorm in training mode mixes the images of a batch: use model.eval() or a model without it"
+        )
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises InputError unless 0 < share ≤ 1."""
+    if not 0 < share <= 1:
+        raise InputError(f"{name} {share} must be a share, more than 0 and at most 1")
+
+
+def share_of(share: float, n: int) -> int:
+    """How many of n things a share is: the nearest number, at least one."""
+    return max(1, int(share * n + 0.5))
