@@ -174,6 +174,7 @@ def invert(
     settings: InversionSettings,
     seed: int,
     generator: nn.Module | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
     progress: bool = False,
 ) -> Found:
     """Reconstruct every victim's batch.
@@ -186,6 +187,7 @@ def invert(
         settings: section ``inversion.attack`` of the parameters.
         seed: of the starting points; a victim's does not depend on the others.
         generator: for ``prior``: ``generator(z) -> (N, C, S, S)`` in [0, 1], with the attribute ``latent``.
+        bounds: of the pixels that are searched; wider where a defence leaves [0, 1] and the attacker knows it.
         progress: show a bar.
 
     Raises:
@@ -196,7 +198,7 @@ def invert(
     jobs = [(v, r) for v in range(victims) for r in range(settings.restarts)]
     size = (generator.latent,) if attack == "prior" else shape
     starts = torch.stack([_start(attack, seed, v, r, (batch, *size)) for v, r in jobs])
-    search = _Search(views, labels, attack, settings, generator)
+    search = _Search(views, labels, attack, settings, generator, bounds)
     found, left, steps = torch.empty(len(jobs), batch, *shape), torch.empty(len(jobs)), torch.empty(len(jobs))
     groups = torch.arange(len(jobs)).split(settings.together)
     for group in tqdm(groups, disable=not progress, unit="group", desc=attack):
@@ -225,7 +227,8 @@ class _Search:
     BETAS = (0.9, 0.999)
     DROPS = (3 / 8, 5 / 8, 7 / 8)  # of the iterations, after which the step is a tenth: as Geiping et al.
 
-    def __init__(self, views, labels: Tensor, attack: str, settings: InversionSettings, generator: nn.Module | None):
+    def __init__(self, views, labels: Tensor, attack: str, settings: InversionSettings, generator, bounds):
+        self.bounds = bounds
         self.views, self.labels, self.attack, self.settings, self.generator = views, labels, attack, settings, generator
         self.models = [copy.deepcopy(view.model).requires_grad_(False) for view in views]  # constants of the search
         self.step = vmap(grad_and_value(self.objective, has_aux=True))
@@ -273,7 +276,7 @@ class _Search:
             scale = rate * 0.1 ** sum(i >= drop * n for drop in self.DROPS)
             move = m / (1 - self.BETAS[0] ** (i + 1)) / ((v / (1 - self.BETAS[1] ** (i + 1))).sqrt() + 1e-8)
             z = z - scale * move
-            z = z.clamp(0, 1) if signed else z
+            z = z.clamp(*self.bounds) if signed else z
         if len(active):
             _, (_, apart) = self.step(z, self.labels[victim[active]], self._sent(victim[active]))
             best[active], left[active] = z, torch.where(torch.isfinite(apart), apart, torch.nan)

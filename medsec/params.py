@@ -288,6 +288,49 @@ class InversionSettings(Section):
     done: float = Field(ge=0, allow_inf_nan=False)
 
 
+class AutoencoderParams(Section):
+    latent: Count
+    latent_prior: Count
+    epochs: Count
+    lr: Positive
+    batch: Count
+
+
+class BaselineParams(Section):
+    noise_ratio: float = Field(ge=0, allow_inf_nan=False)
+    dp_clip: Positive
+    dp_noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    topk_keep: Rate
+    soteria_prune: Rate
+    image_noise_rms: float = Field(ge=0, allow_inf_nan=False)
+    k: Count
+
+
+class ShadowParams(Section):
+    steps: Count
+    lr: Positive
+    freeze: Rate
+    momentum: float = Field(ge=0, lt=1)
+    ema: Rate
+    layer: str
+    top: Rate
+    alpha: list[Annotated[float, Field(ge=0, le=1)]] = Field(min_length=2, max_length=2)
+    scale: Positive
+
+
+class InversionParams(Section):
+    federation: FedClsParams
+    victims: Count
+    joint_rounds: int = Field(ge=2)
+    attacks: list[Literal["dlg", "ig", "prior"]] = Field(min_length=1)
+    adaptive: list[Literal["known", "joint", "generator", "purified"]]
+    attack: InversionSettings
+    purifier: PurifierParams
+    autoencoder: AutoencoderParams
+    defences: BaselineParams
+    shadow: ShadowParams
+
+
 class FedGANRecord(Section):
     """One-factor sweeps of notebook 01's record; every list holds the values besides the headline's own."""
 
@@ -328,6 +371,7 @@ class Params(Section):
     threats: Threats
     fedgan: FedGANParams
     feddetect: FedDetectParams
+    inversion: InversionParams
     record: Records
 
 
