@@ -69,7 +69,8 @@ def gallery(
         frames: label -> (n,) bool, images to be framed.
     """
     columns = max(len(images) for images in rows.values())
-    cell = WIDTH / (columns + 1.2)
+    left = 0.012 * max(len(label) for label in rows) + 0.02  # of the labels, share of the figure's width
+    cell = min(WIDTH / (columns + 1.2), WIDTH * (1 - left) / columns)
     fig, axes = plt.subplots(len(rows), columns, figsize=(WIDTH, cell * len(rows) + 0.45), squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for i, ax in enumerate(line):
@@ -82,7 +83,6 @@ def gallery(
                 if overlays is not None and label in overlays and overlays[label][i].any():
                     ax.contour(overlays[label][i], levels=[0.5], colors="#E69F00", linewidths=1.0)
         line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
-    left = 0.012 * max(len(label) for label in rows) + 0.02
     fig.subplots_adjust(left=left, right=1, bottom=0, top=1 - 0.4 / fig.get_figheight(), wspace=0.06, hspace=0.06)
     fig.suptitle(title, x=0.0, y=1.0, ha="left", va="top", weight="bold", fontsize=10)
     return fig, axes
