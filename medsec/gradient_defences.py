@@ -286,6 +286,14 @@ def check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise InputError(f"labels from {low} to {high}, but the model knows the classes 0 to {classes - 1}")
 
 
+def check_batch(model: nn.Module, x: Tensor, y: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raises InputError unless images and labels fit the model, and the images a generator of ``shape`` (C, S, S)."""
+    check_images(x)
+    check_labels(model, x, y)
+    if x.shape[1:] != shape:
+        raise InputError(f"images of shape {tuple(x.shape[1:])}, but the shadow generator draws {shape}")
+
+
 def check_independent(model: nn.Module) -> None:
     """Raises InputError if BatchNorm makes one image's output depend on the others."""
     if any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):

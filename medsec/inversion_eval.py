@@ -25,11 +25,14 @@ from medsec import (
     gradient_defences,
     inversion,
     metrics,
+    perturbation,
     purifier,
     reconstruction,
     shadow,
+    suppression,
     tables,
 )
+from medsec.autoencoder import Autoencoder, Prior, train_autoencoder
 from medsec.errors import InputError
 from medsec.federated import derive_seed, torch_generator
 from medsec.inversion import Found, View
@@ -54,10 +57,10 @@ VARIANTS = (
     "random_grouping",
 )
 CONTROLS = {  # of the same norm as `shadow_described`
-    "shadow_shuffled": shadow.shuffled,
-    "shadow_inverted": shadow.inverted,
-    "offset": shadow.offset,
-    "gaussian": shadow.gaussian,
+    "shadow_shuffled": perturbation.shuffled,
+    "shadow_inverted": perturbation.inverted,
+    "offset": perturbation.offset,
+    "gaussian": perturbation.gaussian,
 }
 QUICK = {  # what the notebook itself runs: variants under attack, and those whose cost it measures
     "attack": (
@@ -100,7 +103,7 @@ class Setup:
     cohort: data.Cohort
     params: Params
     splits: dict[str, tuple[Tensor, Tensor]]
-    autoencoder: shadow.Autoencoder
+    autoencoder: Autoencoder
     prior: nn.Module
 
 
@@ -110,20 +113,6 @@ class Client:
 
     send: gradient_defences.Defence
     perturb: gradient_defences.Perturbation | None = None
-
-
-class Prior(nn.Module):
-    """A decoder whose latent vectors are standard normal where images of the cohort are."""
-
-    def __init__(self, autoencoder: shadow.Autoencoder, images: Tensor):
-        super().__init__()
-        self.decode = autoencoder.decode
-        with torch.no_grad():
-            z = autoencoder.encode(images)
-        self.latent, self.mean, self.scale = z.shape[1], z.mean(0), z.std(0)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.decode(self.mean + self.scale * z)
 
 
 def prepare(cohort: str, params: Params) -> Setup:
@@ -146,7 +135,7 @@ def _prepare(name: str, params_json: str) -> Setup:
     seeds = [derive_seed(params.seeds.tuning[0], who) for who in ("defender", "attacker")]
     options = {"epochs": coders.epochs, "lr": coders.lr, "batch": coders.batch}
     own, other = (
-        shadow.train_autoencoder(public, latent=latent, seed=seed, **options)
+        train_autoencoder(public, latent=latent, seed=seed, **options)
         for latent, seed in zip((coders.latent, coders.latent_prior), seeds, strict=True)
     )
     return Setup(cohort, params, splits, own, Prior(other, public))
@@ -204,10 +193,12 @@ def _perturbation(variant, setup: Setup, images: Tensor, labels: Tensor, seed: i
         ).perturb
     if variant in SUPPRESSION:
         k = 1 if variant == "autoencoder_only" else p.k
-        return shadow.Hardened(setup.autoencoder, images, labels, k=k, grouping=SUPPRESSION[variant], seed=seed).perturb
+        return suppression.Hardened(
+            setup.autoencoder, images, labels, k=k, grouping=SUPPRESSION[variant], seed=seed
+        ).perturb
     described = shadow.shadow_described(setup.autoencoder, _shadow_settings(setup), rounds=rounds, seed=seed).perturb
     if variant in CONTROLS:
-        return shadow.controlled(described, CONTROLS[variant], seed=seed)
+        return perturbation.controlled(described, CONTROLS[variant], seed=seed)
     if variant != "shadow_described":
         raise InputError(f"defence {variant!r}: choose one of {', '.join(VARIANTS)}")
     return described

@@ -1,4 +1,4 @@
-"""The shadow defence (Jiang, Ma & Yang 2025), as released, as described and hardened, and the controls at equal norm.
+"""The shadow defence (Jiang, Ma & Yang 2025), as released and as described; our repair: `medsec.suppression`.
 
 A client trains a *shadow* generator, its own simulated attacker, and changes its images where that attacker succeeds. All
 of it works on images: a ``perturb(model, x, y, round) -> x′``, and what the client sends is the gradient at x′
@@ -14,15 +14,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsec.convnet import check_images, check_norm, gradients
+from medsec.autoencoder import Autoencoder, new_autoencoder
+from medsec.convnet import check_norm, gradients
 from medsec.errors import InputError
-from medsec.federated import derive_seed, torch_generator
-from medsec.gradient_defences import Perturbation, check_labels, check_share, fingerprint, share_of, stream
+from medsec.federated import torch_generator
+from medsec.gradient_defences import check_batch, check_share, fingerprint, share_of, stream
 
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
@@ -30,74 +30,8 @@ LOSS = {"gradient": 1e-2, "batch_norm": 1e-2, "variation": 1e-5, "norm": 1e2, "p
 LUMINANCE = (0.299, 0.587, 0.114)
 CAM_CLASS = 1  # whatever the image's label is
 
-WIDTH = 16  # feature maps of the autoencoder next to the image
 
-
-# The shadow generator ------------------------------------------------------------------------------------------------
-
-
-class Autoencoder(nn.Module):
-    """A small convolutional autoencoder; its decoder is the shadow generator (released: StyleGAN3).
-
-    ``encode(x)``: (N, C, S, S) -> (N, latent); ``decode(z)``: back, in [0, 1]; ``forward(x)`` does both.
-
-    Raises:
-        InputError: the size is no multiple of 4.
-    """
-
-    def __init__(self, size: int, channels: int, latent: int):
-        super().__init__()
-        if size % 4 or size < 4 or latent < 1:
-            raise InputError(f"autoencoder: size {size} must be a multiple of 4, and latent {latent} at least 1")
-        self.shape, quarter, maps = (channels, size, size), size // 4, 2 * WIDTH
-        self.encode = nn.Sequential(
-            nn.Conv2d(channels, WIDTH, 4, 2, 1),
-            nn.GELU(),
-            nn.Conv2d(WIDTH, maps, 4, 2, 1),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(maps * quarter**2, latent),
-        )
-        self.decode = nn.Sequential(
-            nn.Linear(latent, maps * quarter**2),
-            nn.Unflatten(1, (maps, quarter, quarter)),
-            nn.GELU(),
-            nn.ConvTranspose2d(maps, WIDTH, 4, 2, 1),
-            nn.GELU(),
-            nn.ConvTranspose2d(WIDTH, channels, 4, 2, 1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
-
-
-def new_autoencoder(size: int, channels: int, *, latent: int, seed: int) -> Autoencoder:
-    """An untrained `Autoencoder` with weights drawn from ``seed``; the global random stream is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "autoencoder"))
-        return Autoencoder(size, channels, latent)
-
-
-def train_autoencoder(images: Tensor, *, latent: int, epochs: int, lr: float, batch: int, seed: int) -> Autoencoder:
-    """An autoencoder of public images, by squared error (Adam, one-cycle schedule with the peak ``lr``).
-
-    Args:
-        images: (N, C, S, S) in [0, 1], of the ``public`` split: the clients' images would make it memorise victims.
-    """
-    check_images(images)
-    model = new_autoencoder(images.shape[-1], images.shape[1], latent=latent, seed=seed).to(images.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    steps = epochs * math.ceil(len(images) / batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    rng = torch_generator(seed, "autoencoder batches")
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=rng).to(images.device).split(batch):
-            optimizer.zero_grad()
-            F.mse_loss(model(images[rows]), images[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval().requires_grad_(False)
+# The shadow attacker --------------------------------------------------------------------------------------------------
 
 
 @torch.enable_grad()
@@ -336,7 +270,7 @@ class Shadow:
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
         """x′ = x + δ, not clipped; (B, C, S, S)."""
-        _check_batch(model, x, y, self.shape)
+        check_batch(model, x, y, self.shape)
         check_norm(model, len(x))
         if not 0 <= round <= self.rounds:
             raise InputError(f"shadow: round {round} is not one of 0 to {self.rounds}")
@@ -432,208 +366,3 @@ def _alpha(settings: Settings, progress: float) -> float:
 def _strength(settings: Settings, x: Tensor, n: Tensor, progress: float) -> Tensor:
     """(B, 1, 1, 1): what makes the largest noise ``scale`` · e^(t / T) of the brightest pixel."""
     return (x.amax((1, 2, 3), True) / n.amax((1, 2, 3), True) * settings.scale * math.exp(progress)).abs()
-
-
-def _check_batch(model: nn.Module, x: Tensor, y: Tensor, shape: tuple[int, int, int]) -> None:
-    check_images(x)
-    check_labels(model, x, y)
-    if x.shape[1:] != shape:
-        raise InputError(f"images of shape {tuple(x.shape[1:])}, but the shadow generator draws {shape}")
-
-
-# Controls: the same ‖δ‖₂, another shape ------------------------------------------------------------------------------
-
-Control = Callable[[Tensor, int], Tensor]
-
-
-def shuffled(delta: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) -> the same: every image's pixels at random places; the channels of a pixel stay together."""
-    pixels, rng = delta.flatten(2), torch_generator(seed, "shuffled")
-    order = torch.stack([torch.randperm(pixels.shape[2], generator=rng) for _ in pixels]).to(delta.device)
-    return pixels.gather(2, order[:, None].expand_as(pixels)).view_as(delta)
-
-
-def inverted(delta: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) -> the same: the pixel with the most noise changes places with that with the least, and so on.
-
-    Ranks are reversed, not values: a reversed mask of a few strong places would be little but an offset, which is another
-    control. Equal pixels count in the order of their places; the seed is not used.
-    """
-    pixels = delta.flatten(2)
-    order = pixels.norm(dim=1).argsort(dim=1, stable=True)
-    source = torch.zeros_like(order).scatter(1, order, order.flip(1))
-    return pixels.gather(2, source[:, None].expand_as(pixels)).view_as(delta)
-
-
-def offset(delta: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) -> the same: every image brighter by one number; the seed is not used."""
-    return _of_norm(torch.ones_like(delta), delta)
-
-
-def gaussian(delta: Tensor, seed: int) -> Tensor:
-    """(B, C, S, S) -> the same: independent Gaussian noise, scaled to exactly the norm of each image's δ."""
-    return _of_norm(torch.randn(delta.shape, generator=torch_generator(seed, "gaussian")).to(delta), delta)
-
-
-def _of_norm(noise: Tensor, delta: Tensor) -> Tensor:
-    return noise * (_norms(delta) / _norms(noise))
-
-
-def _norms(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)[:, None, None, None]
-
-
-def controlled(perturb: Perturbation, control: Control, *, seed: int) -> Perturbation:
-    """The perturbation whose δ is a control of another one's; what is drawn differs between rounds and batches."""
-
-    def changed(model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
-        delta = perturb(model, x, y, round) - x
-        return x + control(delta, derive_seed(seed, "control", round, fingerprint(x)))
-
-    return changed
-
-
-# The hardened defence ------------------------------------------------------------------------------------------------
-
-GROUPINGS = ("similar", "random")
-
-
-class Hardened:
-    """Our repair: *suppression* instead of noise. The client sends the gradient at another image, `substitutes`.
-
-    Noise of any shape leaves the image in place, and who knows its shape removes it. Here what the shadow generator cannot
-    draw never enters the gradient, and what it can draw is shared by k images of the client: an attacker who recovers x′
-    exactly has the mean of k images.
-
-    It needs the client's whole local set once, and has no randomness of its own: every round sends the same substitutes,
-    so that a second look gives no more. With k = 1 it is the plain projection on the generator's range
-    (``autoencoder_only``).
-
-    Args:
-        autoencoder: trained on public images.
-        images, labels, k, grouping, seed: see `substitutes`.
-    """
-
-    def __init__(self, autoencoder: Autoencoder, images: Tensor, labels: Tensor, *, k: int, grouping: str, seed: int):
-        self.images = substitutes(autoencoder, images, labels, k=k, grouping=grouping, seed=seed)
-        keys = [(fingerprint(image), int(label)) for image, label in zip(images, labels, strict=True)]
-        self.row = {key: row for row, key in reversed(list(enumerate(keys)))}  # of equal images the first
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
-        """The substitutes of a batch, (B, C, S, S) in [0, 1].
-
-        Raises:
-            InputError: an image that was not among the client's, or had another label there.
-        """
-        _check_batch(model, x, y, tuple(self.images.shape[1:]))
-        try:
-            rows = [self.row[fingerprint(image), int(label)] for image, label in zip(x, y, strict=True)]
-        except KeyError as error:
-            raise InputError(
-                f"shadow_hardened: image {error.args[0][0]} with label {error.args[0][1]} is not in the set that was given "
-                "at the start; give all images of the client, unchanged, without augmentation"
-            ) from error
-        return self.images[rows]
-
-
-def substitutes(
-    autoencoder: Autoencoder, images: Tensor, labels: Tensor, *, k: int, grouping: str, seed: int
-) -> Tensor:
-    """What is used instead of a client's images: the decoded mean of the latent vectors of each image's group.
-
-    k-same anonymisation (Newton, Sweeney & Malin 2005) in the latent space of a generator, within every class.
-
-    Args:
-        images: (N, C, S, S) in [0, 1], all of one client.
-        labels: (N,) int64.
-        k, grouping, seed: see `groups`.
-
-    Returns:
-        (N, C, S, S) in [0, 1].
-    """
-    check_images(images)
-    if images.shape[1:] != autoencoder.shape:
-        raise InputError(f"images of shape {tuple(images.shape[1:])}, but the autoencoder draws {autoencoder.shape}")
-    if labels.shape != (len(images),) or labels.dtype != torch.int64:
-        raise InputError(f"labels of shape {tuple(labels.shape)}, {labels.dtype}: need ({len(images)},), torch.int64")
-    with torch.no_grad():
-        z = autoencoder.encode(images)
-        if not torch.isfinite(z).all():
-            raise InputError("the autoencoder gives NaN or infinite latents: train it with a lower lr")
-        group = groups(z, labels, k=k, grouping=grouping, seed=seed).to(z.device)
-        member = F.one_hot(group).to(z)
-        means = (member.T @ z) / member.sum(0)[:, None]
-        return autoencoder.decode(means)[group]
-
-
-def groups(latents: Tensor, labels: Tensor, *, k: int, grouping: str, seed: int) -> Tensor:
-    """Divide each class into groups of k; the last one has k to 2 k − 1. A class of fewer than k is one group.
-
-    "similar": as long as 2 k are left, the one that is farthest from the mean of those left and its k − 1 nearest make a
-    group (the choice of the first as in microaggregation, Domingo-Ferrer & Torra 2005). "random": drawn from the seed,
-    the control.
-
-    Args:
-        latents: (N, d).
-        labels: (N,) int64.
-
-    Returns:
-        (N,) int64, the number of each one's group.
-
-    Raises:
-        InputError: k < 1, or with k > 1 a class of a single image, which no group can hide.
-    """
-    if k < 1 or grouping not in GROUPINGS:
-        raise InputError(f"groups: k {k} must be at least 1, and grouping {grouping!r} one of {', '.join(GROUPINGS)}")
-    z = latents.detach().cpu().double().numpy()
-    found, n = np.full(len(z), -1), 0
-    for label in np.unique(labels.cpu().numpy()):
-        left = np.flatnonzero(labels.cpu().numpy() == label)
-        if k > 1 and len(left) == 1:
-            raise InputError(
-                f"groups: class {label} has a single image; leave it out, or use k = 1, which hides nobody"
-            )
-        if grouping == "random":
-            left = left[torch.randperm(len(left), generator=torch_generator(seed, "groups", int(label))).numpy()]
-        while len(left):
-            size = k if len(left) >= 2 * k else len(left)
-            if grouping == "similar":
-                first = z[left[_distances(z[left], z[left].mean(0)).argmax()]]
-                left = left[_distances(z[left], first).argsort(kind="stable")]
-            found[left[:size]], left, n = n, left[size:], n + 1
-    return torch.from_numpy(found)
-
-
-def _distances(points: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    return ((points - centre) ** 2).sum(1)
-
-
-# What a perturbation is made of --------------------------------------------------------------------------------------
-
-
-def offset_share(delta: Tensor) -> Tensor:
-    """(B, C, S, S) -> (B,): share of ‖δ‖² that is one constant, the mean over all pixels and channels; 0 for δ = 0."""
-    flat = delta.flatten(1).double()
-    energy = flat.square().sum(1)
-    return torch.where(energy > 0, flat.shape[1] * flat.mean(1) ** 2 / energy.clamp_min(1e-300), 0)
-
-
-def radial_spectrum(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy of δ by spatial frequency: the mean and the sum of the squared Fourier coefficients in rings.
-
-    Ring r holds the frequencies whose length, in cycles an image side, rounds to r = 0, 1, …; ring 0 is the mean alone. The
-    transform is orthonormal: the sums add up to ‖δ‖².
-
-    Args:
-        delta: (B, C, S, S).
-
-    Returns:
-        (B, R) the mean over a ring and the channels, and (B, R) the sum.
-    """
-    energy = torch.fft.fft2(delta.double(), norm="ortho").abs().square().sum(1).flatten(1)
-    size = delta.shape[-1]
-    frequency = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    ring = torch.hypot(frequency[:, None], frequency[None]).round().long().flatten().to(delta.device)
-    total = torch.zeros(len(delta), int(ring.max()) + 1, dtype=torch.float64, device=delta.device)
-    total.index_add_(1, ring, energy)
-    return total / (torch.bincount(ring) * delta.shape[1]), total

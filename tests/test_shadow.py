@@ -12,7 +12,8 @@ from captum.attr import LayerGradCam
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medsec import convnet, phantom, shadow
+from medsec import autoencoder as ae
+from medsec import convnet, perturbation, phantom, shadow, suppression
 from medsec import gradient_defences as gd
 from medsec.errors import InputError
 
@@ -20,7 +21,7 @@ SIZE = 28
 SETTINGS = shadow.Settings(
     steps=2, lr=1e-2, freeze=0.4, momentum=0.1, ema=0.5, layer="body", top=0.3, alpha=(0.1, 0.5), scale=0.19
 )
-CONTROLS = [shadow.shuffled, shadow.inverted, shadow.offset, shadow.gaussian]
+CONTROLS = [perturbation.shuffled, perturbation.inverted, perturbation.offset, perturbation.gaussian]
 
 
 def rng(seed=0):
@@ -52,7 +53,7 @@ def public():
 
 @pytest.fixture(scope="module")
 def autoencoder(public):
-    return shadow.train_autoencoder(public, latent=8, epochs=30, lr=8e-3, batch=16, seed=0)
+    return ae.train_autoencoder(public, latent=8, epochs=30, lr=8e-3, batch=16, seed=0)
 
 
 def make(kind, autoencoder, rounds=5, channels=1, seed=0, **changes):
@@ -60,7 +61,7 @@ def make(kind, autoencoder, rounds=5, channels=1, seed=0, **changes):
     if kind == "released":
         return shadow.shadow_released(SIZE, channels, settings, latent=8, rounds=rounds, seed=seed)
     if channels == 3:
-        autoencoder = shadow.new_autoencoder(SIZE, 3, latent=8, seed=1)
+        autoencoder = ae.new_autoencoder(SIZE, 3, latent=8, seed=1)
     return shadow.shadow_described(autoencoder, settings, rounds=rounds, seed=seed)
 
 
@@ -70,7 +71,7 @@ def make(kind, autoencoder, rounds=5, channels=1, seed=0, **changes):
 @pytest.mark.parametrize(("size", "channels", "latent"), [(28, 1, 16), (32, 3, 64), (64, 1, 4)])
 def test_autoencoder_shapes_and_seed(size, channels, latent):
     before = torch.get_rng_state()
-    first, again, other = (shadow.new_autoencoder(size, channels, latent=latent, seed=s) for s in (0, 0, 1))
+    first, again, other = (ae.new_autoencoder(size, channels, latent=latent, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     z = first.encode(smooth(2, channels, size))
     assert z.shape == (2, latent)
@@ -81,13 +82,13 @@ def test_autoencoder_shapes_and_seed(size, channels, latent):
     assert not torch.equal(first.decode[0].weight, other.decode[0].weight)
     for wrong in [(30, 1, 8), (28, 1, 0)]:
         with pytest.raises(InputError, match=r"size .* must be a multiple of 4, and latent"):
-            shadow.Autoencoder(*wrong)
+            ae.Autoencoder(*wrong)
 
 
 def test_training_draws_the_public_images(public, autoencoder):
     before = torch.get_rng_state()
     options = {"latent": 8, "epochs": 1, "lr": 8e-3, "batch": 64}
-    first, again, other = (shadow.train_autoencoder(public, **options, seed=s) for s in (0, 0, 1))
+    first, again, other = (ae.train_autoencoder(public, **options, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first(public[:4]), again(public[:4]))
     assert not torch.equal(first(public[:4]), other(public[:4]))
@@ -98,7 +99,7 @@ def test_training_draws_the_public_images(public, autoencoder):
     held = torch.from_numpy(held).float()[:, None] / 255
     assert F.mse_loss(autoencoder(held), held) < 0.5 * F.mse_loss(public.mean(0).expand_as(held), held)
     with pytest.raises(InputError, match="images range"):
-        shadow.train_autoencoder(255 * public, **options, seed=0)
+        ae.train_autoencoder(255 * public, **options, seed=0)
 
 
 def naive_loss(model, drawn, x, y):
@@ -133,7 +134,7 @@ def naive_loss(model, drawn, x, y):
 @pytest.mark.parametrize("norm", [False, True])
 def test_shadow_training_descends_the_released_loss(norm):
     model, x, y = network(size=8, norm=norm), smooth(size=8), labels()
-    generator, z = shadow.new_autoencoder(8, 1, latent=5, seed=0).decode, torch.randn(3, 5, generator=rng())
+    generator, z = ae.new_autoencoder(8, 1, latent=5, seed=0).decode, torch.randn(3, 5, generator=rng())
     kept = copy.deepcopy(generator.state_dict())
     # Adam's first step is lr g / (|g| + 1e-8).
     gradient = torch.autograd.grad(naive_loss(model, generator(z), x, y), list(generator.parameters()))
@@ -437,27 +438,29 @@ def test_controls_keep_the_norm(control, delta):
     torch.testing.assert_close(found.flatten(1).norm(dim=1), delta.flatten(1).norm(dim=1))
     assert torch.equal(found, control(delta, 7))
     assert torch.equal(torch.get_rng_state(), before)
-    drawn = control in (shadow.shuffled, shadow.gaussian)
+    drawn = control in (perturbation.shuffled, perturbation.gaussian)
     assert torch.equal(found, control(delta, 8)) != drawn
     assert not found[3].any()
 
 
 def test_shuffled_moves_whole_pixels(delta):
-    found = shadow.shuffled(delta, 0)
+    found = perturbation.shuffled(delta, 0)
     for before, after in zip(delta, found, strict=True):
         pixels = [sorted(map(tuple, d.flatten(1).T.tolist())) for d in (before, after)]
         assert pixels[0] == pixels[1]
     mask = shadow.aligned_mask(smooth(40))
-    pairs = zip(mask.flatten(1), shadow.shuffled(mask, 0).flatten(1), strict=True)
+    pairs = zip(mask.flatten(1), perturbation.shuffled(mask, 0).flatten(1), strict=True)
     assert abs(float(torch.stack([torch.corrcoef(torch.stack(p))[0, 1] for p in pairs]).mean())) < 0.05
-    order = shadow.shuffled(torch.arange(50.0).view(1, 1, 5, 10).expand(2, 1, 5, 10), 0)
+    order = perturbation.shuffled(torch.arange(50.0).view(1, 1, 5, 10).expand(2, 1, 5, 10), 0)
     assert not torch.equal(order[0], order[1]), "every image has its own permutation"
 
 
 def test_inverted_swaps_the_strong_and_the_weak():
-    assert shadow.inverted(torch.tensor([[[[4.0, -1.0], [2.0, -3.0]]]]), 0).tolist() == [[[[-1.0, 4.0], [-3.0, 2.0]]]]
+    assert perturbation.inverted(torch.tensor([[[[4.0, -1.0], [2.0, -3.0]]]]), 0).tolist() == [
+        [[[-1.0, 4.0], [-3.0, 2.0]]]
+    ]
     delta = torch.randn(2, 3, 7, 7, generator=rng())
-    found = shadow.inverted(delta, 0)
+    found = perturbation.inverted(delta, 0)
     for before, after in zip(delta.flatten(2), found.flatten(2), strict=True):
         ranks = [p.norm(dim=0).argsort().argsort() for p in (before, after)]
         assert torch.equal(ranks[0] + ranks[1], torch.full((49,), 48))
@@ -465,10 +468,10 @@ def test_inverted_swaps_the_strong_and_the_weak():
 
 
 def test_offset_and_gaussian_forget_where(delta):
-    level = shadow.offset(delta, 0)
+    level = perturbation.offset(delta, 0)
     assert (level[:3].flatten(1).std(dim=1) < 1e-7).all()
     assert (level[:3] > 0).all()
-    noise = shadow.gaussian(torch.ones(1, 1, 64, 64), 0)
+    noise = perturbation.gaussian(torch.ones(1, 1, 64, 64), 0)
     assert float((noise**4).mean()) == pytest.approx(3, rel=0.15)
     assert abs(float(noise.mean())) < 0.06
 
@@ -477,10 +480,10 @@ def test_offset_and_gaussian_forget_where(delta):
 def test_controlled_perturbations(control, autoencoder):
     model, x, y = network(), smooth(), labels()
     delta = make("released", autoencoder).perturb(model, x, y, 3) - x
-    changed = shadow.controlled(make("released", autoencoder).perturb, control, seed=1)
+    changed = perturbation.controlled(make("released", autoencoder).perturb, control, seed=1)
     found = changed(model, x, y, 3) - x
     torch.testing.assert_close(found.flatten(1).norm(dim=1), delta.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
-    again = shadow.controlled(make("released", autoencoder).perturb, control, seed=1)
+    again = perturbation.controlled(make("released", autoencoder).perturb, control, seed=1)
     assert torch.equal(again(model, x, y, 3) - x, found)
 
 
@@ -490,7 +493,7 @@ def test_what_needs_no_numbers_runs_on_another_device():
         for found in [c(delta, 0) for c in CONTROLS] + [shadow.scramble(delta[:, 0]), shadow.aligned_mask(delta)]:
             assert found.device.type == "cuda"
         assert shadow.utility_region(delta[:, 0], 0.3).device.type == "cuda"
-        assert shadow.offset_share(delta).device.type == "cuda"
+        assert perturbation.offset_share(delta).device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------- k-same
@@ -514,25 +517,25 @@ def naive_groups(z, y, k):
 @pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_groups_are_a_loop(k):
     z, y = torch.randn(41, 3, generator=rng(k)), torch.arange(41) % 3
-    found = shadow.groups(z, y, k=k, grouping="similar", seed=0)
+    found = suppression.groups(z, y, k=k, grouping="similar", seed=0)
     have = [sorted((found == g).nonzero().flatten().tolist()) for g in range(int(found.max()) + 1)]
     assert sorted(have) == sorted(sorted(g) for g in naive_groups(z.double().tolist(), y.tolist(), k))
 
 
-@pytest.mark.parametrize("grouping", shadow.GROUPINGS)
+@pytest.mark.parametrize("grouping", suppression.GROUPINGS)
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_every_group_hides_its_members(grouping, k):
     z = torch.randn(60, 4, generator=rng())
     y = torch.tensor([0] * 30 + [1] * 23 + [5] * 7)
     before = torch.get_rng_state()
-    found = shadow.groups(z, y, k=k, grouping=grouping, seed=3)
+    found = suppression.groups(z, y, k=k, grouping=grouping, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     for g in found.unique():
         member = found == g
         assert len(y[member].unique()) == 1, "a group of two classes"
         short = int(y[member][0]) == 5 and k == 10  # fewer than k: one group of all
         assert int(member.sum()) == 7 if short else k <= int(member.sum()) < max(2, 2 * k)
-    again, other = (shadow.groups(z, y, k=k, grouping=grouping, seed=s) for s in (3, 4))
+    again, other = (suppression.groups(z, y, k=k, grouping=grouping, seed=s) for s in (3, 4))
     assert torch.equal(found, again)
     assert torch.equal(found, other) == (grouping == "similar")
 
@@ -541,7 +544,7 @@ def test_similar_groups_are_tighter_than_random_ones():
     z, y = torch.randn(120, 4, generator=rng()), torch.zeros(120, dtype=torch.int64)
 
     def spread(grouping):
-        found = shadow.groups(z, y, k=4, grouping=grouping, seed=0)
+        found = suppression.groups(z, y, k=4, grouping=grouping, seed=0)
         return sum(float((z[found == g] - z[found == g].mean(0)).square().sum()) for g in found.unique())
 
     assert spread("similar") < 0.5 * spread("random")
@@ -550,24 +553,24 @@ def test_similar_groups_are_tighter_than_random_ones():
 def test_groups_name_what_cannot_be_hidden():
     z, y = torch.randn(7, 2, generator=rng()), torch.tensor([0, 0, 0, 0, 1, 2, 2])
     with pytest.raises(InputError, match="class 1 has a single image; leave it out, or use k = 1"):
-        shadow.groups(z, y, k=2, grouping="similar", seed=0)
-    assert len(shadow.groups(z, y, k=1, grouping="similar", seed=0).unique()) == 7
+        suppression.groups(z, y, k=2, grouping="similar", seed=0)
+    assert len(suppression.groups(z, y, k=1, grouping="similar", seed=0).unique()) == 7
     for k, grouping in [(0, "similar"), (2, "nearest")]:
         with pytest.raises(InputError, match="groups: k"):
-            shadow.groups(z, y, k=k, grouping=grouping, seed=0)
+            suppression.groups(z, y, k=k, grouping=grouping, seed=0)
 
 
-@pytest.mark.parametrize("grouping", shadow.GROUPINGS)
+@pytest.mark.parametrize("grouping", suppression.GROUPINGS)
 def test_substitutes_are_decoded_means(grouping, autoencoder, public):
     x, y = public[:21], torch.arange(21) % 2
-    found = shadow.substitutes(autoencoder, x, y, k=4, grouping=grouping, seed=0)
-    group = shadow.groups(autoencoder.encode(x), y, k=4, grouping=grouping, seed=0)
+    found = suppression.substitutes(autoencoder, x, y, k=4, grouping=grouping, seed=0)
+    group = suppression.groups(autoencoder.encode(x), y, k=4, grouping=grouping, seed=0)
     for i in range(21):
         others = [j for j in range(21) if group[j] == group[i]]
         mean = torch.stack([autoencoder.encode(x[j : j + 1])[0] for j in others]).mean(0)
         torch.testing.assert_close(found[i], autoencoder.decode(mean[None])[0], rtol=1e-4, atol=1e-5)
     assert len(found.unique(dim=0)) == len(group.unique())
-    plain = shadow.substitutes(autoencoder, x, y, k=1, grouping=grouping, seed=0)
+    plain = suppression.substitutes(autoencoder, x, y, k=1, grouping=grouping, seed=0)
     torch.testing.assert_close(plain, autoencoder(x))
     assert 0 <= plain.min() <= plain.max() <= 1
 
@@ -576,10 +579,10 @@ def test_hardened_sends_the_substitutes(autoencoder, public):
     model, y = network(), torch.arange(12) % 2
     x = torch.cat([public[:11], public[:1]])  # the first image comes twice, once with each label
     y[11] = 1
-    defence = shadow.Hardened(autoencoder, x, y, k=3, grouping="similar", seed=0)
+    defence = suppression.Hardened(autoencoder, x, y, k=3, grouping="similar", seed=0)
     rows = [4, 0, 11]
     found = defence.perturb(model, x[rows], y[rows], 0)
-    assert torch.equal(found, shadow.substitutes(autoencoder, x, y, k=3, grouping="similar", seed=0)[rows])
+    assert torch.equal(found, suppression.substitutes(autoencoder, x, y, k=3, grouping="similar", seed=0)[rows])
     assert torch.equal(found, defence.perturb(model, x[rows].clone(), y[rows], 9))
     sent = gd.send(defence.perturb)(model, x[rows], y[rows], 0)
     assert all(torch.equal(a, b) for a, b in zip(sent, convnet.gradients(model, found, y[rows]), strict=True))
@@ -588,7 +591,7 @@ def test_hardened_sends_the_substitutes(autoencoder, public):
 def test_hardened_names_what_is_wrong(autoencoder, public):
     model, x, y = network(), public[:8], torch.arange(8) % 2
     options = {"k": 2, "grouping": "similar", "seed": 0}
-    defence = shadow.Hardened(autoencoder, x, y, **options)
+    defence = suppression.Hardened(autoencoder, x, y, **options)
     for image, label, message in [
         (x[:2].flip(3), y[:2], "is not in the set that was given at the start"),
         (x[:1], 1 - y[:1], "with label 1 is not in the set"),
@@ -605,12 +608,12 @@ def test_hardened_names_what_is_wrong(autoencoder, public):
         (smooth(8, 3), y, r"images of shape \(3, 28, 28\), but the autoencoder draws \(1, 28, 28\)"),
     ]:
         with pytest.raises(InputError, match=message):
-            shadow.Hardened(autoencoder, image, label, **options)
+            suppression.Hardened(autoencoder, image, label, **options)
     broken = copy.deepcopy(autoencoder)
     with torch.no_grad():
         broken.encode[0].weight[0] = math.nan
     with pytest.raises(InputError, match="NaN or infinite latents"):
-        shadow.Hardened(broken, x, y, **options)
+        suppression.Hardened(broken, x, y, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- energy
@@ -618,10 +621,10 @@ def test_hardened_names_what_is_wrong(autoencoder, public):
 
 def test_offset_share():
     level, waves = torch.full((1, 1, 4, 4), 0.3), torch.tensor([1.0, -1.0]).repeat(8).view(1, 1, 4, 4)
-    found = shadow.offset_share(torch.cat([level, waves, level + 0.3 * waves, 0 * level]))
+    found = perturbation.offset_share(torch.cat([level, waves, level + 0.3 * waves, 0 * level]))
     assert found.tolist() == pytest.approx([1.0, 0.0, 0.5, 0.0], abs=1e-6)
     delta = torch.randn(3, 3, 6, 6, generator=rng()) + 0.5
-    for share, d in zip(shadow.offset_share(delta), delta, strict=True):
+    for share, d in zip(perturbation.offset_share(delta), delta, strict=True):
         rest = (d - d.mean()).square().sum() / d.square().sum()
         assert float(share) == pytest.approx(1 - float(rest), rel=1e-5)
 
@@ -629,7 +632,7 @@ def test_offset_share():
 @pytest.mark.parametrize("size", [6, 7])
 def test_radial_spectrum_is_a_loop(size):
     delta = torch.randn(2, 3, size, size, generator=rng())
-    mean, total = shadow.radial_spectrum(delta)
+    mean, total = perturbation.radial_spectrum(delta)
     d = delta.double().numpy()
     place = np.arange(size)
     expected, count = np.zeros((2, 20)), np.zeros(20)
@@ -645,5 +648,5 @@ def test_radial_spectrum_is_a_loop(size):
     np.testing.assert_allclose(mean.numpy(), (expected[:, :rings] / count[:rings]), rtol=1e-9)
     torch.testing.assert_close(total.sum(1), delta.double().square().sum((1, 2, 3)))
     grey = delta[:, :1]
-    share = shadow.radial_spectrum(grey)[1][:, 0] / grey.double().square().sum((1, 2, 3))
-    torch.testing.assert_close(share, shadow.offset_share(grey))
+    share = perturbation.radial_spectrum(grey)[1][:, 0] / grey.double().square().sum((1, 2, 3))
+    torch.testing.assert_close(share, perturbation.offset_share(grey))
