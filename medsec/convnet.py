@@ -75,6 +75,24 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
 
 
+def logits_and_statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and of every BatchNorm's input (2, F) mean and variance over batch and pixels; its buffers give them away.
+
+    Normalisation itself is the model's: with frozen running statistics (evaluation mode) a batch of one will do.
+    """
+    seen: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(torch.stack([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3), unbiased=False)]))
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    try:
+        return model(x), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def check_images(x: Tensor) -> None:
     """Raises InputError unless x is (B, C, S, S) with values in [0, 1]."""
     if x.ndim != 4 or not len(x):
@@ -84,9 +102,14 @@ def check_images(x: Tensor) -> None:
         raise InputError(f"images range from {low:.3g} to {high:.3g}; scale them to [0, 1]")
 
 
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Whether any BatchNorm is in training mode, so that one image's output depends on the others."""
+    return any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules())
+
+
 def check_norm(model: nn.Module, batch: int) -> None:
     """Raises InputError where BatchNorm would have to normalise by one image."""
-    if batch == 1 and any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
+    if batch == 1 and normalises_by_batch(model):
         raise InputError("BatchNorm in training mode with a batch of 1: use model.eval() or a larger batch")
 
 

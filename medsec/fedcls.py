@@ -1,19 +1,18 @@
 """A federation that trains a classifier, in which every client defends the gradients that it computes (paper 2)."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor, nn
 
 from medsec import classifier
 from medsec.errors import InputError
 from medsec.federated import State, Update, fedavg, run_round, torch_generator
+from medsec.gradient_defences import Defence
 from medsec.params import FedClsParams
-
-Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]
 
 
 def train(
@@ -45,12 +44,12 @@ def train(
     if not len(images) == len(labels) == len(defences):
         raise InputError(f"{len(images)} clients' images, {len(labels)} labels, {len(defences)} defences: one each")
     states = [{k: v.clone() for k, v in model.state_dict().items()}]
-    local = {i: _Local(model) for i in range(len(images))}
+    local = copy.deepcopy(model).eval()  # of whichever client's turn it is
 
     def client(i: int, state: State, round: int) -> Update:
-        sent = local[i](
-            state, images[i], labels[i], defences[i], params, round, torch_generator(seed, "local", i, round)
-        )
+        local.load_state_dict(state)
+        rng = torch_generator(seed, "local", i, round)
+        sent = _local_epoch(local, images[i], labels[i], defences[i], params, round, rng)
         return Update(i, sent, len(images[i]))
 
     for round in range(params.rounds):
@@ -59,21 +58,23 @@ def train(
     return states
 
 
-class _Local:
-    """One client's copy of the network."""
-
-    def __init__(self, model: nn.Module):
-        self.model = copy.deepcopy(model).eval()
-
-    def __call__(self, state, images, labels, defend, params: FedClsParams, round: int, rng: torch.Generator) -> State:
-        self.model.load_state_dict(state)
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=params.lr, momentum=params.momentum)
-        for batch in torch.randperm(len(images), generator=rng).split(params.batch):
-            gradients = defend(self.model, images[batch], labels[batch], round)
-            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-        return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+def _local_epoch(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    defend: Defence,
+    params: FedClsParams,
+    round: int,
+    rng: torch.Generator,
+) -> State:
+    """The state after one client's epoch; ``model`` itself is trained."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=params.lr, momentum=params.momentum)
+    for batch in torch.randperm(len(images), generator=rng).split(params.batch):
+        gradients = defend(model, images[batch], labels[batch], round)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
 def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -91,7 +92,7 @@ def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Te
         called = found.argmax(1).numpy()
     truth = test[1].numpy()
     answers["macro_f1"] = float(f1_score(truth, called, average="macro"))
-    answers["balanced_accuracy"] = float(np.mean([(called[truth == k] == k).mean() for k in np.unique(truth)]))
+    answers["balanced_accuracy"] = float(balanced_accuracy_score(truth, called))
     return answers
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from medsec.convnet import ConvNet, check_images, check_norm, flat, gradients
+from medsec.convnet import ConvNet, check_images, check_norm, flat, normalises_by_batch
 from medsec.errors import InputError
 from medsec.federated import torch_generator
 
@@ -33,8 +33,7 @@ DIRECTIONS = 256  # derivatives that are taken at once, over all images of the b
 def none(model: nn.Module, x: Tensor, y: Tensor, round: int) -> list[Tensor]:
     """No defence: the gradient as it is."""
     check_images(x)
-    check_labels(model, x, y)
-    return check_gradient(model, gradients(model, x, y))
+    return gradients_at(model, x, y)
 
 
 def gradient_noise(model: nn.Module, x: Tensor, y: Tensor, round: int, *, ratio: float, seed: int) -> list[Tensor]:
@@ -296,7 +295,7 @@ def check_batch(model: nn.Module, x: Tensor, y: Tensor, shape: tuple[int, int, i
 
 def check_independent(model: nn.Module) -> None:
     """Raises InputError if BatchNorm makes one image's output depend on the others."""
-    if any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
+    if normalises_by_batch(model):
         raise InputError(
             "BatchNorm in training mode mixes the images of a batch: use model.eval() or a model without it"
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from tqdm import tqdm
 
-from medsec.convnet import check_images, check_norm, standardise
+from medsec.convnet import check_images, check_norm, logits_and_statistics, normalises_by_batch
 from medsec.errors import InputError
 from medsec.federated import torch_generator
 from medsec.params import InversionSettings
@@ -98,19 +98,6 @@ def _update(model: nn.Module, parameters: dict, x: Tensor, y: Tensor, steps: int
         total = gradient if total is None else {k: total[k] + gradient[k] for k in gradient}
         now = {k: parameters[k] - lr * total[k] for k in parameters}
     return total
-
-
-def batch_statistics(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """(2, F) mean and variance over batch and pixels of every BatchNorm's input; the running buffers give them away.
-
-    Normalisation itself is the model's: with frozen running statistics (evaluation mode) a batch of one will do.
-    """
-    seen, h = [], standardise(x)
-    for layer in model.body:
-        if isinstance(layer, nn.BatchNorm2d):
-            seen.append(torch.stack([h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)]))
-        h = layer(h)
-    return seen
 
 
 def infer_labels(gradients: Sequence[Tensor], batch: int, probabilities: Tensor) -> Tensor:
@@ -245,7 +232,7 @@ class _Search:
             update = _update(model, dict(model.named_parameters()), seen, y, view.steps, view.lr)
             apart = apart + distance(self.attack, list(update.values()), gradients, weights)
             if self.attack == "bn":
-                mine = batch_statistics(model, seen)
+                _, mine = logits_and_statistics(model, seen)
                 gaps = [((m - s) ** 2).mean() for m, s in zip(mine, statistics, strict=True)]
                 priors = priors + settings.statistics * sum(gaps)
         if self.attack in ("ig", "bn"):
@@ -313,5 +300,5 @@ def _check(views: Sequence[View], labels: Tensor, attack: str, generator: nn.Mod
         if attack == "bn" and not view.statistics:
             raise InputError("attack 'bn' matches BatchNorm's statistics, and none were sent; use 'ig'")
         check_norm(view.model, labels.shape[1])
-        if any(isinstance(m, nn.BatchNorm2d) and m.training for m in view.model.modules()):
+        if normalises_by_batch(view.model):
             raise InputError("the attacks take BatchNorm with frozen statistics: use model.eval()")

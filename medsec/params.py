@@ -321,9 +321,10 @@ class ShadowParams(Section):
 class InversionParams(Section):
     federation: FedClsParams
     victims: Count
+    sweep_victims: Count
     joint_rounds: int = Field(ge=2)
-    attacks: list[Literal["dlg", "ig", "prior"]] = Field(min_length=1)
-    adaptive: list[Literal["known", "joint", "generator", "purified"]]
+    attacks: list[Literal["dlg", "ig", "bn", "prior"]] = Field(min_length=1)
+    adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked"]]
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
@@ -358,9 +359,23 @@ class FedDetectRecord(Section):
     false_alarm_seeds: list[Seed]
 
 
+class InversionRecord(Section):
+    """What notebook 03's record adds to every attack on every defence."""
+
+    seeds: Count
+    variants: list[str]
+    batch: list[Annotated[int, Field(ge=2)]]
+    inferred: list[Count]
+    steps: list[Annotated[int, Field(ge=2)]]
+    shares: list[Rate]
+    utility_seeds: list[Seed]
+    utility_variants: list[str]
+
+
 class Records(Section):
     fedgan: FedGANRecord
     feddetect: FedDetectRecord
+    inversion: InversionRecord
 
 
 class Params(Section):

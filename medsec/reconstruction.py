@@ -1,11 +1,17 @@
 """How much of an image a reconstruction gives away: per image, after pairing a batch with its originals."""
 
+import functools
+
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from torch import nn
 
 from medsec.errors import InputError
 
+PERCEPTUAL_SIZE = 64  # pixels a side; AlexNet leaves little of smaller images
 LARGEST_PSNR = 100.0  # dB; an exact copy has an infinite one, which no mean survives
 
 
@@ -49,6 +55,45 @@ def ssim(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
             for f, t in zip(found.astype(np.float64), truth.astype(np.float64), strict=True)
         ]
     )
+
+
+def st_lpips(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Shift-tolerant LPIPS, a learned perceptual distance (Ghildyal & Liu 2022), AlexNet, with the authors' weights.
+
+    It was learned on photographs: of radiographs it says what they look like to a lay eye. Images of less than
+    `PERCEPTUAL_SIZE` pixels a side are enlarged to that (bilinear); grey ones are three equal channels.
+
+    Args:
+        found, truth: (N, C, S, S), C = 1 or 3.
+
+    Returns:
+        (N,) float64, 0 for equal images.
+
+    Raises:
+        InputError: other channels, or the package is not installed.
+    """
+    _squares(found, truth)
+    if found.shape[1] not in (1, 3):
+        raise InputError(f"st_lpips: images of {found.shape[1]} channels; it knows 1 (grey) and 3 (colour)")
+    size = max(PERCEPTUAL_SIZE, found.shape[-1])
+    pair = [
+        F.interpolate(torch.from_numpy(images).float(), (size, size), mode="bilinear", align_corners=False)
+        for images in (found, truth)
+    ]
+    with torch.no_grad():
+        distance = _st_lpips()(*[images.expand(-1, 3, -1, -1) for images in pair], normalize=True)
+    return distance.flatten().double().numpy()
+
+
+@functools.cache
+def _st_lpips() -> nn.Module:
+    try:
+        from stlpips_pytorch import stlpips
+    except ImportError as error:
+        raise InputError(
+            "st_lpips needs ShiftTolerant-LPIPS, which is not installed: pip install -e '.[privacy]'"
+        ) from error
+    return stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False).requires_grad_(False)
 
 
 def match(found: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ class Design:
     rounds: Callable[[Params, Cell], float]
 
 
-NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect")
+NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense")
 
 
 def design(notebook: str) -> Design:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from medsec import cohort_eval, data, feddetect_eval, fedgan_eval, metrics, params
+from medsec import cohort_eval, data, feddetect_eval, fedgan_eval, inversion_clients, inversion_eval, metrics, params
 from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
@@ -148,6 +148,54 @@ def rounds_02(p: Params, cell: Cell) -> float:
     return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 
 
+# Notebook 03 ---------------------------------------------------------------------------------------------------------
+
+
+def cells_03(cohort: str, p: Params) -> list[Cell]:
+    """Every defence under every attack and its cost, on every evaluation seed; then one thing changed at a time.
+
+    Seed by seed: a record that is cut short has every defence, on fewer seeds. ``variants`` holds the one of a cell.
+    """
+    sweep, found = p.record.inversion, []
+    single = [("batch", batch, {}) for batch in sweep.batch]
+    single += [("steps", steps, {}) for steps in sweep.steps]
+    single += [("labels", "inferred", {"batch": batch} if batch > 1 else {}) for batch in sweep.inferred]
+    for seed in p.seeds.evaluation:
+        for variant in inversion_clients.VARIANTS:
+            found += [Cell(arm, seed, group=variant, variants=(variant,)) for arm in ("attack", "federation")]
+        if seed in p.seeds.evaluation[: sweep.seeds]:
+            for variant in sweep.variants:
+                found += [
+                    Cell("attack", seed, keys={key: value, **more}, group=variant, variants=(variant,))
+                    for key, value, more in single
+                ]
+                found.append(Cell("rounds", seed, group=variant, variants=(variant,)))
+    found += [
+        Cell("federation", seed, group=variant, variants=(variant,))
+        for seed in sweep.utility_seeds
+        if seed not in p.seeds.evaluation
+        for variant in sweep.utility_variants
+    ]
+    return found
+
+
+def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
+    (variant,) = cell.variants
+    if cell.arm == "federation":
+        return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
+    if cell.arm == "rounds":
+        table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, p.record.inversion.shares)
+        return table[table["round"] != ""]  # what comes out of it is the other arm's
+    if cell.keys:
+        return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
+    return inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0]
+
+
+def rounds_03(p: Params, cell: Cell) -> float:
+    """As a multiple of a federation of GANs, measured: an attack costs about as much as training."""
+    return {"attack": 3 if not cell.keys else 1, "federation": 0.6, "rounds": 2}[cell.arm]
+
+
 DESIGNS = {
     "01_backdoor_fedgan": Design(cells_01, run_01, summarise_01, FEDGAN_MODULES, ("fedgan", "classifier"), rounds_01),
     "02_feddetect": Design(
@@ -157,5 +205,30 @@ DESIGNS = {
         (*FEDGAN_MODULES, "feddetect", "fedgan_attackers", "feddetect_eval"),
         ("fedgan", "classifier", "feddetect"),
         rounds_02,
+    ),
+    "03_gia_defense": Design(
+        cells_03,
+        run_03,
+        inversion_eval.summarise,
+        (
+            "autoencoder",
+            "convnet",
+            "fedcls",
+            "federated",
+            "gradient_defences",
+            "inversion",
+            "inversion_attackers",
+            "inversion_clients",
+            "inversion_eval",
+            "metrics",
+            "partition",
+            "perturbation",
+            "purifier",
+            "reconstruction",
+            "shadow",
+            "suppression",
+        ),
+        ("inversion",),
+        rounds_03,
     ),
 }

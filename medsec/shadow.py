@@ -12,17 +12,17 @@ every batch that the client trains on. Images are recognised by their content.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsec.autoencoder import Autoencoder, new_autoencoder
-from medsec.convnet import check_norm, gradients
+from medsec.convnet import check_norm, gradients, logits_and_statistics
 from medsec.errors import InputError
 from medsec.federated import torch_generator
 from medsec.gradient_defences import check_batch, check_share, fingerprint, share_of, stream
+from medsec.params import ShadowParams
 
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
@@ -49,16 +49,16 @@ def train_shadow(
     """
     target, parameters = gradients(model, x, y), list(model.parameters())
     with torch.no_grad():
-        _, statistics = _forward(model, x)
+        _, statistics = logits_and_statistics(model, x)
     updated = copy.deepcopy(generator).requires_grad_()
     optimizer = torch.optim.Adam(updated.parameters(), lr)
     for _ in range(steps):
         drawn = updated(z)
-        logits, seen = _forward(model, drawn)
+        logits, seen = logits_and_statistics(model, drawn)
         found = torch.autograd.grad(F.cross_entropy(logits, y), parameters, create_graph=True)
         loss = (
             LOSS["gradient"] * _distance(found, target)
-            + LOSS["batch_norm"] * _distance(seen, statistics)
+            + LOSS["batch_norm"] * _distance(_apart(seen), _apart(statistics))
             + LOSS["variation"] * _variation(drawn)
             + LOSS["norm"] * drawn.norm() / drawn[0, 0].numel() ** 2
             + LOSS["pixels"] * F.mse_loss(drawn, x)
@@ -69,19 +69,9 @@ def train_shadow(
     return updated.requires_grad_(False)
 
 
-def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the mean and the variance of every BatchNorm's input over batch and pixels."""
-    seen: list[Tensor] = []
-
-    def look(_: nn.Module, args: tuple[Tensor]) -> None:
-        seen.extend([args[0].mean((0, 2, 3)), args[0].var((0, 2, 3), unbiased=False)])
-
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    try:
-        return model(x), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _apart(statistics: list[Tensor]) -> list[Tensor]:
+    """Means and variances one by one: the released loss has a norm for each."""
+    return [part for both in statistics for part in both]
 
 
 def _distance(first: list[Tensor], second: list[Tensor]) -> Tensor | float:
@@ -207,32 +197,6 @@ def _softmax(values: Tensor) -> Tensor:
 # The defence as released and as described ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Numbers of `shadow_released` and `shadow_described`.
-
-    Attributes:
-        steps, lr: of Adam on the shadow generator, for every batch; released 5 and 1e-3 (batches of 4).
-        freeze: share of the rounds after which shadow and masks stay; released 0.2.
-        momentum: share of an image's old mask in its new one; released 0.1.
-        ema: share of the way that the shadow moves towards its trained copy; released 0.5.
-        layer: of `grad_cam`; released: the last block.
-        top: share of pixels in the utility region; released 0.3.
-        alpha: bounds of t / T as the weight of that region; released (0.1, 0.5).
-        scale: largest noise in round 0, as a share of the brightest pixel; released 0.19.
-    """
-
-    steps: int
-    lr: float
-    freeze: float
-    momentum: float
-    ema: float
-    layer: str
-    top: float
-    alpha: tuple[float, float]
-    scale: float
-
-
 class Shadow:
     """The memory of one client: the shadow generator and every image's mask (`shadow_released`, `shadow_described`).
 
@@ -248,6 +212,16 @@ class Shadow:
         latents: images -> z.
         mask: squared errors -> masks.
         noise: ``(model, x, y, round, masks) -> δ``.
+        settings: section ``inversion.shadow`` of the parameters:
+            steps, lr: of Adam on the shadow generator, for every batch; released 5 and 1e-3 (batches of 4).
+            freeze: share of the rounds after which shadow and masks stay; released 0.2.
+            momentum: share of an image's old mask in its new one; released 0.1.
+            ema: share of the way that the shadow moves towards its trained copy; released 0.5.
+            layer: of `grad_cam`; released: the last block.
+            top: share of pixels in the utility region; released 0.3.
+            alpha: bounds of t / T as the weight of that region; released 0.1 and 0.5.
+            scale: largest noise in round 0, as a share of the brightest pixel; released 0.19.
+        rounds: T.
     """
 
     def __init__(
@@ -257,7 +231,7 @@ class Shadow:
         latents: Callable[[Tensor], Tensor],
         mask: Callable[[Tensor], Tensor],
         noise: Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor],
-        settings: Settings,
+        settings: ShadowParams,
         rounds: int,
     ):
         for name in ("freeze", "ema", "top"):
@@ -298,7 +272,7 @@ class Shadow:
         return torch.stack([self.masks[key] for key in keys])
 
 
-def shadow_released(size: int, channels: int, settings: Settings, *, latent: int, rounds: int, seed: int) -> Shadow:
+def shadow_released(size: int, channels: int, settings: ShadowParams, *, latent: int, rounds: int, seed: int) -> Shadow:
     """The defence as in the authors' released code, its defects kept.
 
     (1) The shadow generator is *random*: pretrained weights go into a copy that is not used. (2) The mask is *scrambled*
@@ -332,7 +306,7 @@ def shadow_released(size: int, channels: int, settings: Settings, *, latent: int
     return Shadow((channels, size, size), generator, latents, mask, noise, settings, rounds)
 
 
-def shadow_described(autoencoder: Autoencoder, settings: Settings, *, rounds: int, seed: int) -> Shadow:
+def shadow_described(autoencoder: Autoencoder, settings: ShadowParams, *, rounds: int, seed: int) -> Shadow:
     """The defence with its evident intent: noise where a simulated attacker succeeds, less where the task model looks.
 
     Schedules as in `shadow_released`. Our choices: (1) the shadow generator is the decoder of an autoencoder trained on
@@ -358,11 +332,11 @@ def shadow_described(autoencoder: Autoencoder, settings: Settings, *, rounds: in
     return Shadow(autoencoder.shape, generator, latents, aligned_mask, noise, settings, rounds)
 
 
-def _alpha(settings: Settings, progress: float) -> float:
+def _alpha(settings: ShadowParams, progress: float) -> float:
     low, high = settings.alpha
     return min(high, max(low, progress))
 
 
-def _strength(settings: Settings, x: Tensor, n: Tensor, progress: float) -> Tensor:
+def _strength(settings: ShadowParams, x: Tensor, n: Tensor, progress: float) -> Tensor:
     """(B, 1, 1, 1): what makes the largest noise ``scale`` · e^(t / T) of the brightest pixel."""
     return (x.amax((1, 2, 3), True) / n.amax((1, 2, 3), True) * settings.scale * math.exp(progress)).abs()

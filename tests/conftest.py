@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported: resu
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -49,15 +50,15 @@ def cohorts() -> params.Cohorts:
     return params.Cohorts.model_validate(sections)
 
 
-@pytest.fixture
-def tiny_npz(tmp_path):
+@pytest.fixture(scope="session")
+def write_npz():
     """Function that writes a small file in MedMNIST's layout: distinct random images, every class in every split.
 
-    ``tiny_npz(classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays)``: ``arrays`` replace whole keys
-    (``train_images=...``), None leaves a key out. Returns the file's path.
+    ``write_npz(folder, classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays)``: ``arrays`` replace
+    whole keys (``train_images=...``), None leaves a key out. Returns the file's path.
     """
 
-    def write(classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays) -> Path:
+    def write(folder, classes=2, channels=1, size=28, per_class=10, name="tiny.npz", **arrays) -> Path:
         rng = np.random.default_rng(0)
         content = {}
         for split in ("train", "val", "test"):
@@ -65,10 +66,16 @@ def tiny_npz(tmp_path):
             content[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
             content[f"{split}_labels"] = (np.arange(classes * per_class) % classes).astype(np.uint8)[:, None]
         content.update(arrays)
-        np.savez_compressed(tmp_path / name, **{key: value for key, value in content.items() if value is not None})
-        return tmp_path / name
+        np.savez_compressed(folder / name, **{key: value for key, value in content.items() if value is not None})
+        return folder / name
 
     return write
+
+
+@pytest.fixture
+def tiny_npz(write_npz, tmp_path):
+    """`write_npz` into the test's own folder."""
+    return partial(write_npz, tmp_path)
 
 
 @pytest.fixture

@@ -76,14 +76,9 @@ SUMMARY = ["variant", "scenario", "metric", *KEYS]
 
 
 @pytest.fixture(scope="module")
-def p(tmp_path_factory):
+def p(tmp_path_factory, write_npz):
     """Parameters of cells of seconds, for a file of random images (one for the whole module: cells are shared)."""
-    file = tmp_path_factory.mktemp("cohort") / "tiny.npz"
-    draw, content = np.random.default_rng(0), {}
-    for split in ("train", "val", "test"):
-        content[f"{split}_images"] = draw.integers(0, 256, (240, 28, 28), dtype=np.uint8)
-        content[f"{split}_labels"] = (np.arange(240) % 2).astype(np.uint8)[:, None]
-    np.savez_compressed(file, **content)
+    file = write_npz(tmp_path_factory.mktemp("cohort"), per_class=120)
     tree = params.merge(params.load().model_dump(), SMALL)
     yield params.validate(params.merge(tree, {"cohorts": {"npz": {"path": str(file)}}}))
     fedgan_eval._prepare.cache_clear()

@@ -15,7 +15,6 @@ from medsec.federated import derive_seed
 from medsec.inversion import (
     ATTACKS,
     View,
-    batch_statistics,
     client_update,
     distance,
     infer_labels,
@@ -95,20 +94,20 @@ def test_the_update_is_that_of_plain_sgd(steps, batch):
         torch.testing.assert_close(sent, (before - after).detach() / 0.05, rtol=1e-3, atol=1e-5)
 
 
-def test_batch_statistics_are_what_batchnorm_sees():
+def test_statistics_are_what_batchnorm_sees():
     model, x = network(norm=True), smooth(5)
     inputs = []
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    found = batch_statistics(model, x)
+    _, found = convnet.logits_and_statistics(model, x)
     model(x)
     half = len(inputs) // 2
     assert len(found) == half == 4
     for (mean, var), h in zip(found, inputs[half:], strict=True):
         np.testing.assert_allclose(mean.detach(), h.detach().numpy().mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(var.detach(), h.detach().numpy().var((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert batch_statistics(network(), x) == []
+    assert convnet.logits_and_statistics(network(), x)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,8 @@ def naive(model, sent, y, attack, options, seed, victim, statistics=(), generato
             steps = [(x[:, :, 1:] - x[:, :, :-1]).abs().mean(), (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().mean()]
             loss = loss + options.tv * sum(steps)
         if attack == "bn":
-            gaps = [((m - s) ** 2).mean() for m, s in zip(batch_statistics(model, x), statistics, strict=True)]
+            _, own = convnet.logits_and_statistics(model, x)
+            gaps = [((m - s) ** 2).mean() for m, s in zip(own, statistics, strict=True)]
             loss = loss + options.statistics * sum(gaps)
         (z.grad,) = torch.autograd.grad(loss, [z])
         if attack != "prior":
@@ -169,7 +169,8 @@ def test_the_search_is_a_plain_loop(attack):
     """Few iterations: signs of gradients amplify rounding until two correct searches part."""
     model, (x, y), options = network(norm=attack == "bn"), victims(3), settings(iterations=8)
     generator = Decoder() if attack == "prior" else None
-    statistics = [torch.stack(s).detach() for s in zip(*[batch_statistics(model, a) for a in x], strict=True)]
+    each = [convnet.logits_and_statistics(model, a)[1] for a in x]
+    statistics = [torch.stack(s).detach() for s in zip(*each, strict=True)]
     view = seen(model, x, y, statistics=statistics)
     found = invert([view], y, SHAPE, attack=attack, settings=options, seed=5, generator=generator)
     for v in range(3):

@@ -1,7 +1,6 @@
-"""The shadow defence against naive replays of its steps, its controls, k-same substitutes, and bad input."""
+"""The shadow defence against naive replays of its steps, its controls, and bad input."""
 
 import copy
-import dataclasses
 import math
 
 import numpy as np
@@ -13,13 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medsec import autoencoder as ae
-from medsec import convnet, perturbation, phantom, shadow, suppression
+from medsec import convnet, perturbation, phantom, shadow
 from medsec import gradient_defences as gd
 from medsec.errors import InputError
+from medsec.params import ShadowParams
 
 SIZE = 28
-SETTINGS = shadow.Settings(
-    steps=2, lr=1e-2, freeze=0.4, momentum=0.1, ema=0.5, layer="body", top=0.3, alpha=(0.1, 0.5), scale=0.19
+SETTINGS = ShadowParams(
+    steps=2, lr=1e-2, freeze=0.4, momentum=0.1, ema=0.5, layer="body", top=0.3, alpha=[0.1, 0.5], scale=0.19
 )
 CONTROLS = [perturbation.shuffled, perturbation.inverted, perturbation.offset, perturbation.gaussian]
 
@@ -57,7 +57,7 @@ def autoencoder(public):
 
 
 def make(kind, autoencoder, rounds=5, channels=1, seed=0, **changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
+    settings = SETTINGS.model_copy(update=changes)
     if kind == "released":
         return shadow.shadow_released(SIZE, channels, settings, latent=8, rounds=rounds, seed=seed)
     if channels == 3:
@@ -387,7 +387,7 @@ def test_seeds_decide_and_nothing_else_is_touched(kind, autoencoder):
     assert all(torch.equal(weights[k], v) for k, v in autoencoder.state_dict().items())
     assert model.training
     # After the freeze the released δ follows from what the server could know; the described one is drawn anew.
-    defence = make(kind, autoencoder, alpha=(0.1, 0.1))
+    defence = make(kind, autoencoder, alpha=[0.1, 0.1])
     late = [(defence.perturb(model, x, y, t) - x) / math.exp(t / 5) for t in (3, 4)]
     assert torch.allclose(*late, atol=1e-6) == (kind == "released")
     assert torch.allclose(late[0].abs(), late[1].abs(), atol=1e-6)
@@ -494,126 +494,6 @@ def test_what_needs_no_numbers_runs_on_another_device():
             assert found.device.type == "cuda"
         assert shadow.utility_region(delta[:, 0], 0.3).device.type == "cuda"
         assert perturbation.offset_share(delta).device.type == "cuda"
-
-
-# ------------------------------------------------------------------------------------------------------------- k-same
-
-
-def naive_groups(z, y, k):
-    """As documented, in plain Python: a list of groups, each a list of indices."""
-    found = []
-    for label in sorted(set(y)):
-        left = [i for i in range(len(z)) if y[i] == label]
-        while len(left) >= 2 * k:
-            centre = [sum(z[i][d] for i in left) / len(left) for d in range(len(z[0]))]
-            first = max(left, key=lambda i: math.dist(z[i], centre))
-            near = sorted(left, key=lambda i: math.dist(z[i], z[first]))[:k]
-            found.append(near)
-            left = [i for i in left if i not in near]
-        found.append(left)
-    return found
-
-
-@pytest.mark.parametrize("k", [1, 2, 4, 7])
-def test_groups_are_a_loop(k):
-    z, y = torch.randn(41, 3, generator=rng(k)), torch.arange(41) % 3
-    found = suppression.groups(z, y, k=k, grouping="similar", seed=0)
-    have = [sorted((found == g).nonzero().flatten().tolist()) for g in range(int(found.max()) + 1)]
-    assert sorted(have) == sorted(sorted(g) for g in naive_groups(z.double().tolist(), y.tolist(), k))
-
-
-@pytest.mark.parametrize("grouping", suppression.GROUPINGS)
-@pytest.mark.parametrize("k", [1, 3, 10])
-def test_every_group_hides_its_members(grouping, k):
-    z = torch.randn(60, 4, generator=rng())
-    y = torch.tensor([0] * 30 + [1] * 23 + [5] * 7)
-    before = torch.get_rng_state()
-    found = suppression.groups(z, y, k=k, grouping=grouping, seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
-    for g in found.unique():
-        member = found == g
-        assert len(y[member].unique()) == 1, "a group of two classes"
-        short = int(y[member][0]) == 5 and k == 10  # fewer than k: one group of all
-        assert int(member.sum()) == 7 if short else k <= int(member.sum()) < max(2, 2 * k)
-    again, other = (suppression.groups(z, y, k=k, grouping=grouping, seed=s) for s in (3, 4))
-    assert torch.equal(found, again)
-    assert torch.equal(found, other) == (grouping == "similar")
-
-
-def test_similar_groups_are_tighter_than_random_ones():
-    z, y = torch.randn(120, 4, generator=rng()), torch.zeros(120, dtype=torch.int64)
-
-    def spread(grouping):
-        found = suppression.groups(z, y, k=4, grouping=grouping, seed=0)
-        return sum(float((z[found == g] - z[found == g].mean(0)).square().sum()) for g in found.unique())
-
-    assert spread("similar") < 0.5 * spread("random")
-
-
-def test_groups_name_what_cannot_be_hidden():
-    z, y = torch.randn(7, 2, generator=rng()), torch.tensor([0, 0, 0, 0, 1, 2, 2])
-    with pytest.raises(InputError, match="class 1 has a single image; leave it out, or use k = 1"):
-        suppression.groups(z, y, k=2, grouping="similar", seed=0)
-    assert len(suppression.groups(z, y, k=1, grouping="similar", seed=0).unique()) == 7
-    for k, grouping in [(0, "similar"), (2, "nearest")]:
-        with pytest.raises(InputError, match="groups: k"):
-            suppression.groups(z, y, k=k, grouping=grouping, seed=0)
-
-
-@pytest.mark.parametrize("grouping", suppression.GROUPINGS)
-def test_substitutes_are_decoded_means(grouping, autoencoder, public):
-    x, y = public[:21], torch.arange(21) % 2
-    found = suppression.substitutes(autoencoder, x, y, k=4, grouping=grouping, seed=0)
-    group = suppression.groups(autoencoder.encode(x), y, k=4, grouping=grouping, seed=0)
-    for i in range(21):
-        others = [j for j in range(21) if group[j] == group[i]]
-        mean = torch.stack([autoencoder.encode(x[j : j + 1])[0] for j in others]).mean(0)
-        torch.testing.assert_close(found[i], autoencoder.decode(mean[None])[0], rtol=1e-4, atol=1e-5)
-    assert len(found.unique(dim=0)) == len(group.unique())
-    plain = suppression.substitutes(autoencoder, x, y, k=1, grouping=grouping, seed=0)
-    torch.testing.assert_close(plain, autoencoder(x))
-    assert 0 <= plain.min() <= plain.max() <= 1
-
-
-def test_hardened_sends_the_substitutes(autoencoder, public):
-    model, y = network(), torch.arange(12) % 2
-    x = torch.cat([public[:11], public[:1]])  # the first image comes twice, once with each label
-    y[11] = 1
-    defence = suppression.Hardened(autoencoder, x, y, k=3, grouping="similar", seed=0)
-    rows = [4, 0, 11]
-    found = defence.perturb(model, x[rows], y[rows], 0)
-    assert torch.equal(found, suppression.substitutes(autoencoder, x, y, k=3, grouping="similar", seed=0)[rows])
-    assert torch.equal(found, defence.perturb(model, x[rows].clone(), y[rows], 9))
-    sent = gd.send(defence.perturb)(model, x[rows], y[rows], 0)
-    assert all(torch.equal(a, b) for a, b in zip(sent, convnet.gradients(model, found, y[rows]), strict=True))
-
-
-def test_hardened_names_what_is_wrong(autoencoder, public):
-    model, x, y = network(), public[:8], torch.arange(8) % 2
-    options = {"k": 2, "grouping": "similar", "seed": 0}
-    defence = suppression.Hardened(autoencoder, x, y, **options)
-    for image, label, message in [
-        (x[:2].flip(3), y[:2], "is not in the set that was given at the start"),
-        (x[:1], 1 - y[:1], "with label 1 is not in the set"),
-        (x[:2], y[:1], "labels of shape"),
-        (x[:1] - 1, y[:1], "images range"),
-        (smooth(1, size=32), y[:1], r"images of shape \(1, 32, 32\), but the shadow generator"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            defence.perturb(model, image, label, 0)
-    for image, label, message in [
-        (x, y[:5], r"labels of shape \(5,\), torch.int64: need \(8,\)"),
-        (x, y.float(), "torch.float32"),
-        (2 * x, y, "images range"),
-        (smooth(8, 3), y, r"images of shape \(3, 28, 28\), but the autoencoder draws \(1, 28, 28\)"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            suppression.Hardened(autoencoder, image, label, **options)
-    broken = copy.deepcopy(autoencoder)
-    with torch.no_grad():
-        broken.encode[0].weight[0] = math.nan
-    with pytest.raises(InputError, match="NaN or infinite latents"):
-        suppression.Hardened(broken, x, y, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- energy
