@@ -14,6 +14,7 @@ from medsec.errors import InputError
 
 LEAST_RUNS = 3
 HOLDS, FAILS, OPEN, NOT_HERE = "holds", "does not hold", "undecided", "not testable here"
+NOT_YET = "not measured yet"
 
 
 def load(name: str) -> dict:
@@ -32,8 +33,11 @@ def load(name: str) -> dict:
     return ledger
 
 
-def verdict(claim: dict, table: pd.DataFrame) -> dict:
+def verdict(claim: dict, table: pd.DataFrame, *, unfinished: bool = False) -> dict:
     """One claim against a summary table.
+
+    Args:
+        unfinished: of a record: a row that it lacks is *not measured yet*.
 
     Returns:
         ``id, by, claim, verdict, n, measured``; the verdict is *holds* if the whole interval lies beyond the bound,
@@ -44,7 +48,9 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
         InputError: the row that decides is not in the table.
     """
     base = {"id": claim["id"], "by": claim["by"], "claim": claim["text"]}
-    if "record_only" in claim and tables.select(table, claim["where"]).empty:
+    if (unfinished or "record_only" in claim) and tables.select(table, claim["where"]).empty:
+        if unfinished:
+            return {**base, "verdict": NOT_YET, "n": 0, "measured": "the record is not finished"}
         return {**base, "verdict": NOT_HERE, "n": 0, "measured": claim["record_only"]}
     row = tables.row(table, **claim["where"])
     if "above" in claim:
@@ -60,9 +66,9 @@ def verdict(claim: dict, table: pd.DataFrame) -> dict:
     }
 
 
-def verdicts(name: str, table: pd.DataFrame) -> pd.DataFrame:
-    """The verdict on every claim of ``claims/<name>.yaml``, in the order of the file."""
-    return pd.DataFrame([verdict(claim, table) for claim in load(name)["claims"]])
+def verdicts(name: str, table: pd.DataFrame, *, unfinished: bool = False) -> pd.DataFrame:
+    """The verdict on every claim of ``claims/<name>.yaml``, in the order of the file; see `verdict`."""
+    return pd.DataFrame([verdict(claim, table, unfinished=unfinished) for claim in load(name)["claims"]])
 
 
 def names() -> list[str]:

@@ -31,6 +31,14 @@ VARIANTS = (
     "autoencoder_only",
     "public_only",
 )
+FAMILIES = {  # what a defence changes
+    "none": "none",
+    **dict.fromkeys(("gradient_noise", "dp_sgd", "topk", "soteria"), "gradient"),
+    **dict.fromkeys(("image_noise", "shadow_released", "shadow_described"), "noise"),
+    **dict.fromkeys(("shadow_shuffled", "shadow_inverted", "offset", "gaussian"), "noise"),
+    **dict.fromkeys(("shadow_hardened", "random_grouping"), "substitute"),
+    **dict.fromkeys(("shadow_suppressed", "autoencoder_only", "public_only"), "substitute"),
+}
 CONTROLS = {  # of the same norm as `shadow_described`
     "shadow_shuffled": perturbation.shuffled,
     "shadow_inverted": perturbation.inverted,

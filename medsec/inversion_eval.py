@@ -6,7 +6,8 @@ best that an attacker who knows it can do, per victim. The clients are in `medse
 `medsec.inversion_attackers`.
 
 Scenarios: ``naive``, the attacks as if there were no defence; ``adaptive``, those and all that knowledge of the defence
-allows; ``ceiling``, what an attacker has who recovers the changed image x′ exactly (image-space defences only);
+allows; ``ceiling``, what an attacker has who recovers the changed image x′ exactly (image-space defences only); ``change``,
+what is added to the image: ``rms``, ``offset_share`` (of its energy) and ``lesion_ratio`` (rms inside lesions over outside);
 ``prior_only``, the floor: what an attacker has without any gradient; ``utility``, the classifier that comes out.
 
 Key columns: ``attack``, one attack by itself; ``batch``, ``labels``, ``steps``, ``round`` (as a share of all rounds): empty
@@ -15,13 +16,14 @@ for one image with its label, one step, the untrained network; ``region``: empty
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from medsec import fedcls, gradient_defences, metrics, reconstruction, tables
+from medsec import fedcls, gradient_defences, metrics, perturbation, reconstruction, tables
 from medsec import inversion_attackers as attackers
 from medsec import inversion_clients as instruments
 from medsec.inversion import Found
@@ -50,15 +52,20 @@ UNITS = {
     "failed": "share",
     "auc": "AUC",
     "epsilon": "epsilon",
+    "rms": "intensity",
+    "offset_share": "share",
+    "lesion_ratio": "ratio",
     "psnr_minus_none": "dB",
     "ssim_minus_none": "similarity",
     "psnr_minus_shuffled": "dB",
     "psnr_minus_naive": "dB",
     "auc_minus_none": "AUC",
     "macro_f1_minus_none": "share",
+    "macro_f1_minus_baselines": "share",
     "macro_f1": "share",
     "balanced_accuracy": "share",
 }
+BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
 ADAPTIVE = ("known", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
@@ -150,8 +157,12 @@ def attack_cell(cohort: str, params: Params, variant: str, seed: int) -> tuple[p
     everything = plain | attackers.adaptive(variant, setup, found, later, p.adaptive, seed)
     measure = measures(setup, images, index)
     rows, shown = _attacked(setup, variant, seed, found, plain, everything, measure, index, {})
+    parts = [rows]
+    if found.changed is not None:
+        parts.append(_change_rows(setup, variant, found, index, seed))
     if "bn" in p.attacks:
-        rows = pd.concat([rows, _statistics_rows(setup, variant, images, labels, index, measure, seed)])
+        parts.append(_statistics_rows(setup, variant, images, labels, index, measure, seed))
+    rows = pd.concat(parts)
     return rows.reset_index(drop=True), shown
 
 
@@ -233,14 +244,68 @@ def _add_finer(
     """What is measured of the strongest attack only: the perceptual distance, and the error inside and outside lesions."""
     ordered, flat = paired(found, truth), truth.reshape(-1, *truth.shape[2:])
     rows.add("st_lpips", reconstruction.st_lpips(ordered, flat).mean(), len(flat), **keys)
-    masks = setup.cohort["client"].lesion
-    if masks is None:
+    lesion = lesions(setup, index, seed)
+    if lesion is None:
         return
-    lesion = masks[instruments.places(setup, seed)[0]][index.flatten().numpy()].astype(bool)
     ill = lesion.any((1, 2))
     for region, mask in (("lesion", lesion), ("outside", ~lesion)) if ill.any() else ():
         value = reconstruction.region_psnr(ordered[ill], flat[ill], mask[ill])
         rows.add("psnr", value.mean(), int(ill.sum()), **keys, region=region)
+
+
+def lesions(setup: Setup, index: Tensor, seed: int) -> np.ndarray | None:
+    """(V·B, S, S) bool, the lesion masks of victims of the first client; None if the cohort has none."""
+    masks = setup.cohort["client"].lesion
+    return None if masks is None else masks[instruments.places(setup, seed)[0]][index.flatten().numpy()].astype(bool)
+
+
+def _change_rows(setup: Setup, variant: str, found: Case, index: Tensor, seed: int) -> pd.DataFrame:
+    delta = (found.changed - found.x).flatten(0, 1)
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "change")
+    rows.add("rms", float(delta.square().flatten(1).mean(1).sqrt().mean()), len(delta))
+    rows.add("offset_share", float(perturbation.offset_share(delta).mean()), len(delta))
+    lesion = lesions(setup, index, seed)
+    if lesion is not None and lesion.any():
+        ill = lesion.any((1, 2))
+        energy, mask = delta.square().mean(1).numpy()[ill], lesion[ill]
+        inside, outside = ((energy * m).sum((1, 2)) / m.sum((1, 2)) for m in (mask, ~mask))
+        rows.add("lesion_ratio", float(np.sqrt(inside / np.maximum(outside, 1e-12)).mean()), int(ill.sum()))
+    return rows.table()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What defences add to some images: ``images`` (n, C, S, S), by name δ of the same shape, ``lesions`` (n, S, S) or None."""
+
+    images: np.ndarray
+    deltas: dict[str, Tensor]
+    lesions: np.ndarray | None
+
+
+def changes(cohort: str, params: Params, variants: Sequence[str], seed: int) -> Changes:
+    """δ of some defences in round 0, on the victims of the last class (on the phantom: those with a lesion)."""
+    torch.set_num_threads(1)
+    setup, p = prepare(cohort, params), params.inversion
+    images, labels = instruments.deal(setup, seed)
+    model = instruments.network(setup, seed)
+    index = attackers.victims(setup, images[0], len(images[0]), 1, seed)
+    ill = labels[0][index[:, 0]] == setup.cohort.n_classes - 1
+    index = index[ill][: p.victims]
+    x, y = images[0][index], labels[0][index]
+    deltas = {}
+    for variant in variants:
+        own = instruments.clients(variant, setup, images, labels, seed)[0]
+        deltas[variant] = (attackers.case(own, model, x, y, 0).changed - x)[:, 0]
+    return Changes(x[:, 0].numpy(), deltas, lesions(setup, index, seed))
+
+
+def spectrum(delta: Tensor) -> pd.DataFrame:
+    """Share of ‖δ‖² at every spatial frequency: columns ``x`` (cycles an image side), ``value, low, high`` over the images."""
+    _, total = perturbation.radial_spectrum(delta)
+    share = (total / total.sum(1, keepdim=True)).numpy()
+    ends = [metrics.bootstrap_interval(values) for values in share.T]
+    low, high = zip(*ends, strict=True)
+    return pd.DataFrame({"x": range(share.shape[1]), "value": share.mean(0), "low": low, "high": high})
 
 
 # Other conditions ----------------------------------------------------------------------------------------------------
@@ -332,37 +397,35 @@ def epsilon(params: Params, images: int) -> float:
 def complete(runs: pd.DataFrame) -> pd.DataFrame:
     """A runs table with paired differences on the same seed.
 
-    ``<metric>_minus_none``: of headline rows to no defence, in the same scenario. ``psnr_minus_shuffled``: of the described
-    defence to the same noise at places that were shuffled. ``psnr_minus_naive``: of one adaptive attack to ``ig``.
+    ``<metric>_minus_none``: of headline rows, and of the attack ``bn``, to no defence in the same scenario.
+    ``macro_f1_minus_baselines``: to the mean of `BASELINES`. ``psnr_minus_shuffled``: of the described defence to the same
+    noise at shuffled places. ``psnr_minus_naive``: of one adaptive attack to ``ig``.
     """
     plain = runs[(runs[list(KEYS)] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive", "utility"])]
+    statistics = runs[runs["attack"] == "bn"]
+    costs = ["psnr", "ssim", "auc", "macro_f1"]
     by = ["seed", "scenario", "metric"]
-    costs = plain["metric"].isin(["psnr", "ssim", "auc", "macro_f1"])
-    by_attack = runs[(runs["attack"] != "") & (runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")]
-    targeted = plain[plain["metric"] == "psnr"]
-    parts = [
-        _minus(plain[costs], plain["variant"] == "none", by, "_minus_none"),
-        _minus(
-            targeted[targeted["variant"].isin(["shadow_described", "shadow_shuffled"])],
-            targeted["variant"] == "shadow_shuffled",
-            by,
-            "_minus_shuffled",
-        ),
-        _minus(
-            by_attack[by_attack["attack"].isin(["ig", *ADAPTIVE])],
-            by_attack["attack"] == "ig",
-            ["seed", "variant"],
-            "_minus_naive",
-        ),
-    ]
+    parts = []
+    for rows in (plain, statistics):
+        rows = rows[rows["metric"].isin(costs)]
+        none = rows["variant"] == "none"
+        parts.append(_minus(rows[~none], rows[none], by, "_minus_none"))
+    f1 = plain[plain["metric"] == "macro_f1"]
+    compared = f1["variant"].isin(BASELINES)
+    if set(BASELINES) <= set(f1["variant"]):
+        parts.append(_minus(f1[~compared], f1[compared], by, "_minus_baselines"))
+    psnr = plain[plain["metric"] == "psnr"].set_index("variant", drop=False)
+    parts.append(
+        _minus(psnr[psnr.index == "shadow_described"], psnr[psnr.index == "shadow_shuffled"], by, "_minus_shuffled")
+    )
+    each = runs[(runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")].set_index("attack", drop=False)
+    parts.append(_minus(each[each.index.isin(ADAPTIVE)], each[each.index == "ig"], ["seed", "variant"], "_minus_naive"))
     return pd.concat([runs, *parts], ignore_index=True)
 
 
-def _minus(rows: pd.DataFrame, is_base: pd.Series, by: list[str], suffix: str) -> pd.DataFrame:
-    """Of rows the differences to those that are the base of the same ``by``."""
-    mine = is_base.reindex(rows.index)
-    base = rows[mine].set_index(by)["value"]
-    joined = rows[~mine].join(base.rename("base"), on=by).dropna(subset="base")
+def _minus(rows: pd.DataFrame, base: pd.DataFrame, by: list[str], suffix: str) -> pd.DataFrame:
+    """Of rows the differences to those of ``base`` (to their mean) that have the same ``by``."""
+    joined = rows.join(base.groupby(by)["value"].mean().rename("base"), on=by).dropna(subset="base")
     joined["value"] -= joined["base"]
     joined["metric"] += suffix
     return joined[rows.columns]

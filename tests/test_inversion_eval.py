@@ -1,12 +1,24 @@
 """Cells of notebook 03 end to end on random images, and the bookkeeping behind its tables by hand."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 
-from medsec import convnet, gradient_defences, inversion, params, paths, reconstruction, record_designs, tables
+from medsec import (
+    convnet,
+    gradient_defences,
+    inversion,
+    inversion_plots,
+    inversion_tables,
+    params,
+    paths,
+    reconstruction,
+    record_designs,
+    tables,
+)
 from medsec import inversion_attackers as attackers
 from medsec import inversion_clients as instruments
 from medsec import inversion_eval as ev
@@ -69,8 +81,9 @@ def test_a_cell_has_the_rows_that_it_promises(p, variant):
         "adaptive": {"ig", "prior", *ADAPTIVE[variant]},
         "prior_only": set(),
     }
-    assert attacks == expected | ({"ceiling": set()} if image_space else {})
-    for attack, part in table.groupby(table["attack"] == ""):
+    assert attacks == expected | ({"ceiling": set(), "change": set()} if image_space else {})
+    measured = table[table["scenario"] != "change"]
+    for attack, part in measured.groupby(measured["attack"] == ""):
         for _, rows in part.groupby(["scenario", "attack"]):
             assert set(rows["metric"]) == (HEADLINE if attack else EACH)
     assert (table.loc[table["metric"] == "failed", "value"] == 0).all()
@@ -273,6 +286,21 @@ def test_a_known_offset_is_taken_off(setup):
     assert (after > before + 20).all()
 
 
+def test_what_is_added_by_hand(setup):
+    images, labels = instruments.deal(setup, 0)
+    x = images[0][:2, None]
+    delta = torch.zeros_like(x)
+    delta[..., :14, :] = 0.2  # half of the image
+    view = View(instruments.network(setup, 0), [])
+    found = attackers.Case(x, labels[0][:2, None], labels[0][:2, None], x + delta, view)
+    rows = ev._change_rows(setup, "gaussian", found, torch.tensor([[0], [1]]), 0).set_index("metric")["value"]
+    assert rows["rms"] == pytest.approx(0.2 / 2**0.5, rel=1e-5)
+    assert rows["offset_share"] == pytest.approx(0.5, rel=1e-5)
+    table = ev.spectrum(delta[:, 0])
+    assert table["value"].sum() == pytest.approx(1)
+    assert table.loc[table["x"] == 0, "value"].item() == pytest.approx(0.5)
+
+
 def test_an_attacker_does_not_give_a_public_image_for_itself(setup):
     changed, clean = attackers.public_pairs("shadow_hardened", setup, instruments.network(setup, 0), 0)
     images, _ = setup.splits["public"]
@@ -371,11 +399,60 @@ def test_every_claim_asks_for_a_row_that_can_exist():
     assert ledger["table"] == "03_gia_defense"
     for claim in ledger["claims"]:
         where = claim["where"]
-        assert set(where) == {"variant", "scenario", "metric"}, claim["id"]
+        assert set(where) - {"attack"} == {"variant", "scenario", "metric"}, claim["id"]
         kind = "utility" if where["scenario"] == "utility" else "attack"
-        assert where["variant"] in ev.QUICK[kind], claim["id"]
+        known = instruments.VARIANTS if "record_only" in claim else ev.QUICK[kind]
+        assert where["variant"] in known, claim["id"]
         assert where["scenario"] in {"naive", "adaptive", "utility"}, claim["id"]
         assert where["metric"] in ev.UNITS, claim["id"]
+        assert where.get("attack", "known") in ev.ADAPTIVE, claim["id"]
+
+
+def test_views_of_a_summary(p):
+    """A small record, through every table and figure of the notebook."""
+    runs = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "shadow_hardened")]
+    runs += [ev.federation_cell("npz", p, variant, 0, [0.3]) for variant in ("none", "shadow_hardened")]
+    sweep = ev.sweep_cell("npz", p, "none", 0, batch=2)
+    summary = ev.summarise(pd.concat([*runs, sweep]), p)
+    plane = inversion_tables.plane(summary)
+    assert list(plane.index) == ["none", "shadow_hardened"]
+    auc = tables.row(summary, variant="none", scenario="utility", metric="auc")["value"]
+    assert plane.loc["none", "x"] == auc
+    fig, _ = inversion_plots.plane(plane, instruments.FAMILIES, 10.0, "")
+    assert [t.get_text() for t in fig.axes[0].texts] == list(plane.sort_values("y", ascending=False).index)
+    plt.close(fig)
+    assert list(inversion_tables.headline(summary)["defence"]) == ["none", "shadow_hardened"]
+    assert list(inversion_tables.by_attack(summary).columns) == ["defence", "joint", "generator", "purified"]
+    curves = inversion_tables.sweeps(summary, p)
+    assert curves["batch"].groupby("name")["x"].apply(list).to_dict() == {"none": [1, 2], "shadow_hardened": [1]}
+    assert curves["round"].groupby("name")["x"].apply(list).to_dict() == {"none": [0, 0.3], "shadow_hardened": [0, 0.3]}
+    assert inversion_tables.sweeps(ev.summarise(runs[0], p), p) == {}
+    assert set(inversion_tables.paper(summary)["paper"]) == {"-3.73", "-0.2", "not stated", "> -0.01"}
+
+
+def test_changes_are_those_of_the_last_class(p, setup):
+    found = ev.changes("npz", p, ("image_noise", "shadow_hardened"), 0)
+    images, labels = instruments.deal(setup, 0)
+    for image in found.images:
+        at = (images[0].numpy() == image).reshape(len(images[0]), -1).all(1)
+        assert labels[0][at].item() == 1
+    assert found.lesions is None
+    assert {name: delta.shape for name, delta in found.deltas.items()} == dict.fromkeys(
+        found.deltas, found.images.shape
+    )
+    fig, axes = inversion_plots.changes(found.images, {"a": found.deltas["image_noise"].numpy()}, None, "")
+    assert axes.shape == (2, len(found.images))
+    plt.close(fig)
+
+
+def test_difference_to_the_mean_of_the_baselines():
+    runs = [row(v, "utility", "macro_f1", 0.5 + 0.1 * i) for i, v in enumerate(ev.BASELINES)]
+    found = ev.complete(pd.DataFrame([*runs, row("shadow_released", "utility", "macro_f1", 0.65)]))
+    found = found[found["metric"] == "macro_f1_minus_baselines"]
+    assert found["variant"].tolist() == ["shadow_released"]
+    assert found["value"].item() == pytest.approx(0.65 - 0.7)
+    some = ev.complete(pd.DataFrame([*runs[1:], row("shadow_released", "utility", "macro_f1", 0.65)]))
+    assert not some["metric"].str.contains("baselines").any(), "not against the mean of some of them"
 
 
 def test_a_case_asks_a_defence_with_memory_once(setup):

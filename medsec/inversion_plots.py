@@ -1,0 +1,108 @@
+"""Figures of notebook 03, in the style of `medsec.plots`."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from medsec import plots
+from medsec.plots import WIDTH
+
+FAMILIES = {  # look of a defence in the plane: colour, marker, and what the legend says
+    "none": ("#000000", "*", "no defence"),
+    "gradient": ("#0072B2", "o", "on the gradient"),
+    "noise": ("#D55E00", "^", "noise on the image: shadow defence, and controls of the same strength"),
+    "substitute": ("#009E73", "s", "another image: suppression, and its controls"),
+}
+
+
+def privacy(table: pd.DataFrame, floor: float, title: str):
+    """What attackers get out of each defence: PSNR of the naive and the adaptive attacker, and of exact recovery.
+
+    Args:
+        table: columns ``variant, scenario, value, low, high``; scenarios ``naive``, ``adaptive``, ``ceiling``.
+        floor: PSNR without any gradient, drawn as a line.
+        title: of the figure.
+    """
+    variants = list(dict.fromkeys(table["variant"]))
+    looks = {
+        "naive": ("#0072B2", "o", "attacker who does not know the defence"),
+        "adaptive": ("#D55E00", "^", "attacker who does"),
+        "ceiling": ("#000000", "|", "exact recovery of the changed image"),
+    }
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.36 * len(variants) + 1.3), layout="constrained")
+    for scenario, (colour, marker, label) in looks.items():
+        rows = table[table["scenario"] == scenario]
+        shift = {"naive": -0.13, "adaptive": 0.13, "ceiling": 0.0}[scenario]
+        heights = [variants.index(v) + shift for v in rows["variant"]]
+        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.2)
+        size = 11 if scenario == "ceiling" else 5
+        ax.plot(rows["value"], heights, marker, color=colour, markersize=size, label=label, linestyle="none")
+    ax.axvline(floor, color="0.4", linewidth=0.9, linestyle=":", label="no gradient: the mean image of the class")
+    ax.set(
+        yticks=range(len(variants)),
+        yticklabels=variants,
+        xlabel="PSNR of the reconstruction (dB); lower is more private",
+    )
+    ax.invert_yaxis()
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax
+
+
+def plane(table: pd.DataFrame, family: dict[str, str], floor: float, title: str):
+    """Privacy against utility: every defence as a point with both intervals, its name in a column at the right.
+
+    Args:
+        table: index: variants; columns ``x, x_low, x_high`` (AUC) and ``y, y_low, y_high`` (PSNR in dB).
+        family: of each variant, a key of `FAMILIES`.
+        floor: PSNR without any gradient, drawn as a line.
+        title: of the figure.
+    """
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
+    for name, (colour, marker, label) in FAMILIES.items():
+        rows = table[[family[variant] == name for variant in table.index]]
+        ax.hlines(rows["y"], rows["x_low"], rows["x_high"], color=colour, linewidth=1)
+        ax.vlines(rows["x"], rows["y_low"], rows["y_high"], color=colour, linewidth=1)
+        size = 10 if marker == "*" else 5
+        ax.plot(rows["x"], rows["y"], marker, color=colour, markersize=size, linestyle="none", label=label)
+    ax.axhline(floor, color="0.4", linewidth=0.9, linestyle=":", label="no gradient: the mean image of the class")
+    ax.set(
+        xlabel="AUC of the classifier that is trained with the defence",
+        ylabel="PSNR of the best reconstruction (dB)\nlower is more private",
+    )
+    _names_at_the_right(ax, table)
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax
+
+
+def _names_at_the_right(ax: Axes, table: pd.DataFrame) -> None:
+    """Every point's name, evenly spaced so that none covers another, with a thin line to its point."""
+    order = table.sort_values("y", ascending=False)
+    for height, (variant, row) in zip(np.linspace(0.98, 0.02, len(order)), order.iterrows(), strict=True):
+        ax.annotate(
+            variant,
+            (row["x"], row["y"]),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "shrinkB": 3},
+        )
+
+
+def changes(images: np.ndarray, deltas: dict[str, np.ndarray], lesions: np.ndarray | None, title: str):
+    """What defences add to images: grey is nothing, white and black the largest change in the row; lesions outlined.
+
+    Args:
+        images: (n, C, S, S) in [0, 1].
+        deltas: name -> (n, C, S, S).
+        lesions: (n, S, S) bool, or None.
+        title: of the figure.
+    """
+    rows = {"image": images}
+    for name, delta in deltas.items():
+        rows[name] = 0.5 + 0.5 * delta / max(float(np.abs(delta).max()), 1e-9)
+    outlined = None if lesions is None else dict.fromkeys(rows, lesions)
+    return plots.gallery(rows, title, overlays=outlined)
