@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -364,6 +365,26 @@ def test_psnr_by_hand():
     mask[:2, 0, 0] = True
     found[0, 0, 1:] = 9.0  # outside
     np.testing.assert_allclose(reconstruction.region_psnr(found, truth, mask), [20, 0, np.nan])
+
+
+def test_st_lpips_grows_with_the_noise():
+    truth = np.random.default_rng(0).random((2, 1, 28, 28)).astype(np.float32).repeat(3, axis=1)
+    noise = np.random.default_rng(1).standard_normal(truth.shape).astype(np.float32)
+    assert reconstruction.st_lpips(truth, truth).tolist() == [0, 0]
+    little, much = (reconstruction.st_lpips(np.clip(truth + s * noise, 0, 1), truth) for s in (0.05, 0.3))
+    assert (little > 0).all()
+    assert (little < much).all()
+    grey = reconstruction.st_lpips(truth[:, :1] * 0.9, truth[:, :1])
+    np.testing.assert_allclose(grey, reconstruction.st_lpips(truth * 0.9, truth), rtol=1e-5)
+    with pytest.raises(InputError, match="images of 2 channels"):
+        reconstruction.st_lpips(truth[:, :2], truth[:, :2])
+
+
+def test_st_lpips_names_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
+    reconstruction._st_lpips.cache_clear()
+    with pytest.raises(InputError, match=r"pip install -e '\.\[privacy\]'"):
+        reconstruction.st_lpips(np.zeros((1, 1, 28, 28)), np.zeros((1, 1, 28, 28)))
 
 
 def test_ssim_against_its_formula_for_constant_images():
