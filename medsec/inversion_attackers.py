@@ -20,6 +20,7 @@ from medsec.inversion import Found, View
 from medsec.inversion_clients import DRAWINGS, STAND_INS, Client, Setup, client
 
 DETERMINISTIC = ("shadow_released", "offset")  # δ is a function of the image and the client's shadow generator
+SMOOTHER = {"smoother": 10, "smoothest": 100}  # times the total variation
 UNMASKING = 3  # times that the attacker guesses δ anew
 
 
@@ -87,11 +88,12 @@ def case(
 def _local(send: Defence, model: nn.Module, x: Tensor, y: Tensor, round: int, steps: int, lr: float) -> list[Tensor]:
     """What a client sends after some SGD steps on one batch: the sum of its gradients."""
     total, now = send(model, x, y, round), copy.deepcopy(model)
-    for _ in range(steps - 1):
+    for step in range(1, steps):
         with torch.no_grad():
             for mine, start, gradient in zip(now.parameters(), model.parameters(), total, strict=True):
                 mine.copy_(start - lr * gradient)
-        total = [a + b for a, b in zip(total, send(now, x, y, round), strict=True)]
+        fresh = send(now, x, y, round + step)  # as if of another round: noise is drawn anew
+        total = [a + b for a, b in zip(total, fresh, strict=True)]
     return total
 
 
@@ -109,12 +111,12 @@ def invert(setup: Setup, views: Sequence[View], found: Case, attack: str, seed: 
     """One attack of `medsec.inversion` on the victims of a case, with the settings of the parameters."""
     if attack == "prior":
         more.setdefault("generator", setup.prior)
+    more.setdefault("settings", setup.params.inversion.attack)
     return inversion.invert(
         views,
         found.guess,
         tuple(found.x.shape[2:]),
         attack=attack,
-        settings=setup.params.inversion.attack,
         seed=derive_seed(seed, "attack", attack),
         **more,
     )
@@ -130,15 +132,22 @@ def adaptive(
 ) -> dict[str, Found]:
     """Attacks by somebody who knows the defence, as far as they make sense for it.
 
-    ``known``: entries or layers that are known to be useless are left out; ``joint``: several rounds are matched together;
-    ``generator``: search in the defender's own generator; ``purified``: x′ is searched within the bounds that it can have,
-    and mapped back by a purifier that was trained on public images; ``unmasked``: where δ is a function of the image, the
-    attacker computes it for its reconstruction, takes it off, and again.
+    ``known``: entries or layers that are known to be useless are left out. ``smoother``, ``smoothest``: a gradient that is
+    known to be disturbed is matched with ten and a hundred times the total variation. ``joint``: several rounds are matched
+    together. ``generator``: search in the defender's own generator. ``purified``: x′ is searched within the bounds that it can
+    have, and mapped back by a purifier that was trained on public images. ``unmasked``: where δ is a function of the image,
+    the attacker computes it for its reconstruction, takes it off, and again.
     """
     attacks: dict[str, Found] = {}
+    view = found.view
     if "known" in wanted and variant in ("topk", "soteria"):
-        view = dataclasses.replace(found.view, weights=known_weights(variant, found.view))
+        view = dataclasses.replace(view, weights=known_weights(variant, view))
         attacks["known"] = invert(setup, [view], found, "ig", seed)
+    if "smoother" in wanted and found.changed is None and variant != "none":
+        for name, factor in SMOOTHER.items():
+            settings = setup.params.inversion.attack
+            settings = settings.model_copy(update={"tv": factor * settings.tv})
+            attacks[name] = invert(setup, [view], found, "ig", seed, settings=settings)
     if "joint" in wanted and later:
         attacks["joint"] = invert(setup, [found.view, *(c.view for c in later)], found, "ig", seed)
     if "generator" in wanted and (variant in DRAWINGS or variant in STAND_INS or variant == "none"):
@@ -146,7 +155,7 @@ def adaptive(
         attacks["generator"] = invert(setup, [found.view], found, "prior", seed, generator=own)
     if found.changed is None or not {"purified", "unmasked"} & set(wanted):
         return attacks
-    changed, clean = public_pairs(variant, setup, found.view.model, seed)
+    changed, clean = public_pairs(variant, setup, found.view.model, found.x.shape[1], seed)
     bounds = min(0.0, float(changed.min())), max(1.0, float(changed.max()))
     recovered = invert(setup, [found.view], found, "ig", seed, bounds=bounds)
     if "purified" in wanted:
@@ -169,18 +178,25 @@ def known_weights(variant: str, view: View) -> list[Tensor]:
     ]
 
 
-def public_pairs(variant: str, setup: Setup, model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+def public_pairs(variant: str, setup: Setup, model: nn.Module, batch: int, seed: int) -> tuple[Tensor, Tensor]:
     """Public images after and before an image-space defence (of the first round) that the attacker runs itself.
 
-    A public image would stand in for itself: there one half is protected by the other.
+    In batches as large as the victims', since a defence may look at a whole batch. A public image would stand in for itself:
+    there a third of them is protected by the rest.
+
+    Args:
+        batch: images that are sent together.
     """
     images, labels = setup.splits["public"]
+    order = torch.randperm(len(images), generator=torch_generator(seed, "public pairs"))
     bank = None
     if variant in STAND_INS or variant == "public_only":
-        bank = images[1::2], labels[1::2]
-        images, labels = images[::2], labels[::2]
+        rest = torch.ones(len(order), dtype=torch.bool)
+        rest[::3] = False
+        bank, order = (images[order[rest]], labels[order[rest]]), order[::3]
+    order = order[: setup.params.inversion.purifier.images]
+    images, labels = images[order], labels[order]
     own = client(variant, setup, images, labels, derive_seed(seed, "attacker's copy"), bank)
-    batch = setup.params.inversion.federation.batch
     changed = [own.perturb(model, a, b, 0) for a, b in zip(images.split(batch), labels.split(batch), strict=True)]
     return torch.cat(changed), images
 

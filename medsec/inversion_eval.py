@@ -26,6 +26,7 @@ from torch import Tensor
 from medsec import fedcls, gradient_defences, metrics, perturbation, reconstruction, tables
 from medsec import inversion_attackers as attackers
 from medsec import inversion_clients as instruments
+from medsec.errors import InputError
 from medsec.inversion import Found
 from medsec.inversion_attackers import Case
 from medsec.inversion_clients import Setup, prepare
@@ -49,6 +50,7 @@ UNITS = {
     "st_lpips": "distance",
     "retrieval": "share",
     "retrieval_projected": "share",
+    "retrieval_latent": "share",
     "failed": "share",
     "auc": "AUC",
     "epsilon": "epsilon",
@@ -66,7 +68,7 @@ UNITS = {
     "balanced_accuracy": "share",
 }
 BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
-ADAPTIVE = ("known", "joint", "generator", "purified", "unmasked")
+ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
 
@@ -76,17 +78,19 @@ Measure = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 Scores = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def measures(setup: Setup, images: Sequence[Tensor], index: Tensor) -> Measure:
+def measures(setup: Setup, images: Sequence[Tensor], labels: Sequence[Tensor], index: Tensor) -> Measure:
     """Function of reconstructions and originals (V, B, …) -> every metric for every victim (V,), means over a batch.
 
     Args:
-        images: all clients' images; ``retrieval`` searches among them. ``retrieval_projected`` compares what the defender's
-            autoencoder makes of them with what it makes of the reconstruction: what the defence lets through at most.
+        images, labels: all clients' images and labels. ``retrieval`` searches among the images. ``retrieval_projected`` does
+            so after the defender's autoencoder, for them and for the reconstruction. ``retrieval_latent`` searches where the
+            server would: among the images of this client and this class, in the latent space of the autoencoder.
         index: (V, B) the victims' places in the first client's images.
     """
     gallery = torch.cat(list(images))
-    projected = _projected(setup, gallery)
+    projected, own = _projected(setup, gallery), _latents(setup, images[0])
     gallery = gallery.numpy()
+    other = labels[0][None, :] != labels[0][index.flatten()][:, None]  # (V·B, N) of another class
 
     def measure(found: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
         v, b = truth.shape[:2]
@@ -99,6 +103,13 @@ def measures(setup: Setup, images: Sequence[Tensor], index: Tensor) -> Measure:
             "retrieval_projected": reconstruction.retrieval(
                 _projected(setup, torch.from_numpy(ordered)), projected, at
             ),
+            "retrieval_latent": (
+                torch.cdist(_latents(setup, torch.from_numpy(ordered)), own)
+                .masked_fill(other, torch.inf)
+                .argmin(1)
+                .numpy()
+                == at
+            ),
         }
         return {name: np.asarray(value, dtype=np.float64).reshape(v, b).mean(1) for name, value in values.items()}
 
@@ -108,6 +119,13 @@ def measures(setup: Setup, images: Sequence[Tensor], index: Tensor) -> Measure:
 def _projected(setup: Setup, images: Tensor) -> np.ndarray:
     with torch.no_grad():
         return setup.autoencoder(images).numpy()
+
+
+def _latents(setup: Setup, images: Tensor) -> Tensor:
+    """In units of the public images' standard deviation, as the stand-ins are chosen."""
+    with torch.no_grad():
+        scale = setup.autoencoder.encode(setup.splits["public"][0]).std(0).clamp_min(1e-6)
+        return setup.autoencoder.encode(images) / scale
 
 
 def paired(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -155,7 +173,7 @@ def attack_cell(cohort: str, params: Params, variant: str, seed: int) -> tuple[p
     later = later_rounds(variant, setup, images, labels, x, y, seed) if "joint" in p.adaptive else []
     plain = attackers.naive(setup, found, [a for a in p.attacks if a != "bn"], seed)
     everything = plain | attackers.adaptive(variant, setup, found, later, p.adaptive, seed)
-    measure = measures(setup, images, index)
+    measure = measures(setup, images, labels, index)
     rows, shown = _attacked(setup, variant, seed, found, plain, everything, measure, index, {})
     parts = [rows]
     if found.changed is not None:
@@ -215,7 +233,7 @@ def _attacked(
         values = {metric: chosen(best, [each[metric] for each in mine.values()]) for metric in mine[next(iter(mine))]}
         rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
         _add(rows, values, **keys)
-        _add_finer(rows, setup, shown[scenario], truth, index, seed, keys)
+        _add_finer(rows, setup, shown[scenario], truth, index, seed, keys, lost=np.isnan(values["psnr"]))
         for attack in attacks if len(everything) > 1 else ():
             _add(rows, mine[attack], **keys, attack=attack)
         parts.append(rows.table())
@@ -239,9 +257,13 @@ def _add(rows: tables.Rows, values: Mapping[str, np.ndarray], **keys: str) -> No
 
 
 def _add_finer(
-    rows: tables.Rows, setup: Setup, found, truth, index: Tensor, seed: int, keys: Mapping[str, str]
+    rows: tables.Rows, setup: Setup, found, truth, index: Tensor, seed: int, keys: Mapping[str, str], lost=None
 ) -> None:
     """What is measured of the strongest attack only: the perceptual distance, and the error inside and outside lesions."""
+    there = np.ones(len(truth), dtype=bool) if lost is None else ~lost
+    if not there.any():
+        return
+    found, truth, index = found[there], truth[there], index[torch.from_numpy(there)]
     ordered, flat = paired(found, truth), truth.reshape(-1, *truth.shape[2:])
     rows.add("st_lpips", reconstruction.st_lpips(ordered, flat).mean(), len(flat), **keys)
     lesion = lesions(setup, index, seed)
@@ -291,6 +313,8 @@ def changes(cohort: str, params: Params, variants: Sequence[str], seed: int) -> 
     index = attackers.victims(setup, images[0], len(images[0]), 1, seed)
     ill = labels[0][index[:, 0]] == setup.cohort.n_classes - 1
     index = index[ill][: p.victims]
+    if not len(index):
+        raise InputError(f"client 0 of seed {seed} holds no image of the last class to show a change on")
     x, y = images[0][index], labels[0][index]
     deltas = {}
     for variant in variants:
@@ -311,20 +335,17 @@ def spectrum(delta: Tensor) -> pd.DataFrame:
 # Other conditions ----------------------------------------------------------------------------------------------------
 
 
-def sweep_cell(
-    cohort: str, params: Params, variant: str, seed: int, *, batch: int = 1, labels: str = "known", steps: int = 1
-) -> pd.DataFrame:
-    """One seed of one defence on the untrained network, with one thing changed, which the rows have as a key.
+def sweep_cell(cohort: str, params: Params, variant: str, seed: int, **condition: int | str) -> pd.DataFrame:
+    """One seed of one defence on the untrained network, under a condition that the rows have as keys.
 
     Args:
-        batch: images in a batch.
-        labels: ``known``, or ``inferred`` by the attacker.
-        steps: local steps on the batch.
+        condition: ``batch``, images in a batch; ``labels``: ``known``, or ``inferred`` by the attacker; ``steps``, local steps
+            on the batch. By default 1, known and 1.
     """
     torch.set_num_threads(1)
     setup, p = prepare(cohort, params), params.inversion
     images, truth = instruments.deal(setup, seed)
-    index = attackers.victims(setup, images[0], params.inversion.sweep_victims, batch, seed)
+    index = attackers.victims(setup, images[0], p.sweep_victims, int(condition.get("batch", 1)), seed)
     own = instruments.clients(variant, setup, images, truth, seed)[0]
     found = attackers.case(
         own,
@@ -332,23 +353,21 @@ def sweep_cell(
         images[0][index],
         truth[0][index],
         0,
-        steps=steps,
+        steps=int(condition.get("steps", 1)),
         lr=p.federation.lr,
-        public=setup.splits["public"][0] if labels == "inferred" else None,
+        public=setup.splits["public"][0] if condition.get("labels") == "inferred" else None,
     )
-    keys = {
-        name: str(value)
-        for name, value, plain in (("batch", batch, 1), ("labels", labels, "known"), ("steps", steps, 1))
-        if value != plain
-    }
-    return _single_round(setup, variant, found, images, index, keys, seed)
+    keys = {name: str(value) for name, value in condition.items()}
+    return _single_round(setup, variant, found, images, truth, index, keys, seed)
 
 
-def _single_round(setup: Setup, variant: str, found: Case, images, index: Tensor, keys, seed: int) -> pd.DataFrame:
+def _single_round(
+    setup: Setup, variant: str, found: Case, images, labels, index: Tensor, keys, seed: int
+) -> pd.DataFrame:
     """The attacks that need one round only; no attack by itself."""
-    plain = attackers.naive(setup, found, ["ig"], seed)
+    plain = attackers.naive(setup, found, ["ig", "prior"], seed)
     everything = plain | attackers.adaptive(variant, setup, found, [], setup.params.inversion.adaptive, seed)
-    measure = measures(setup, images, index)
+    measure = measures(setup, images, labels, index)
     rows, _ = _attacked(setup, variant, seed, found, plain, everything, measure, index, keys)
     return rows[rows["attack"] == ""].reset_index(drop=True)
 
@@ -380,7 +399,7 @@ def federation_cell(cohort: str, params: Params, variant: str, seed: int, shares
         round = int(share * p.rounds + 0.5)
         model.load_state_dict(states[round])
         found = attackers.case(own[0], model, images[0][index], labels[0][index], round)
-        parts.append(_single_round(setup, variant, found, images, index, {"round": f"{share:g}"}, seed))
+        parts.append(_single_round(setup, variant, found, images, labels, index, {"round": f"{share:g}"}, seed))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -411,13 +430,15 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
         none = rows["variant"] == "none"
         parts.append(_minus(rows[~none], rows[none], by, "_minus_none"))
     f1 = plain[plain["metric"] == "macro_f1"]
-    compared = f1["variant"].isin(BASELINES)
-    if set(BASELINES) <= set(f1["variant"]):
-        parts.append(_minus(f1[~compared], f1[compared], by, "_minus_baselines"))
-    psnr = plain[plain["metric"] == "psnr"].set_index("variant", drop=False)
-    parts.append(
-        _minus(psnr[psnr.index == "shadow_described"], psnr[psnr.index == "shadow_shuffled"], by, "_minus_shuffled")
-    )
+    compared = f1[f1["variant"].isin(BASELINES)]
+    whole = compared.groupby("seed")["variant"].nunique() == len(BASELINES)  # no mean over some of them
+    compared = compared[compared["seed"].isin(whole.index[whole])]
+    parts.append(_minus(f1[~f1["variant"].isin(BASELINES)], compared, by, "_minus_baselines"))
+    others = [key for key in KEYS if key != "region"]
+    psnr = runs[(runs[others] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive"])]
+    psnr = psnr[psnr["metric"] == "psnr"].set_index("variant", drop=False)
+    targeted, shuffled = (psnr[psnr.index == name] for name in ("shadow_described", "shadow_shuffled"))
+    parts.append(_minus(targeted, shuffled, [*by, "region"], "_minus_shuffled"))
     each = runs[(runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")].set_index("attack", drop=False)
     parts.append(_minus(each[each.index.isin(ADAPTIVE)], each[each.index == "ig"], ["seed", "variant"], "_minus_naive"))
     return pd.concat([runs, *parts], ignore_index=True)

@@ -12,6 +12,7 @@ MEASURED = (  # scenario, metric, digits
     ("adaptive", "ssim", 2),
     ("adaptive", "st_lpips", 2),
     ("adaptive", "retrieval_projected", 2),
+    ("ceiling", "retrieval_latent", 2),
     ("utility", "auc", 3),
     ("utility", "auc_minus_none", 3),
     ("utility", "macro_f1_minus_none", 3),
@@ -75,12 +76,12 @@ def sweeps(summary: pd.DataFrame, params: Params) -> dict[str, pd.DataFrame]:
     rows = summary[(summary["scenario"] == "adaptive") & (summary["metric"] == "psnr")]
     rows = rows[rows["variant"].isin(params.record.inversion.variants)]
     found = {}
-    for key, plain in (("batch", 1.0), ("round", 0.0)):
+    for key in ("batch", "round"):
         others = [name for name in tables.keys(rows)[3:] if name != key]
-        mine = rows[(rows[others] == "").all(axis=1)]
-        if (mine[key] == "").all():
+        mine = rows[(rows[others] == "").all(axis=1) & (rows[key] != "")]
+        if mine.empty:
             return {}
-        found[key] = mine.assign(name=mine["variant"], x=mine[key].where(mine[key] != "", plain).astype(float))
+        found[key] = mine.assign(name=mine["variant"], x=mine[key].astype(float))
     return found
 
 

@@ -271,6 +271,7 @@ class FedClsParams(Section):
 
 
 class PurifierParams(Section):
+    images: int = Field(ge=32)
     width: Count
     epochs: Count
     batch: Count
@@ -324,7 +325,7 @@ class InversionParams(Section):
     sweep_victims: Count
     joint_rounds: int = Field(ge=2)
     attacks: list[Literal["dlg", "ig", "bn", "prior"]] = Field(min_length=1)
-    adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked"]]
+    adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
@@ -364,10 +365,10 @@ class InversionRecord(Section):
 
     seeds: Count
     variants: list[str]
-    batch: list[Annotated[int, Field(ge=2)]]
+    batch: list[Count]
     inferred: list[Count]
     steps: list[Annotated[int, Field(ge=2)]]
-    shares: list[Rate]
+    shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]
     utility_variants: list[str]
 

@@ -159,7 +159,7 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
     sweep, found = p.record.inversion, []
     single = [("batch", batch, {}) for batch in sweep.batch]
     single += [("steps", steps, {}) for steps in sweep.steps]
-    single += [("labels", "inferred", {"batch": batch} if batch > 1 else {}) for batch in sweep.inferred]
+    single += [("labels", "inferred", {"batch": batch}) for batch in sweep.inferred]
     for seed in p.seeds.evaluation:
         for variant in inversion_clients.VARIANTS:
             found += [Cell(arm, seed, group=variant, variants=(variant,)) for arm in ("attack", "federation")]
@@ -169,7 +169,7 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
                     Cell("attack", seed, keys={key: value, **more}, group=variant, variants=(variant,))
                     for key, value, more in single
                 ]
-                found.append(Cell("rounds", seed, group=variant, variants=(variant,)))
+                found.append(Cell("rounds", seed, {"shares": sweep.shares}, group=variant, variants=(variant,)))
     found += [
         Cell("federation", seed, group=variant, variants=(variant,))
         for seed in sweep.utility_seeds
@@ -184,7 +184,7 @@ def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     if cell.arm == "federation":
         return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
     if cell.arm == "rounds":
-        table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, p.record.inversion.shares)
+        table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, cell.change["shares"])
         return table[table["round"] != ""]  # what comes out of it is the other arm's
     if cell.keys:
         return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
@@ -212,6 +212,7 @@ DESIGNS = {
         inversion_eval.summarise,
         (
             "autoencoder",
+            "classifier",
             "convnet",
             "fedcls",
             "federated",

@@ -39,7 +39,8 @@ BACKDOOR_DEFENDED = ThreatModel(
 INVERSION = ThreatModel(
     name="Gradient inversion",
     goal="Reconstruct a client's training images from what it sends.",
-    knowledge="Architecture, global weights, the client's update; labels and public images of the same kind where said.",
+    knowledge="Architecture, global weights, who sent which update; where said also labels, public images of the same kind, the "
+    "defence with its public parts.",
     capability="Honest-but-curious: follows the protocol and computes on what it receives.",
     defender_sees="The client sees its own images and the global model, and decides what to send.",
     out_of_scope="A server that sends altered models, clients that collude with it.",

@@ -23,6 +23,7 @@ from medsec import inversion_attackers as attackers
 from medsec import inversion_clients as instruments
 from medsec import inversion_eval as ev
 from medsec.errors import InputError
+from medsec.federated import derive_seed
 from medsec.inversion import View
 
 SMALL = {
@@ -33,21 +34,21 @@ SMALL = {
         "sweep_victims": 2,
         "joint_rounds": 2,
         "attacks": ["ig", "bn", "prior"],
-        "adaptive": ["known", "joint", "generator", "purified", "unmasked"],
+        "adaptive": ["known", "smoother", "joint", "generator", "purified", "unmasked"],
         "attack": {"iterations": 3, "together": 2},
-        "purifier": {"width": 4, "epochs": 1},
+        "purifier": {"images": 32, "width": 4, "epochs": 1},
         "autoencoder": {"latent": 4, "latent_prior": 6, "epochs": 1},
         "defences": {"k": 2},
         "shadow": {"steps": 1},
     },
 }
-EACH = {"psnr", "ssim", "retrieval", "retrieval_projected", "failed"}
+EACH = {"psnr", "ssim", "retrieval", "retrieval_projected", "retrieval_latent", "failed"}
 HEADLINE = EACH | {"st_lpips"}
 
 
 @pytest.fixture(scope="module")
 def p(tmp_path_factory, write_npz):
-    file = write_npz(tmp_path_factory.mktemp("cohort"), per_class=60)
+    file = write_npz(tmp_path_factory.mktemp("cohort"), per_class=120)
     tree = params.merge(params.load().model_dump(), SMALL)
     yield params.validate(params.merge(tree, {"cohorts": {"npz": {"path": str(file)}}}))
     instruments._prepare.cache_clear()
@@ -60,8 +61,8 @@ def setup(p):
 
 ADAPTIVE = {
     "none": {"joint", "generator"},
-    "topk": {"known", "joint"},
-    "soteria": {"known", "joint"},
+    "topk": {"known", "smoother", "smoothest", "joint"},
+    "dp_sgd": {"smoother", "smoothest", "joint"},
     "shadow_released": {"joint", "purified", "unmasked"},
     "shadow_shuffled": {"joint", "purified"},
     "shadow_hardened": {"joint", "generator", "purified"},
@@ -102,7 +103,7 @@ def test_a_condition_is_a_key(p):
         ({"batch": 2}, {"batch": "2"}),
         ({"steps": 2}, {"steps": "2"}),
         ({"labels": "inferred", "batch": 2}, {"labels": "inferred", "batch": "2"}),
-        ({"labels": "inferred"}, {"labels": "inferred"}),
+        ({"labels": "inferred", "batch": 1}, {"labels": "inferred", "batch": "1"}),
     ):
         table = ev.sweep_cell("npz", p, "shadow_hardened", 0, **change)
         assert set(table["scenario"]) == {"naive", "adaptive", "ceiling", "prior_only"}
@@ -260,17 +261,30 @@ def test_statistics_are_those_of_what_is_sent(setup):
     assert not attackers.case(own, instruments.network(setup, 0), x, y, 0).view.statistics
 
 
-def test_labels_are_guessed_from_the_gradients(setup):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_labels_are_guessed_from_the_gradients(setup, steps):
     images, labels = instruments.deal(setup, 0)
     model = instruments.network(setup, 0)
     own = instruments.client("none", setup, images[0], labels[0], 0)
     order = labels[0].argsort()
-    pairs = torch.stack([order[:3], order[-3:]], 1)  # one of each class
+    pairs = torch.stack([order[:2], order[-2:], order[[0, -1]]])  # two of class 0, two of class 1, one of each
     public = setup.splits["public"][0]
-    found = attackers.case(own, model, images[0][pairs], labels[0][pairs], 0, public=public)
-    assert found.guess.tolist() == [[0, 1]] * 3
+    found = attackers.case(own, model, images[0][pairs], labels[0][pairs], 0, steps=steps, lr=1e-3, public=public)
+    assert found.guess.tolist() == [[0, 0], [1, 1], [0, 1]]
     known = attackers.case(own, model, images[0][pairs], labels[0][pairs], 0)
     assert torch.equal(known.guess, labels[0][pairs])
+
+
+def test_noise_is_drawn_anew_for_every_local_step(setup):
+    images, labels = instruments.deal(setup, 0)
+    model = instruments.network(setup, 0)
+    x, y = images[0][:1, None], labels[0][:1, None]
+    own = instruments.client("gradient_noise", setup, images[0], labels[0], 0)
+    once, four = (attackers.case(own, model, x, y, 0, steps=steps, lr=0.0).view.gradients for steps in (1, 4))
+    plain = [g[None] for g in convnet.gradients(model, x[0], y[0])]
+    alone = convnet.flat([a - b for a, b in zip(once, plain, strict=True)]).norm()
+    together = convnet.flat([a - 4 * b for a, b in zip(four, plain, strict=True)]).norm()
+    assert float(together / alone) == pytest.approx(2, rel=0.1), "independent noise adds in squares"
 
 
 def test_a_known_offset_is_taken_off(setup):
@@ -301,12 +315,29 @@ def test_what_is_added_by_hand(setup):
     assert table.loc[table["x"] == 0, "value"].item() == pytest.approx(0.5)
 
 
-def test_an_attacker_does_not_give_a_public_image_for_itself(setup):
-    changed, clean = attackers.public_pairs("shadow_hardened", setup, instruments.network(setup, 0), 0)
-    images, _ = setup.splits["public"]
-    assert torch.equal(clean, images[::2])
-    for image in changed:
-        assert (images[1::2] == image).flatten(1).all(1).any()
+def test_the_attackers_copy_is_used_as_the_client_uses_its_own(setup, monkeypatch):
+    """Batches as large as the victims', another seed, and no public image that stands in for itself."""
+    model = instruments.network(setup, 0)
+    sizes, seeds = set(), set()
+    make = instruments.client
+
+    def watched(variant, setup, a, b, seed, public=None):
+        own = make(variant, setup, a, b, seed, public)
+        seeds.add(seed)
+
+        def perturb(model, x, y, round):
+            sizes.add(len(x))
+            return own.perturb(model, x, y, round)
+
+        return instruments.Client(own.send, perturb)
+
+    monkeypatch.setattr(attackers, "client", watched)
+    for variant in ("shadow_released", "shadow_hardened"):
+        changed, clean = attackers.public_pairs(variant, setup, model, 1, 0)
+        assert len(changed) == len(clean) >= setup.params.inversion.purifier.images // 4
+        assert not (changed == clean).flatten(1).all(1).any()
+    assert sizes == {1}
+    assert derive_seed(0, "defence", 0) not in seeds
 
 
 @pytest.mark.parametrize("cohort", ["phantom"])
@@ -331,24 +362,28 @@ def test_the_record_has_enough_victims_and_seeds(cohort):
 def test_a_cell_of_the_record_runs(p):
     cell = record_designs.Cell("attack", 0, keys={"batch": 2}, group="none", variants=("none",))
     assert set(record_designs.run_03("npz", p, cell)["batch"]) == {"2"}
-    cell = record_designs.Cell("rounds", 0, group="none", variants=("none",))
-    table = record_designs.run_03("npz", p, cell)
-    assert set(table["round"]) == {f"{share:g}" for share in p.record.inversion.shares}
+    cell = record_designs.Cell("rounds", 0, {"shares": [0.0, 0.4]}, group="none", variants=("none",))
+    assert set(record_designs.run_03("npz", p, cell)["round"]) == {"0", "0.4"}
 
 
 def test_measures_pair_a_batch_and_find_whose_image_it_is(setup):
-    images, _ = instruments.deal(setup, 0)
+    images, labels = instruments.deal(setup, 0)
     index = torch.tensor([[3, 5], [0, 7]])
     truth = images[0][index].numpy()
-    measure = ev.measures(setup, images, index)
+    measure = ev.measures(setup, images, labels, index)
     found = measure(truth[:, ::-1].copy(), truth)
     assert found["psnr"].tolist() == [100, 100]
     assert found["retrieval"].tolist() == [1, 1]
     assert measure(np.roll(truth, 1, axis=0), truth)["retrieval"].tolist() == [0, 0]
-    single = ev.measures(setup, images, index.view(4, 1))
+    single = ev.measures(setup, images, labels, index.view(4, 1))
     originals = images[0][index.view(4, 1)].numpy()
     assert single(originals, originals)["retrieval_projected"].tolist() == [1, 1, 1, 1]
+    assert single(originals, originals)["retrieval_latent"].tolist() == [1, 1, 1, 1]
     assert single(np.roll(originals, 1, axis=0), originals)["retrieval_projected"].tolist() == [0, 0, 0, 0]
+    alike = torch.nonzero(labels[0] == 1)[:3]  # (3, 1): others of one's own class
+    originals = images[0][alike].numpy()
+    measure = ev.measures(setup, images, labels, alike)
+    assert measure(np.roll(originals, 1, axis=0), originals)["retrieval_latent"].tolist() == [0, 0, 0]
 
 
 def row(variant, scenario, metric, value, seed=0, **keys):
@@ -399,11 +434,11 @@ def test_every_claim_asks_for_a_row_that_can_exist():
     assert ledger["table"] == "03_gia_defense"
     for claim in ledger["claims"]:
         where = claim["where"]
-        assert set(where) - {"attack"} == {"variant", "scenario", "metric"}, claim["id"]
+        assert set(where) - {"attack", "region"} == {"variant", "scenario", "metric"}, claim["id"]
         kind = "utility" if where["scenario"] == "utility" else "attack"
         known = instruments.VARIANTS if "record_only" in claim else ev.QUICK[kind]
         assert where["variant"] in known, claim["id"]
-        assert where["scenario"] in {"naive", "adaptive", "utility"}, claim["id"]
+        assert where["scenario"] in {"naive", "adaptive", "ceiling", "utility"}, claim["id"]
         assert where["metric"] in ev.UNITS, claim["id"]
         assert where.get("attack", "known") in ev.ADAPTIVE, claim["id"]
 
@@ -411,9 +446,9 @@ def test_every_claim_asks_for_a_row_that_can_exist():
 def test_views_of_a_summary(p):
     """A small record, through every table and figure of the notebook."""
     runs = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "shadow_hardened")]
-    runs += [ev.federation_cell("npz", p, variant, 0, [0.3]) for variant in ("none", "shadow_hardened")]
-    sweep = ev.sweep_cell("npz", p, "none", 0, batch=2)
-    summary = ev.summarise(pd.concat([*runs, sweep]), p)
+    runs += [ev.federation_cell("npz", p, variant, 0, [0.0, 0.3]) for variant in ("none", "shadow_hardened")]
+    sweep = [ev.sweep_cell("npz", p, "none", 0, batch=batch) for batch in (1, 2)]
+    summary = ev.summarise(pd.concat([*runs, *sweep]), p)
     plane = inversion_tables.plane(summary)
     assert list(plane.index) == ["none", "shadow_hardened"]
     auc = tables.row(summary, variant="none", scenario="utility", metric="auc")["value"]
@@ -424,7 +459,9 @@ def test_views_of_a_summary(p):
     assert list(inversion_tables.headline(summary)["defence"]) == ["none", "shadow_hardened"]
     assert list(inversion_tables.by_attack(summary).columns) == ["defence", "joint", "generator", "purified"]
     curves = inversion_tables.sweeps(summary, p)
-    assert curves["batch"].groupby("name")["x"].apply(list).to_dict() == {"none": [1, 2], "shadow_hardened": [1]}
+    assert curves["batch"].groupby("name")["x"].apply(list).to_dict() == {"none": [1, 2]}, (
+        "not the headline's other design"
+    )
     assert curves["round"].groupby("name")["x"].apply(list).to_dict() == {"none": [0, 0.3], "shadow_hardened": [0, 0.3]}
     assert inversion_tables.sweeps(ev.summarise(runs[0], p), p) == {}
     assert set(inversion_tables.paper(summary)["paper"]) == {"-3.73", "-0.2", "not stated", "> -0.01"}
@@ -451,6 +488,9 @@ def test_difference_to_the_mean_of_the_baselines():
     found = found[found["metric"] == "macro_f1_minus_baselines"]
     assert found["variant"].tolist() == ["shadow_released"]
     assert found["value"].item() == pytest.approx(0.65 - 0.7)
+    later = [row(v, "utility", "macro_f1", 0.5, seed=1) for v in ("gradient_noise", "shadow_released")]
+    both = ev.complete(pd.DataFrame([*runs, *later, row("shadow_released", "utility", "macro_f1", 0.65)]))
+    assert both.loc[both["metric"] == "macro_f1_minus_baselines", "seed"].tolist() == [0]
     some = ev.complete(pd.DataFrame([*runs[1:], row("shadow_released", "utility", "macro_f1", 0.65)]))
     assert not some["metric"].str.contains("baselines").any(), "not against the mean of some of them"
 

@@ -187,6 +187,27 @@ def test_nobody_finds_more_than_one_of_k(autoencoder, public):
     assert reconstruction.retrieval(alone, gallery, np.arange(80)).mean() == 1
 
 
+def test_stand_ins_hide_a_member_among_its_group(autoencoder, public):
+    """The design's guarantee, in expectation over the blind assignment: whoever guesses, is right one time in k at most."""
+    y, k = torch.zeros(48, dtype=torch.int64), 4
+    x, bank = public[:48], public[100:]
+    latents, candidates = autoencoder.encode(x), autoencoder.encode(bank)
+    scale = candidates.std(0)
+    right = []
+    for seed in range(20):
+        found = suppression.stand_ins(
+            autoencoder, x, y, bank, torch.zeros(100, dtype=torch.int64), k=k, grouping="similar", seed=seed
+        )
+        distance = torch.cdist(autoencoder.encode(found) / scale, latents / scale)
+        right.append(float((distance.argmin(1) == torch.arange(48)).float().mean()))
+    assert np.mean(right) <= 1 / k
+    alone = suppression.stand_ins(
+        autoencoder, x, y, bank, torch.zeros(100, dtype=torch.int64), k=1, grouping="similar", seed=0
+    )
+    nearest = torch.cdist(autoencoder.encode(alone) / scale, latents / scale).argmin(1)
+    assert float((nearest == torch.arange(48)).float().mean()) > 1 / k, "without groups more are found"
+
+
 def test_public_only_draws_any_image_of_the_class(public):
     model, bank, classes = convnet.new(SIZE, 1, 2, width=4, seed=0), public[100:110], torch.arange(10) % 2
     draw = suppression.public_only(bank, classes, seed=0)
