@@ -118,7 +118,7 @@ def test_the_wiener_filter_is_ridge_regression():
 
 def test_a_purifier_removes_what_can_be_removed():
     """An offset goes entirely; noise goes in part; of an image that says nothing the mean is left."""
-    params = PurifierParams(width=8, epochs=20, batch=32, lr=3.0e-3)
+    params = PurifierParams(images=64, width=8, epochs=20, batch=32, lr=3.0e-3)
     changed, clean = pairs()
     for made, bound in ((clean + 0.3, 1e-4), (changed, 0.3 * 0.1**2)):
         purify, name = purifier.fit(made[:150], clean[:150], params, 0)
@@ -140,4 +140,4 @@ def test_purifiers_need_pairs():
     changed, clean = pairs()
     for a, b in ((changed[:10], clean[:9]), (changed[:4], clean[:4]), (changed[:, 0], clean[:, 0])):
         with pytest.raises(InputError, match="must be the same"):
-            purifier.fit(a, b, PurifierParams(width=2, epochs=1, batch=4, lr=1e-3), 0)
+            purifier.fit(a, b, PurifierParams(images=64, width=2, epochs=1, batch=4, lr=1e-3), 0)
