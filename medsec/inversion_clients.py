@@ -10,7 +10,7 @@ from medsec import convnet, data, gradient_defences, perturbation, shadow, suppr
 from medsec.autoencoder import Autoencoder, Prior, train_autoencoder
 from medsec.errors import InputError
 from medsec.federated import derive_seed
-from medsec.params import Params
+from medsec.params import AutoencoderParams, Cohorts, Params
 
 VARIANTS = (
     "none",
@@ -56,8 +56,8 @@ class Setup:
     ``autoencoder`` is the defender's, ``prior`` the attacker's own generator; both are trained on ``public``.
     """
 
-    cohort: data.Cohort
     params: Params
+    cohort: data.Cohort
     splits: dict[str, tuple[Tensor, Tensor]]
     autoencoder: Autoencoder
     prior: nn.Module
@@ -77,24 +77,26 @@ def prepare(cohort: str, params: Params) -> Setup:
     Raises:
         InputError: the cohort cannot be loaded, or has too few images for the clients.
     """
-    return _prepare(cohort, params.model_dump_json())
+    # By what it depends on: defences of another strength shall not train the generators anew.
+    kept = params.seeds.tuning[0], params.cohorts.model_dump_json(), params.inversion.autoencoder.model_dump_json()
+    return Setup(params, *_prepare(cohort, *kept))
 
 
 @functools.lru_cache(maxsize=2)
-def _prepare(name: str, params_json: str) -> Setup:
-    params = Params.model_validate_json(params_json)
-    cohort = data.load(name, params.cohorts)
+def _prepare(name: str, seed: int, cohorts_json: str, autoencoder_json: str) -> tuple:
+    coders = AutoencoderParams.model_validate_json(autoencoder_json)
+    cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
     splits = {
         split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in cohort.splits.items()
     }
-    public, coders = splits["public"][0], params.inversion.autoencoder
-    seeds = [derive_seed(params.seeds.tuning[0], who) for who in ("defender", "attacker")]
+    public = splits["public"][0]
+    seeds = [derive_seed(seed, who) for who in ("defender", "attacker")]
     options = {"epochs": coders.epochs, "lr": coders.lr, "batch": coders.batch}
     own, other = (
-        train_autoencoder(public, latent=latent, seed=seed, **options)
-        for latent, seed in zip((coders.latent, coders.latent_prior), seeds, strict=True)
+        train_autoencoder(public, latent=latent, seed=each, **options)
+        for latent, each in zip((coders.latent, coders.latent_prior), seeds, strict=True)
     )
-    return Setup(cohort, params, splits, own, Prior(other, public))
+    return cohort, splits, own, Prior(other, public)
 
 
 def places(setup: Setup, seed: int) -> list:

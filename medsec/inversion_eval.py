@@ -11,8 +11,8 @@ what is added to the image: ``rms``, ``offset_share`` (of its energy) and ``lesi
 ``prior_only``, the floor: what an attacker has without any gradient; ``utility``, the classifier that comes out.
 
 Key columns: ``attack``, one attack by itself; ``batch``, ``labels``, ``steps``, ``round`` (as a share of all rounds): empty
-for one image with its label, one step, the untrained network; ``region``: empty for the whole image, else ``lesion`` or
-``outside``, by the masks of the cohort.
+for one image with its label, one step, the untrained network; ``strength``: another value of a defence's parameter than
+the headline's; ``region``: empty for the whole image, else ``lesion`` or ``outside``, by the masks of the cohort.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ from medsec.inversion_attackers import Case
 from medsec.inversion_clients import Setup, prepare
 from medsec.params import Params
 
-KEYS = ("attack", "batch", "round", "labels", "steps", "region")
+KEYS = ("attack", "batch", "round", "labels", "steps", "strength", "region")
 QUICK = {  # what the notebook itself runs: variants under attack, and those whose cost it measures
     "attack": (
         "none",
@@ -403,6 +403,17 @@ def federation_cell(cohort: str, params: Params, variant: str, seed: int, shares
     return pd.concat(parts, ignore_index=True)
 
 
+def strength_cell(cohort: str, params: Params, variant: str, seed: int, strength: float) -> pd.DataFrame:
+    """One seed of a defence at another strength than the headline's: attacked in the first round, and trained with.
+
+    Args:
+        params: with the strength in its place.
+        strength: what the rows have as their key.
+    """
+    parts = [sweep_cell(cohort, params, variant, seed), federation_cell(cohort, params, variant, seed)]
+    return pd.concat(parts, ignore_index=True).assign(strength=f"{strength:g}")
+
+
 def epsilon(params: Params, images: int) -> float:
     """ε of a client's whole training at δ = `DELTA`, as if its batches were drawn by Poisson sampling (they are not)."""
     p, noise = params.inversion.federation, params.inversion.defences.dp_noise_multiplier
@@ -416,7 +427,8 @@ def epsilon(params: Params, images: int) -> float:
 def complete(runs: pd.DataFrame) -> pd.DataFrame:
     """A runs table with paired differences on the same seed.
 
-    ``<metric>_minus_none``: of headline rows, and of the attack ``bn``, to no defence in the same scenario.
+    ``<metric>_minus_none``: of headline rows, of the attack ``bn``, and of the utility at other strengths, to no defence in
+    the same scenario.
     ``macro_f1_minus_baselines``: to the mean of `BASELINES`. ``psnr_minus_shuffled``: of the described defence to the same
     noise at shuffled places. ``psnr_minus_naive``: of one adaptive attack to ``ig``.
     """
@@ -429,6 +441,9 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
         rows = rows[rows["metric"].isin(costs)]
         none = rows["variant"] == "none"
         parts.append(_minus(rows[~none], rows[none], by, "_minus_none"))
+    undefended = plain[(plain["variant"] == "none") & (plain["scenario"] == "utility")]
+    others = runs[(runs["strength"] != "") & (runs["scenario"] == "utility") & runs["metric"].isin(costs)]
+    parts.append(_minus(others, undefended, by, "_minus_none"))
     f1 = plain[plain["metric"] == "macro_f1"]
     compared = f1[f1["variant"].isin(BASELINES)]
     whole = compared.groupby("seed")["variant"].nunique() == len(BASELINES)  # no mean over some of them

@@ -371,6 +371,8 @@ class InversionRecord(Section):
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]
     utility_variants: list[str]
+    released_batch: Count
+    strengths: dict[str, dict[Literal["defences", "shadow"], dict[str, list[int | float]]]]
 
 
 class Records(Section):

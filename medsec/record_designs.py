@@ -170,6 +170,12 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
                     for key, value, more in single
                 ]
                 found.append(Cell("rounds", seed, {"shares": sweep.shares}, group=variant, variants=(variant,)))
+            keys, released = {"batch": sweep.released_batch}, "shadow_released"
+            found.append(Cell("attack", seed, keys=keys, group=released, variants=(released,)))
+            found += [
+                Cell("strength", seed, change, {"strength": value}, group=variant, variants=(variant,))
+                for variant, value, change in _strengths(p)
+            ]
     found += [
         Cell("federation", seed, group=variant, variants=(variant,))
         for seed in sweep.utility_seeds
@@ -179,8 +185,25 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
     return found
 
 
+def _strengths(p: Params) -> list[tuple[str, float, dict]]:
+    """Defence, strength, and the change of the parameters that sets it."""
+    found = [
+        (variant, value, {"inversion": {section: {name: value}}})
+        for variant, sections in p.record.inversion.strengths.items()
+        for section, names in sections.items()
+        for name, values in names.items()
+        for value in values
+    ]
+    for _, _, change in found:
+        params.validate(params.merge(p.model_dump(), change), "record.inversion.strengths")
+    return found
+
+
 def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     (variant,) = cell.variants
+    if cell.arm == "strength":
+        stronger = params.validate(params.merge(p.model_dump(), cell.change))
+        return inversion_eval.strength_cell(cohort, stronger, variant, cell.seed, cell.keys["strength"])
     if cell.arm == "federation":
         return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
     if cell.arm == "rounds":
@@ -193,7 +216,7 @@ def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
 
 def rounds_03(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured: an attack costs about as much as training."""
-    return {"attack": 3 if not cell.keys else 1, "federation": 0.6, "rounds": 2}[cell.arm]
+    return {"attack": 3 if not cell.keys else 1, "federation": 0.6, "rounds": 2, "strength": 1}[cell.arm]
 
 
 DESIGNS = {

@@ -1,5 +1,7 @@
 """Cells of notebook 03 end to end on random images, and the bookkeeping behind its tables by hand."""
 
+import dataclasses
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -356,7 +358,33 @@ def test_the_record_has_enough_victims_and_seeds(cohort):
     assert len(trained) >= 30
     assert not trained & set(p.seeds.tuning)
     swept = {key for c in cells for key in c.keys}
-    assert swept == {"batch", "steps", "labels"}
+    assert swept == {"batch", "steps", "labels", "strength"}
+    for variant, sections in p.record.inversion.strengths.items():
+        for section, names in sections.items():
+            for name, values in names.items():
+                usual = getattr(getattr(p.inversion, section), name)
+                assert usual not in values, f"{variant}: {name} {usual} is the headline's"
+
+
+def test_an_unknown_strength_is_named_before_anything_runs():
+    p = params.load("full")
+    wrong = {"record": {"inversion": {"strengths": {"topk": {"defences": {"topk_kept": [0.1]}}}}}}
+    p = params.validate(params.merge(p.model_dump(), wrong))
+    with pytest.raises(InputError, match=r"strengths.*topk_kept"):
+        record_designs.cells_03("phantom", p)
+
+
+def test_a_stronger_defence_changes_more_and_trains_no_generator_anew(p):
+    change = {"inversion": {"defences": {"image_noise_rms": 0.4}}}
+    cell = record_designs.Cell("strength", 0, change, {"strength": 0.4}, group="image_noise", variants=("image_noise",))
+    rows = record_designs.run_03("npz", p, cell)
+    assert set(rows["strength"]) == {"0.4"}
+    assert {"psnr", "auc"} <= set(rows["metric"])
+    usual = record_designs.run_03("npz", p, dataclasses.replace(cell, change={}))
+    psnr = [r[(r["scenario"] == "ceiling") & (r["metric"] == "psnr") & (r["region"] == "")] for r in (rows, usual)]
+    assert psnr[0]["value"].item() < psnr[1]["value"].item() - 3
+    stronger = params.validate(params.merge(p.model_dump(), change))
+    assert instruments.prepare("npz", stronger).autoencoder is instruments.prepare("npz", p).autoencoder
 
 
 def test_a_cell_of_the_record_runs(p):
