@@ -50,40 +50,46 @@ def privacy(table: pd.DataFrame, floor: float, title: str):
     return fig, ax
 
 
-def plane(table: pd.DataFrame, family: dict[str, str], floor: float, title: str):
+def plane(points: pd.DataFrame, family: dict[str, str], floor: float, title: str):
     """Privacy against utility: every defence as a point with both intervals, its name in a column at the right.
 
+    A defence that was measured at several strengths is a curve; its name stands at the usual strength, the others are hollow.
+
     Args:
-        table: index: variants; columns ``x, x_low, x_high`` (AUC) and ``y, y_low, y_high`` (PSNR in dB).
+        points: columns ``variant, usual``, ``x, x_low, x_high`` (AUC, difference to no defence), ``y, y_low, y_high`` (dB).
         family: of each variant, a key of `FAMILIES`.
         floor: PSNR without any gradient, drawn as a line.
         title: of the figure.
     """
-    fig, ax = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
     for name, (colour, marker, label) in FAMILIES.items():
-        rows = table[[family[variant] == name for variant in table.index]]
-        ax.hlines(rows["y"], rows["x_low"], rows["x_high"], color=colour, linewidth=1)
-        ax.vlines(rows["x"], rows["y_low"], rows["y_high"], color=colour, linewidth=1)
-        size = 10 if marker == "*" else 5
-        ax.plot(rows["x"], rows["y"], marker, color=colour, markersize=size, linestyle="none", label=label)
+        rows = points[points["variant"].map(family) == name]
+        ax.hlines(rows["y"], rows["x_low"], rows["x_high"], color=colour, linewidth=0.8)
+        ax.vlines(rows["x"], rows["y_low"], rows["y_high"], color=colour, linewidth=0.8)
+        for _, curve in rows.groupby("variant", sort=False):
+            ax.plot(curve["x"], curve["y"], "--", color=colour, linewidth=0.7)
+        look = {"linestyle": "none", "color": colour, "markersize": 10 if marker == "*" else 5}
+        usual, others = rows[rows["usual"]], rows[~rows["usual"]]
+        ax.plot(usual["x"], usual["y"], marker, label=label, **look)
+        ax.plot(others["x"], others["y"], marker, markerfacecolor="white", **look)
     ax.axhline(floor, color="0.4", linewidth=0.9, linestyle=":", label="no gradient: the mean image of the class")
     ax.set(
-        xlabel="AUC of the classifier that is trained with the defence",
+        xlabel="AUC, difference to training without a defence",
         ylabel="PSNR of the best reconstruction (dB)\nlower is more private",
     )
-    _names_at_the_right(ax, table)
+    _names_at_the_right(ax, points[points["usual"]])
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
     fig.legend(loc="outside lower center", ncols=2)
     return fig, ax
 
 
-def _names_at_the_right(ax: Axes, table: pd.DataFrame) -> None:
+def _names_at_the_right(ax: Axes, points: pd.DataFrame) -> None:
     """Every point's name, evenly spaced so that none covers another, with a thin line to its point."""
-    order = table.sort_values("y", ascending=False)
-    for height, (variant, row) in zip(np.linspace(0.98, 0.02, len(order)), order.iterrows(), strict=True):
+    order = points.sort_values("y", ascending=False)
+    for height, point in zip(np.linspace(0.98, 0.02, len(order)), order.to_dict("records"), strict=True):
         ax.annotate(
-            variant,
-            (row["x"], row["y"]),
+            point["variant"],
+            (point["x"], point["y"]),
             xytext=(1.04, height),
             textcoords="axes fraction",
             va="center",

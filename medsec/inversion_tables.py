@@ -42,15 +42,72 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([line for line in lines if line["n"] != "0; 0"])
 
 
-def plane(summary: pd.DataFrame) -> pd.DataFrame:
-    """By defence: ``x, x_low, x_high`` (AUC), ``y, y_low, y_high`` (adaptive PSNR), the fewest seeds ``n``."""
+def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """One line a defence and strength: ``variant, strength``, ``x, x_low, x_high`` (AUC, difference to no defence on the same
+    seeds), ``y, y_low, y_high`` (adaptive PSNR), the fewest seeds ``n``, and ``usual``, whether it is the headline's strength.
+    """
     axes = {}
-    for axis, scenario, metric in (("x", "utility", "auc"), ("y", "adaptive", "psnr")):
-        rows = tables.headline(summary, metric)
-        rows = rows[rows["scenario"] == scenario].set_index("variant")[["value", "low", "high", "n"]]
-        axes[axis] = rows.rename(columns={"value": axis, "low": f"{axis}_low", "high": f"{axis}_high"})
-    both = axes["x"].join(axes["y"], how="inner", lsuffix="_x", rsuffix="_y")
-    return both.assign(n=both[["n_x", "n_y"]].min(axis=1)).drop(columns=["n_x", "n_y"])
+    for axis, scenario, metric in (("x", "utility", "auc_minus_none"), ("y", "adaptive", "psnr")):
+        rows = summary[(summary["scenario"] == scenario) & (summary["metric"] == metric)]
+        if axis == "x":  # the reference itself has no difference
+            none = tables.headline(summary, "auc")
+            rows = pd.concat([none[none["variant"] == "none"].assign(value=0.0, low=0.0, high=0.0), rows])
+        others = [key for key in tables.keys(rows)[3:] if key != "strength"]
+        rows = rows[(rows[others] == "").all(axis=1)].set_index(["variant", "strength"])
+        names = {"value": axis, "low": f"{axis}_low", "high": f"{axis}_high", "n": f"n_{axis}"}
+        axes[axis] = rows[list(names)].rename(columns=names)
+    both = axes["x"].join(axes["y"], how="inner").reset_index()
+    both["usual"] = both["strength"] == ""
+    both["strength"] = [
+        strength or f"{usual_strength(variant, params):g}" if usual_strength(variant, params) is not None else ""
+        for variant, strength in zip(both["variant"], both["strength"], strict=True)
+    ]
+    order = {variant: place for place, variant in enumerate(VARIANTS)}
+    both = both.sort_values("strength", key=lambda column: pd.to_numeric(column).fillna(0))
+    both = both.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    return both.assign(n=both[["n_x", "n_y"]].min(axis=1)).drop(columns=["n_x", "n_y"]).reset_index(drop=True)
+
+
+def usual_strength(variant: str, params: Params) -> float | None:
+    """The headline's strength of a defence that the record has at others too."""
+    for section, names in params.record.inversion.strengths.get(variant, {}).items():
+        for name in names:
+            return float(getattr(getattr(params.inversion, section), name))
+    return None
+
+
+def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
+    """Every point of `plane` against a defence at its usual strength.
+
+    One is ``ahead`` that is clearly better in privacy or in utility (the intervals do not meet) and not clearly worse in the
+    other; ``behind`` the other way round; else they are ``alike``, or it is a ``trade``: better in one, worse in the other.
+    A PSNR below the floor, which needs no gradient, counts as the floor.
+    """
+    (own,) = points[(points["variant"] == variant) & points["usual"]].to_dict("records")
+
+    def better(a: dict, b: dict) -> list[bool]:
+        lower = max(a["y_high"], floor) < max(b["y_low"], floor)
+        return [lower, a["x_low"] > b["x_high"]]
+
+    lines = []
+    for point in points.to_dict("records"):
+        wins, losses = any(better(point, own)), any(better(own, point))
+        word = {(True, False): "ahead", (False, True): "behind", (True, True): "trade", (False, False): "alike"}
+        shown = {
+            name: f"{point[axis]:.{digits}f} [{point[f'{axis}_low']:.{digits}f}, {point[f'{axis}_high']:.{digits}f}]"
+            for name, axis, digits in (("PSNR, adaptive", "y", 1), ("AUC, minus none", "x", 3))
+        }
+        is_own = point["variant"] == variant and point["usual"]
+        lines.append(
+            {
+                "defence": point["variant"],
+                "strength": point["strength"],
+                **shown,
+                "n": point["n"],
+                f"against {variant}": "" if is_own else word[wins, losses],
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def by_attack(summary: pd.DataFrame) -> pd.DataFrame:
@@ -83,6 +140,28 @@ def sweeps(summary: pd.DataFrame, params: Params) -> dict[str, pd.DataFrame]:
             return {}
         found[key] = mine.assign(name=mine["variant"], x=mine[key].astype(float))
     return found
+
+
+def conditions(summary: pd.DataFrame) -> pd.DataFrame:
+    """One line a defence and condition of the untrained network other than one image, its label and one step."""
+    rows = summary[(summary["scenario"] == "adaptive") & (summary["metric"] == "psnr") & (summary["region"] == "")]
+    rows = rows[(rows[["round", "attack", "strength"]] == "").all(axis=1)]
+    rows = rows[(rows[["batch", "labels", "steps"]] != "").any(axis=1)]
+    lines = []
+    for row in rows.to_dict("records"):
+        where = {key: row[key] for key in ("variant", "scenario", "batch", "labels", "steps")}
+        lines.append(
+            {
+                "defence": row["variant"],
+                "images in a batch": row["batch"] or "1",
+                "labels": row["labels"] or "known",
+                "local steps": row["steps"] or "1",
+                "PSNR, adaptive": cell(summary, 1, **where, metric="psnr"),
+                "retrieval, adaptive": cell(summary, 2, **where, metric="retrieval"),
+                "n": row["n"],
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def paper(summary: pd.DataFrame) -> pd.DataFrame:

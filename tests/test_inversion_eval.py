@@ -476,14 +476,20 @@ def test_views_of_a_summary(p):
     runs = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "shadow_hardened")]
     runs += [ev.federation_cell("npz", p, variant, 0, [0.0, 0.3]) for variant in ("none", "shadow_hardened")]
     sweep = [ev.sweep_cell("npz", p, "none", 0, batch=batch) for batch in (1, 2)]
+    sweep.append(ev.strength_cell("npz", p, "shadow_hardened", 0, 8))
     summary = ev.summarise(pd.concat([*runs, *sweep]), p)
-    plane = inversion_tables.plane(summary)
-    assert list(plane.index) == ["none", "shadow_hardened"]
-    auc = tables.row(summary, variant="none", scenario="utility", metric="auc")["value"]
-    assert plane.loc["none", "x"] == auc
-    fig, _ = inversion_plots.plane(plane, instruments.FAMILIES, 10.0, "")
-    assert [t.get_text() for t in fig.axes[0].texts] == list(plane.sort_values("y", ascending=False).index)
+    points = inversion_tables.plane(summary, p)
+    assert points["variant"].tolist() == ["none", "shadow_hardened", "shadow_hardened"]
+    assert points["strength"].tolist() == ["", f"{p.inversion.defences.k:g}", "8"]
+    assert points["usual"].tolist() == [True, True, False]
+    cost = tables.row(summary, variant="shadow_hardened", scenario="utility", metric="auc_minus_none")["value"]
+    assert points["x"].tolist()[:2] == [0, cost]
+    fig, _ = inversion_plots.plane(points, instruments.FAMILIES, 10.0, "")
+    named = points[points["usual"]].sort_values("y", ascending=False)
+    assert [t.get_text() for t in fig.axes[0].texts] == named["variant"].tolist()
     plt.close(fig)
+    assert inversion_tables.standing(points, "shadow_hardened", 10.0)["against shadow_hardened"][1] == ""
+    assert inversion_tables.conditions(summary)["images in a batch"].tolist() == ["1", "2"]
     assert list(inversion_tables.headline(summary)["defence"]) == ["none", "shadow_hardened"]
     assert list(inversion_tables.by_attack(summary).columns) == ["defence", "joint", "generator", "purified"]
     curves = inversion_tables.sweeps(summary, p)
@@ -493,6 +499,37 @@ def test_views_of_a_summary(p):
     assert curves["round"].groupby("name")["x"].apply(list).to_dict() == {"none": [0, 0.3], "shadow_hardened": [0, 0.3]}
     assert inversion_tables.sweeps(ev.summarise(runs[0], p), p) == {}
     assert set(inversion_tables.paper(summary)["paper"]) == {"-3.73", "-0.2", "not stated", "> -0.01"}
+
+
+def test_who_is_ahead_of_a_defence():
+    """Intervals as (low, high): of the AUC's difference to none, and of the PSNR; the floor is at 19 dB."""
+    cases = {
+        "itself": ((-0.02, -0.01), (20.0, 21.0), ""),
+        "more private": ((-0.02, -0.01), (19.0, 19.5), "ahead"),
+        "cheaper": ((0.0, 0.01), (20.0, 22.0), "ahead"),
+        "leaks more": ((-0.02, 0.0), (30.0, 31.0), "behind"),
+        "costs more": ((-0.2, -0.1), (20.0, 21.0), "behind"),
+        "none": ((0.0, 0.0), (48.0, 49.0), "trade"),
+        "a little of each": ((-0.03, 0.0), (19.0, 22.0), "alike"),
+    }
+    points = pd.DataFrame(
+        {
+            "variant": name,
+            "strength": "",
+            **dict(zip(("x", "x_low", "x_high"), (sum(x) / 2, *x), strict=True)),
+            **dict(zip(("y", "y_low", "y_high"), (sum(y) / 2, *y), strict=True)),
+            "n": 5,
+            "usual": True,
+        }
+        for name, (x, y, _) in cases.items()
+    )
+    found = inversion_tables.standing(points, "itself", 19.0)
+    assert found.set_index("defence")["against itself"].to_dict() == {
+        name: word for name, (_, _, word) in cases.items()
+    }
+    no_better = points.assign(y_low=[19.0, 10.0, *[19.0] * 5], y_high=[19.0, 12.0, *[19.0] * 5])
+    found = inversion_tables.standing(no_better, "itself", 19.0).set_index("defence")["against itself"]
+    assert found["more private"] == "alike", "below the floor nobody is more private"
 
 
 def test_changes_are_those_of_the_last_class(p, setup):
