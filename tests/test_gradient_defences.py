@@ -256,8 +256,28 @@ def test_receptive_field_is_what_a_feature_sees():
     assert gd.receptive_field(model) == math.inf
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_soteria_hides_the_features_that_tell_most(n):
+def test_estimated_gradient_norms_come_near_the_exact_ones():
+    model, (x, _) = network(), batch(3)
+    exact = gd.feature_gradient_norms(model, x)
+    ratio = gd.estimated_gradient_norms(model, x, 2000, torch.Generator().manual_seed(0)) / exact
+    assert ratio.mean().item() == pytest.approx(1, abs=0.01)
+    assert ratio.std().item() < 2 * (2 / 2000) ** 0.5
+
+
+def test_soteria_hides_nearly_the_same_features_of_a_batch_as_exact_norms_would():
+    model, (x, y) = network(size=28, width=16), batch(16, size=28)
+    at = [name for name, _ in model.named_parameters()].index("head.weight")
+    sent, clean = gd.soteria(model, x, y, 3, prune=0.8)[at], gd.none(model, x, y, 3)[at]
+    hidden = (sent == 0).all(0) & (clean != 0).any(0)
+    score = (model.features(x).detach().abs() / gd.feature_gradient_norms(model, x)).mean(0)
+    exact = torch.zeros_like(hidden).index_fill(0, score.topk(int(0.8 * len(score))).indices, True)
+    assert (hidden & exact).sum() / exact.sum() > 0.95
+    again = gd.soteria(model, x, y, 3, prune=0.8)
+    assert torch.equal(again[at], sent), "the same batch in the same round: the same columns"
+
+
+def test_soteria_hides_the_features_that_tell_most():
+    n = 1
     model, (x, y) = network(), batch(n)
     sent, clean = gd.soteria(model, x, y, 0, prune=0.3), gd.none(model, x, y, 0)
     r = model.features(x).detach()
