@@ -70,7 +70,14 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Ge
 
 
 def bim(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator | None = None, *, steps: int, step: float
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    generator: torch.Generator | None = None,
+    *,
+    steps: int,
+    step: float,
 ) -> Tensor:
     """Several small steps from the image itself (Kurakin et al. 2017); ``step`` in units of eps."""
     return ascend(model, x, y, eps, steps=steps, step=step)
@@ -94,6 +101,7 @@ def pgd(
     return ascend(model, x, y, eps, start=start.clamp(0, 1), steps=steps, step=step, loss=loss, stop=stop)
 
 
+@torch.enable_grad()
 def ascend(
     model: nn.Module,
     x: Tensor,
@@ -142,9 +150,8 @@ def ascend(
 # DeepFool -------------------------------------------------------------------------------------------------------------
 
 
-def deepfool(
-    model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 50, overshoot: float = 0.02
-) -> Tensor:
+@torch.enable_grad()
+def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 50, overshoot: float = 0.02) -> Tensor:
     """The nearest other answer, by repeated linearisation (Moosavi-Dezfooli et al. 2016, algorithm 2). It has no eps.
 
     It leaves the model's *own* answer, right or wrong; true labels are only checked.

@@ -27,7 +27,9 @@ class CBAM(nn.Module):
     def __init__(self, channels: int, reduction: int, kernel: int):
         super().__init__()
         if channels // reduction < 1 or kernel % 2 == 0:
-            raise InputError(f"CBAM of {channels} channels: reduction {reduction} must leave one, kernel {kernel} be odd")
+            raise InputError(
+                f"CBAM of {channels} channels: reduction {reduction} must leave one, kernel {kernel} be odd"
+            )
         hidden = channels // reduction
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)

@@ -20,6 +20,7 @@ from medsec.errors import InputError
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Eps255 = Annotated[float, Field(ge=0, le=255)]  # in 255ths of the range of an image
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -331,6 +332,35 @@ class InversionParams(Section):
     autoencoder: AutoencoderParams
     defences: BaselineParams
     shadow: ShadowParams
+
+
+class Recipe(Section):
+    """How a classifier is trained; adversarial examples with eps > 0, TRADES with beta > 0, mean weights with ema > 0."""
+
+    epochs: Count
+    lr: Positive
+    weight_decay: float = Field(ge=0, allow_inf_nan=False)
+    batch: int = Field(ge=2)
+    shift: int = Field(ge=0)
+    finetune_epochs: int = Field(ge=0)
+    finetune_lr: Positive
+    eps: Eps255
+    steps: Count
+    step: Positive
+    beta: float = Field(ge=0, allow_inf_nan=False)
+    ema: float = Field(ge=0, lt=1)
+
+
+class AttentionParams(Section):
+    reduction: Count
+    kernel: Annotated[int, Field(ge=1, multiple_of=1)]
+
+
+class EvasionParams(Section):
+    clean: Recipe
+    robust: Recipe
+    hardened: Recipe
+    attention: AttentionParams
 
 
 class FedGANRecord(Section):

@@ -1,0 +1,87 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from medsec import attention
+from medsec.attention import CBAM
+from medsec.errors import InputError
+from medsec.models import SmallResNet
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return attention.attend(SmallResNet(1, 2), reduction=4, kernel=7).eval()
+
+
+def test_cbam_by_hand():
+    """Section 3 of Woo et al. 2018, written out with loops."""
+    torch.manual_seed(0)
+    module, x = CBAM(8, 4, 3), torch.randn(2, 8, 5, 6)
+    expected = torch.empty_like(x)
+    for n in range(2):
+        mean = torch.tensor([float(x[n, c].mean()) for c in range(8)])
+        most = torch.tensor([float(x[n, c].max()) for c in range(8)])
+        gated = x[n] * torch.sigmoid(module.mlp(mean) + module.mlp(most))[:, None, None]
+        pooled = torch.stack([gated.mean(0), gated.max(0).values])
+        expected[n] = gated * torch.sigmoid(nn.functional.conv2d(pooled[None], module.conv.weight, padding=1)[0])
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_it_sits_after_the_last_normalisation_and_before_the_addition(model):
+    plain = SmallResNet(1, 2).eval()
+    assert len(attention.modules(model)) == len(plain.blocks) == 3
+    block, x = model.blocks[1], torch.randn(2, 16, 8, 8)
+    hidden = block.conv2(torch.relu(block.bn1(block.conv1(x))))
+    norm, cbam = block.bn2
+    torch.testing.assert_close(block(x), torch.relu(cbam(norm(hidden)) + block.skip(x)))
+
+
+def test_detached_gates_leave_the_answer_and_change_the_gradient(model):
+    x = torch.rand(2, 1, 16, 16, requires_grad=True)
+    answers, gradients = [], []
+    for detached in (False, True, False):
+        if detached:
+            with attention.gates_detached(model):
+                out = model(x)
+        else:
+            out = model(x)
+        answers.append(out.detach())
+        gradients.append(torch.autograd.grad(out[:, 0].sum(), x)[0])
+    assert torch.equal(answers[0], answers[1])
+    assert not torch.allclose(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2]), "only within the context"
+
+
+def test_gates_are_free_again_after_an_error(model):
+    with pytest.raises(RuntimeError, match="planned"), attention.gates_detached(model):
+        raise RuntimeError("planned")
+    assert not any(module.detached for module in attention.modules(model))
+
+
+def test_maps_are_the_gates_that_were_used(model):
+    x = torch.rand(3, 1, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    found = attention.maps(model, x)
+    assert [tuple(m.shape) for m in found] == [(3, 1, 16, 16), (3, 1, 8, 8), (3, 1, 4, 4)]
+    assert all(0 < float(m.min()) <= float(m.max()) < 1 for m in found)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    seen = []
+    cbam = attention.modules(model)[0]
+    hook = cbam.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    value, out = seen[0]
+    torch.testing.assert_close(out, value * cbam.channel_gate(value) * found[0])
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="kernel 4 be odd"):
+        CBAM(8, 2, 4)
+    with pytest.raises(InputError, match="reduction 16 must leave one"):
+        CBAM(8, 16, 3)
+    with pytest.raises(InputError, match="no attention module"):
+        attention.maps(SmallResNet(1, 2).eval(), torch.rand(1, 1, 16, 16))
