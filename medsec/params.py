@@ -353,14 +353,73 @@ class Recipe(Section):
 
 class AttentionParams(Section):
     reduction: Count
-    kernel: Annotated[int, Field(ge=1, multiple_of=1)]
+    kernel: Count
+
+
+class CWParams(Section):
+    variants: list[str]
+    images: Count
+    iterations: Count
+    searches: Count
+    lr: Positive
+
+
+class EvasionAttacks(Section):
+    scenarios: list[
+        Literal[
+            "fgsm",
+            "bim",
+            "pgd20",
+            "pgd20_eps10",
+            "pgd_margin",
+            "pgd_detached",
+            "deepfool_capped",
+            "square",
+            "autoattack",
+        ]
+    ]
+    steps: Count
+    step: Positive
+    small_step: Positive
+    bim_step: Positive
+    deepfool_steps: Count
+    overshoot: float = Field(ge=0, allow_inf_nan=False)
+    deepfool_norms: list[Literal["l2", "linf"]]
+    square_queries: Count
+    apgd_iterations: Count
+    restarts: Count
+    autoattack_more: list[Eps255]
+    cw: CWParams
+
+    @model_validator(mode="after")
+    def _needed(self):
+        if missing := {"fgsm", "pgd20"} - set(self.scenarios):
+            raise ValueError(f"scenarios lack {sorted(missing)[0]}, which the reviewer's checks compare with")
+        return self
+
+
+class EvasionChecks(Section):
+    images: Count
+    more_steps: Count
+    large_eps: Eps255
+    planted: Count
+    inner: int = Field(ge=2)
 
 
 class EvasionParams(Section):
+    train: list[Literal["client", "public", "reference"]] = Field(min_length=1)
+    test_images: Count | None
+    eps: Annotated[float, Field(gt=0, le=255)]
+    sweep: list[Annotated[float, Field(gt=0, le=255)]] = Field(min_length=1)
     clean: Recipe
     robust: Recipe
     hardened: Recipe
+    prune: Annotated[float, Field(ge=0, lt=1)]
+    prune_hardened: Annotated[float, Field(ge=0, lt=1)]
     attention: AttentionParams
+    attacks: EvasionAttacks
+    checks: EvasionChecks
+    checkpoint_seeds: list[Seed]
 
 
 class FedGANRecord(Section):
@@ -405,10 +464,19 @@ class InversionRecord(Section):
     strengths: dict[str, dict[Literal["defences", "shadow"], dict[str, list[int | float]]]]
 
 
+class EvasionRecord(Section):
+    """What notebook 04's record adds: other shares of pruning."""
+
+    seeds: Count
+    prune: list[Annotated[float, Field(ge=0, lt=1)]]
+    variants: list[str]
+
+
 class Records(Section):
     fedgan: FedGANRecord
     feddetect: FedDetectRecord
     inversion: InversionRecord
+    evasion: EvasionRecord
 
 
 class Params(Section):
@@ -420,6 +488,7 @@ class Params(Section):
     fedgan: FedGANParams
     feddetect: FedDetectParams
     inversion: InversionParams
+    evasion: EvasionParams
     record: Records
 
 

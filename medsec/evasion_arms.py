@@ -1,0 +1,206 @@
+"""The classifiers that notebook 04 compares: with and without pruning, attention and adversarial training."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from medsec import data, paths, robust
+from medsec.errors import InputError
+from medsec.federated import derive_seed
+from medsec.params import EvasionParams, Params, Recipe
+
+NOTEBOOK = "04_adversarial_pruning_defense"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm is made of.
+
+    Attributes:
+        recipe: which of the parameters' recipes trains it: ``clean``, ``robust`` or ``hardened``.
+        cbam: with attention in every block.
+        prune: "no"; "yes", pruned and trained on; "control", trained on as long, and nothing pruned.
+        other_seed: trained like another arm, from another seed.
+    """
+
+    recipe: str = "clean"
+    cbam: bool = False
+    prune: str = "no"
+    other_seed: bool = False
+
+
+ARMS = {
+    "base": Arm(),
+    "finetune": Arm(prune="control"),
+    "prune": Arm(prune="yes"),
+    "cbam": Arm(cbam=True),
+    "prune_cbam": Arm(cbam=True, prune="yes"),
+    "retrain": Arm(other_seed=True),
+    "at": Arm("robust"),
+    "at_prune": Arm("robust", prune="yes"),
+    "at_cbam": Arm("robust", cbam=True),
+    "hardened": Arm("hardened", cbam=True, prune="yes"),
+    "hardened_plain": Arm("hardened", prune="control"),
+}
+VARIANTS = tuple(ARMS)
+EXPENSIVE = tuple(name for name, arm in ARMS.items() if arm.recipe != "clean")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The images of one cohort: ``splits`` has ``train``, ``val`` and ``test`` as (N, C, S, S) in [0, 1] and (N,) int64."""
+
+    params: Params
+    cohort: data.Cohort
+    splits: dict[str, tuple[Tensor, Tensor]]
+
+
+def prepare(cohort: str, params: Params) -> Setup:
+    """Load a cohort; the training images are those of all splits that ``evasion.train`` names.
+
+    The test images are shuffled once for all (the splits are sorted by class); ``evasion.test_images`` takes the first.
+
+    Raises:
+        InputError: the cohort cannot be loaded.
+    """
+    loaded = data.load(cohort, params.cohorts)
+    whole = {
+        name: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for name, part in loaded.splits.items()
+    }
+    joined = [whole[name] for name in params.evasion.train]
+    x, y = whole["test"]
+    order = test_order(params, len(x))
+    splits = {
+        "train": (torch.cat([images for images, _ in joined]), torch.cat([labels for _, labels in joined])),
+        "val": whole["val"],
+        "test": (x[order], y[order]),
+    }
+    return Setup(params, loaded, splits)
+
+
+def test_order(params: Params, n: int) -> Tensor:
+    """Which of ``n`` test images are attacked, in which order: the same for every arm and seed."""
+    rng = torch.Generator().manual_seed(derive_seed(params.seeds.tuning[0], "test images"))
+    return torch.randperm(n, generator=rng)[: params.evasion.test_images]
+
+
+def ratio(arm: Arm, params: EvasionParams) -> float | None:
+    """The share that an arm prunes: 0 for the control, None for an arm that is not trained on."""
+    if arm.prune == "no":
+        return None
+    if arm.prune == "control":
+        return 0.0
+    return params.prune_hardened if arm.recipe == "hardened" else params.prune
+
+
+def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> nn.Module:
+    """One arm of one run, in evaluation mode.
+
+    Args:
+        prune: another share than the parameters', for an arm that prunes.
+
+    Raises:
+        InputError: no such arm, or ``prune`` for an arm that does not.
+    """
+    arm, p = _arm(variant), setup.params.evasion
+    if prune is not None and arm.prune != "yes":
+        raise InputError(f"{variant} prunes nothing: prune {prune:g} cannot be set")
+    share = ratio(arm, p) if prune is None else prune
+    run = derive_seed(seed, "retrain") if arm.other_seed else seed
+    model = _fitted(setup, arm.recipe, arm.cbam, run)
+    if share is None:
+        return model
+    recipe = getattr(p, arm.recipe)
+    return robust.pruned(model, *setup.splits["train"], recipe, ratio=share, seed=run)
+
+
+_memory: dict[tuple, nn.Module] = {}
+KEPT = 8  # networks that are remembered, so that arms which prune need not train their start again
+
+
+def _fitted(setup: Setup, recipe: str, cbam: bool, seed: int) -> nn.Module:
+    """A network before it is pruned; the last few are remembered."""
+    p = setup.params.evasion
+    chosen: Recipe = getattr(p, recipe)
+    key = (
+        setup.cohort.fingerprint,
+        tuple(p.train),
+        chosen.model_dump_json(),
+        p.attention.model_dump_json(),
+        cbam,
+        seed,
+    )
+    if key not in _memory:
+        images, labels = setup.splits["train"]
+        start = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if cbam else None)
+        found = robust.fit(start, images, labels, chosen, seed=seed, epochs=chosen.epochs, lr=chosen.lr)
+        while len(_memory) >= KEPT:
+            del _memory[next(iter(_memory))]
+        _memory[key] = found
+    return _memory[key]
+
+
+def _arm(variant: str) -> Arm:
+    if variant not in ARMS:
+        raise InputError(f"arm {variant!r}: choose one of {', '.join(VARIANTS)}")
+    return ARMS[variant]
+
+
+# Checkpoints of the expensive ones ------------------------------------------------------------------------------------
+
+
+def checkpoint(cohort: str, variant: str, seed: int) -> Path:
+    """Where a record leaves a trained network."""
+    return paths.records(cohort) / NOTEBOOK / f"{variant}-seed{seed}.safetensors"
+
+
+def identity(setup: Setup, variant: str) -> str:
+    """Hash of what a network depends on besides its seed: recipe, images, code."""
+    p, arm = setup.params.evasion, _arm(variant)
+    parts = [getattr(p, arm.recipe).model_dump_json(), p.attention.model_dump_json(), repr(arm), repr(ratio(arm, p))]
+    parts += [",".join(p.train), setup.cohort.fingerprint]
+    parts += [(paths.PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in ("attention", "models", "robust")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
+    """Write a checkpoint (safetensors: numbers only, nothing that could run) and what it depends on."""
+    file = checkpoint(setup.cohort.name, variant, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    partial = file.with_suffix(".partial")
+    save_file(state, partial, metadata={"identity": identity(setup, variant)})
+    partial.replace(file)
+    return file
+
+
+def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
+    """The committed network of an arm and seed; None if there is none that today's parameters, images and code would give."""
+    file = checkpoint(setup.cohort.name, variant, seed)
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as stored:
+        if stored.metadata()["identity"] != identity(setup, variant):
+            return None
+        state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+    p, arm = setup.params.evasion, _arm(variant)
+    model = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if arm.cbam else None)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def network(setup: Setup, variant: str, seed: int) -> nn.Module:
+    """The committed network of an expensive arm where there is one, else one that is trained now."""
+    found = load(setup, variant, seed) if variant in EXPENSIVE else None
+    return train(setup, variant, seed) if found is None else found
+
+
+def seeds_with_checkpoints(setup: Setup, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:
+    """By arm the seeds of which there is a network that need not be trained."""
+    return {variant: [seed for seed in seeds if load(setup, variant, seed) is not None] for variant in variants}
