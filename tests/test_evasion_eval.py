@@ -1,0 +1,322 @@
+"""The design of notebook 04: arms, defence rates, reviewer's checks, checkpoints."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from medsec import adversarial, evasion_arms, evasion_checks, params, paths, tables
+from medsec import evasion_eval as ev
+from medsec.errors import InputError
+
+RECIPE = {"epochs": 1, "batch": 32, "finetune_epochs": 1}
+SMALL = {
+    "seeds": {"tuning": [9], "evaluation": [0, 1]},
+    "evasion": {
+        "test_images": 40,
+        "sweep": [2, 4, 8],
+        "clean": RECIPE,
+        "robust": RECIPE,
+        "hardened": RECIPE,
+        "attacks": {
+            "scenarios": [
+                "fgsm",
+                "bim",
+                "pgd20",
+                "pgd20_eps10",
+                "pgd_margin",
+                "pgd_detached",
+                "deepfool_capped",
+                "square",
+                "autoattack",
+            ],
+            "steps": 3,
+            "deepfool_steps": 5,
+            "deepfool_norms": ["l2", "linf"],
+            "square_queries": 5,
+            "apgd_iterations": 3,
+            "cw": {"variants": ["hardened"], "images": 4, "iterations": 3, "searches": 2},
+        },
+        "checks": {"images": 10, "more_steps": 6, "planted": 3},
+    },
+}
+
+
+def small(file):
+    tree = params.merge(params.load().model_dump(), SMALL)
+    return params.validate(params.merge(tree, {"cohorts": {"npz": {"path": str(file)}}}))
+
+
+@pytest.fixture(scope="module")
+def p(tmp_path_factory, write_npz):
+    return small(write_npz(tmp_path_factory.mktemp("cohort"), per_class=60))
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory, write_npz):
+    return small(write_npz(tmp_path_factory.mktemp("colour"), classes=3, channels=3, per_class=60))
+
+
+# Defence rates --------------------------------------------------------------------------------------------------------
+
+
+def test_defence_rates_by_hand():
+    f = {"clean": [1, 1, 1, 0], "own": [0, 1, 0, 1], "transfer": [1, 1, 0, 1]}
+    f0 = {"clean": [1, 1, 0, 1], "own": [0, 1, 1, 0]}
+    f, f0 = ({k: np.array(v, dtype=bool) for k, v in each.items()} for each in (f, f0))
+    assert ev.rates(f, f0) == pytest.approx({"dr_whitebox": 1 / 3, "dr_transfer": 2 / 3, "dr_recovered": 1.0})
+    assert ev.rates({"clean": np.zeros(3, bool), "own": np.zeros(3, bool)}) == {}, "nothing to divide by"
+    untouched = {"clean": f0["clean"], "own": f0["clean"]}
+    assert "dr_recovered" not in ev.rates(f, untouched)
+
+
+def test_a_constant_classifier_has_a_perfect_rate_and_no_balanced_accuracy():
+    """Why the rates are never shown alone."""
+    y = torch.tensor([0, 0, 1, 1, 1])
+    rows = ev._Rows(ev.KEYS, ev.UNITS, 0, "base", "clean")
+    right = rows.answers(torch.tensor([[0.0, 1.0]]).expand(5, 2), y)
+    values = {row["metric"]: row["value"] for row in rows.rows}
+    assert ev.rates({"clean": right, "own": right}) == {"dr_whitebox": 1.0}
+    assert values == pytest.approx({"accuracy": 0.6, "balanced_accuracy": 0.5, "auc": 0.5})
+
+
+# Arms -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["base", "hardened"])
+def test_an_arm_has_every_row_once(p, variant):
+    table = ev.arm_cell("npz", p, variant, 0)
+    assert not table.duplicated(["scenario", "metric", *ev.KEYS]).any()
+    assert set(table["variant"]) == {variant}
+    found = set(table["scenario"])
+    expected = {"clean", "noise", "worst_case", "deepfool", "check", *p.evasion.attacks.scenarios}
+    extra = {"cw_l2"} if variant == "hardened" else set()
+    assert found == expected - (set() if variant == "hardened" else {"pgd_detached"}) | extra
+    eps = tables.select(
+        table.assign(n=1), {"variant": variant, "scenario": "pgd20", "metric": "accuracy", "eps": "0.0156863"}
+    )
+    assert len(eps) == 1
+    assert set(table.loc[table["scenario"] == "pgd20", "eps"]) == {"0.00784314", "0.0156863", "0.0313725"}
+    assert set(table.loc[table["scenario"] == "autoattack", "eps"]) == {"0.0156863", "0.0313725"}
+    assert np.isfinite(table["value"]).all()
+    has_transfer = (table["metric"] == "dr_transfer").any()
+    assert has_transfer == (variant != "base"), "examples made for the base are no transfer to the base"
+    checks = set(table.loc[table["scenario"] == "check", "metric"])
+    assert ("undefended_breaks" in checks) == (variant == "base")
+    assert ("whitebox_beats_transfer" in checks) == (variant != "base")
+    worst = table[(table["scenario"] == "worst_case") & (table["metric"] == "accuracy")]["value"].item()
+    at = table[(table["eps"] == "0.0156863") & (table["metric"] == "accuracy") & (table["scenario"] != "noise")]
+    assert worst <= at["value"].min() + 1e-9
+
+
+def test_three_classes_and_colours(colour):
+    table = ev.arm_cell("npz", colour, "prune_cbam", 0)
+    assert {"autoattack", "pgd_detached", "deepfool"} <= set(table["scenario"])
+    assert np.isfinite(table["value"]).all()
+
+
+def test_a_cell_is_a_function_of_the_seed(p):
+    pd.testing.assert_frame_equal(ev.arm_cell("npz", p, "cbam", 1), ev.arm_cell("npz", p, "cbam", 1))
+
+
+def test_arms_are_what_they_are_called(p):
+    from medsec import attention, pruning
+
+    setup = evasion_arms.prepare("npz", p)
+    models = {name: evasion_arms.train(setup, name, 0) for name in evasion_arms.VARIANTS}
+    attending = {name for name, model in models.items() if attention.modules(model)}
+    assert attending == {"cbam", "prune_cbam", "at_cbam", "hardened"}
+    sparse = {name: pruning.sparsity(model) for name, model in models.items()}
+    for name, value in sparse.items():
+        expected = {"prune": 0.8, "prune_cbam": 0.8, "at_prune": 0.8, "hardened": 0.5}.get(name, 0)
+        assert value == pytest.approx(expected, abs=0.01), name
+    answers = {name: model(setup.splits["test"][0]).detach() for name, model in models.items()}
+    assert not torch.allclose(answers["base"], answers["retrain"])
+    assert not torch.allclose(answers["base"], answers["finetune"])
+    assert not torch.allclose(answers["base"], answers["at"])
+    other = ev.prune_cell("npz", p, "prune", 0, 0.5)
+    assert set(other["prune"]) == {"0.5"}
+    assert other[other["metric"] == "sparsity"]["value"].item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_training_sees_the_training_splits_only(p):
+    setup = evasion_arms.prepare("npz", p)
+    sizes = {split: len(part) for split, part in setup.cohort.splits.items()}
+    assert len(setup.splits["train"][0]) == sizes["client"] + sizes["public"] + sizes["reference"]
+    test = {image.numpy().tobytes() for image in setup.splits["test"][0]}
+    assert not test & {image.numpy().tobytes() for image in setup.splits["train"][0]}
+    assert len(test) == p.evasion.test_images
+    assert set(setup.splits["test"][1].tolist()) == {0, 1}, "shuffled: the split is sorted by class"
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_used_as_long_as_nothing_has_changed(p, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    setup = evasion_arms.prepare("npz", p)
+    assert evasion_arms.load(setup, "at_cbam", 0) is None
+    model = evasion_arms.train(setup, "at_cbam", 0)
+    file = evasion_arms.save(model, setup, "at_cbam", 0)
+    assert file.is_relative_to(tmp_path)
+    monkeypatch.setattr(evasion_arms, "train", lambda *_: pytest.fail("trained again"))
+    found, x = evasion_arms.network(setup, "at_cbam", 0), setup.splits["test"][0]
+    assert torch.equal(found(x), model(x))
+    assert evasion_arms.seeds_with_checkpoints(setup, ["at", "at_cbam"], [0, 1]) == {"at": [], "at_cbam": [0]}
+    changed = params.merge(p.model_dump(), {"evasion": {"robust": {"eps": 8.0}}})
+    other = evasion_arms.Setup(params.validate(changed), setup.cohort, setup.splits)
+    assert evasion_arms.load(other, "at_cbam", 0) is None, "another recipe"
+    monkeypatch.setattr(evasion_arms, "train", lambda *_: "trained now")
+    assert evasion_arms.network(other, "at_cbam", 0) == "trained now"
+    assert evasion_arms.network(setup, "base", 0) == "trained now", "cheap arms leave no checkpoint"
+
+
+def test_unknown_arms_are_named(p):
+    setup = evasion_arms.prepare("npz", p)
+    with pytest.raises(InputError, match="arm 'bse': choose one of base, finetune"):
+        evasion_arms.train(setup, "bse", 0)
+    with pytest.raises(InputError, match="base prunes nothing"):
+        evasion_arms.train(setup, "base", 0, prune=0.5)
+
+
+# Reviewer's checks: each must be able to fail -------------------------------------------------------------------------
+
+
+def outcomes(**changes):
+    """By attack how many of 100 examples stay right."""
+    counts = {
+        ("clean", 0.0): 95,
+        ("noise", 0.1): 94,
+        ("fgsm", 0.1): 60,
+        ("pgd20", 0.1): 40,
+        ("pgd_margin", 0.1): 40,
+        ("square", 0.1): 70,
+        ("transfer", 0.1): 80,
+        ("pgd20", 0.2): 5,
+        ("fgsm", 0.2): 30,
+    } | {tuple(key): n for key, n in changes.pop("counts", {}).items()}
+    return {key: np.arange(100) < n for key, n in counts.items()}
+
+
+def verdicts(found):
+    return {check.name: check.passes for check in evasion_checks.of_outcomes(found, 0.1)}
+
+
+def test_a_sound_evaluation_passes():
+    assert verdicts(outcomes()) == dict.fromkeys(
+        [
+            "iterative_beats_single_step",
+            "noise_weaker_than_fgsm",
+            "larger_eps_never_weaker",
+            "whitebox_beats_transfer",
+            "gradient_free_weaker",
+        ],
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "name"),
+    [
+        ({("pgd20", 0.1): 65, ("pgd_margin", 0.1): 65}, "iterative_beats_single_step"),
+        ({("noise", 0.1): 50}, "noise_weaker_than_fgsm"),
+        ({("pgd20", 0.2): 45, ("fgsm", 0.2): 50}, "larger_eps_never_weaker"),
+        ({("transfer", 0.1): 30}, "whitebox_beats_transfer"),
+        ({("square", 0.1): 30}, "gradient_free_weaker"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_trusted_is_found(counts, name):
+    found = verdicts(outcomes(counts=counts))
+    assert not found.pop(name)
+    assert all(found.values())
+
+
+def test_checks_need_the_same_examples():
+    with pytest.raises(InputError, match=r"outcomes of \[50, 100\] examples"):
+        evasion_checks.of_outcomes(outcomes() | {("square", 0.1): np.ones(50, bool)}, 0.1)
+
+
+class Masked(nn.Module):
+    """A model whose gradient says nothing: its image is rounded first."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def features(self, x):
+        return self.inner.features((x * 8).round() / 8)
+
+    def forward(self, x):
+        return self.inner((x * 8).round() / 8)
+
+
+@pytest.fixture(scope="module")
+def trained(p):
+    setup = evasion_arms.prepare("npz", p)
+    return evasion_arms.train(setup, "base", 0), *setup.splits["test"]
+
+
+def test_masked_gradients_are_found_out(trained):
+    model, x, y = trained
+    masked = Masked(model).eval()
+    assert evasion_checks.of_gradients(model, x, y).passes
+    found = evasion_checks.of_gradients(masked, x, y)
+    assert not found.passes
+    assert found.value == 1
+    options = {"steps": 5, "step": 0.5, "seed": 0}
+    usual = evasion_checks.planted(model, x[:12], 8 / 255, inner=20, **options)
+    assert usual.n >= 10
+    assert usual.found > 0.9
+    assert usual.by_chance < 0.5
+    assert evasion_checks.of_planted(usual).passes
+    hidden = evasion_checks.planted(masked, x[:12], 40 / 255, inner=20, **options)
+    assert hidden.n > 0
+    assert not evasion_checks.of_planted(hidden).passes
+
+
+def test_steps_and_large_eps(trained):
+    model, x, y = trained
+    checks = evasion_checks.of_steps(model, x, y, 4 / 255, steps=3, more=30, step=0.25, seed=0)
+    assert [check.name for check in checks] == ["more_steps_never_weaker", "converged"]
+    assert checks[0].value == -checks[1].value
+    large = evasion_checks.of_large_eps(model, x, y, 0.5, steps=10, step=0.25, seed=0)
+    assert large.passes
+    assert not evasion_checks.of_large_eps(Masked(model).eval(), x, y, 1e-6, steps=2, step=0.25, seed=0).passes
+
+
+def test_nothing_to_decide_with_is_no_pass():
+    empty = evasion_checks.of_planted(evasion_checks.Planted(0, math.nan, math.nan))
+    assert not empty.passes
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_with_the_base_of_the_same_seed(p):
+    def row(variant, seed, value, metric="accuracy", **keys):
+        return tables.run_row(ev.KEYS, seed, variant, "clean", metric, value, 10, "share", **keys)
+
+    runs = pd.DataFrame(
+        [row("base", 0, 0.9), row("base", 1, 0.8), row("at", 0, 0.85), row("at", 1, 0.83), row("at", 2, 0.1)]
+    )
+    found = ev.complete(runs, p)
+    found = found[found["metric"] == "accuracy_minus_base"]
+    assert found["seed"].tolist() == [0, 1]
+    assert found["value"].tolist() == pytest.approx([-0.05, 0.03])
+    summary = ev.summarise(runs, p)
+    assert tables.row(summary, variant="at", scenario="clean", metric="accuracy_minus_base")["n"] == 2
+
+
+def test_an_attack_that_fails_has_no_short_way():
+    """Examples that are not turned are infinitely far: a failing DeepFool cannot look like a fragile model."""
+    x, y = torch.full((4, 1, 4, 4), 0.5), torch.zeros(4, dtype=torch.int64)
+    sure = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    nn.init.zeros_(sure[1].weight)
+    sure[1].bias.data = torch.tensor([1.0, 0.0])
+    found = adversarial.deepfool(sure.eval(), x, y, norm="l2", steps=2)
+    rows = ev._median_norm("deepfool", "base", sure, x, y, found, "l2", 0)
+    assert rows["metric"].tolist() == ["accuracy"]
+    assert rows["value"].item() == 1
