@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -88,6 +89,12 @@ def test_order(params: Params, n: int) -> Tensor:
     """Which of ``n`` test images are attacked, in which order: the same for every arm and seed."""
     rng = torch.Generator().manual_seed(derive_seed(params.seeds.tuning[0], "test images"))
     return torch.randperm(n, generator=rng)[: params.evasion.test_images]
+
+
+def test_lesions(setup: Setup) -> np.ndarray | None:
+    """(N, S, S) bool, the lesion masks of the test images in their order; None for a cohort without masks."""
+    part = setup.cohort["test"]
+    return None if part.lesion is None else part.lesion[test_order(setup.params, len(part)).numpy()].astype(bool)
 
 
 def ratio(arm: Arm, params: EvasionParams) -> float | None:

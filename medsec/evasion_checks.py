@@ -67,10 +67,7 @@ def of_outcomes(outcomes: Outcomes, eps: float) -> list[Check]:
         Check(
             "larger_eps_never_weaker",
             "share that is right at an eps and wrong at the next smaller one (PGD), mean at the worst step",
-            _most(
-                outcomes["pgd20", b].mean() - outcomes["pgd20", a].mean()
-                for a, b in itertools.pairwise(swept)
-            ),
+            _most(outcomes["pgd20", b].mean() - outcomes["pgd20", a].mean() for a, b in itertools.pairwise(swept)),
             TOLERANCE,
         ),
     ]

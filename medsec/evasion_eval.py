@@ -11,7 +11,9 @@ With f the arm, f₀ the undefended ``base`` of the same seed:
 * ``dr_transfer``: the same when the examples were made for f₀;
 * ``dr_recovered``: of what f₀ classifies rightly and the attack turns, the share that f classifies rightly.
 
-Key columns: ``eps`` in [0, 1] units, ``norm``, ``prune`` (a share other than the headline's).
+Scenario ``attribution``: ``pointing_game``, does the highest point of a map lie in the lesion, on images with one?
+
+Key columns: ``eps`` in [0, 1] units, ``norm``, ``prune`` (a share other than the headline's), ``map``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ from medsec import (
     evasion_arms,
     evasion_checks,
     evasion_library,
+    evasion_maps,
     metrics,
     pruning,
     tables,
@@ -36,7 +39,7 @@ from medsec.evasion_arms import Setup, prepare
 from medsec.federated import derive_seed
 from medsec.params import EvasionAttacks, Params
 
-KEYS = ("eps", "norm", "prune")
+KEYS = ("eps", "norm", "prune", "map")
 UNITS = {
     "accuracy": "share",
     "balanced_accuracy": "share",
@@ -46,6 +49,7 @@ UNITS = {
     "dr_recovered": "share",
     "median_norm": "intensity",
     "sparsity": "share",
+    "pointing_game": "share",
     "planted_found": "share",
     "planted_by_chance": "share",
 }
@@ -178,7 +182,7 @@ def arm_cell(cohort: str, params: Params, variant: str, seed: int, *, retrained:
     p = params.evasion
     rows, outcomes = attacked(setup, variant, model, base, seed, p.attacks.scenarios, p.sweep)
     parts = [rows, _norm_rows(setup, variant, model, outcomes["clean", 0.0], seed)]
-    parts.append(_check_rows(setup, variant, model, outcomes, seed))
+    parts += [_check_rows(setup, variant, model, outcomes, seed), _attribution_rows(setup, variant, model, seed)]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -319,6 +323,24 @@ def reviewed(
     if variant == "base":
         checks.append(evasion_checks.of_undefended(outcomes, max(p.sweep) / 255))
     return result, checks
+
+
+def _attribution_rows(setup: Setup, variant: str, model: nn.Module, seed: int) -> pd.DataFrame:
+    """Where an arm looks, on the test images with a lesion, clean and under PGD; no row for a cohort without masks."""
+    p, (x, y) = setup.params.evasion, setup.splits["test"]
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "attribution")
+    masks = evasion_arms.test_lesions(setup)
+    ill = np.flatnonzero(masks.any((1, 2)))[: p.checks.images] if masks is not None else []
+    if not len(ill):
+        return rows.table()
+    x, y, masks = x[ill], y[ill], masks[ill]
+    for kind, value in evasion_maps.controls(masks, setup.cohort["client"].lesion.astype(bool)).items():
+        rows.add("pointing_game", value, len(ill), map=kind)
+    found = craft("pgd20", model, x, y, p.eps / 255, p.attacks, seed)
+    for keys, images in (({}, x), ({"eps": eps_key(p.eps / 255)}, found)):
+        for kind, maps in evasion_maps.of(model, images, y).items():
+            rows.add("pointing_game", evasion_maps.pointing(maps, masks).mean(), len(ill), **keys, map=kind)
+    return rows.table()
 
 
 def prune_cell(cohort: str, params: Params, variant: str, seed: int, ratio: float) -> pd.DataFrame:

@@ -335,13 +335,17 @@ class InversionParams(Section):
 
 
 class Recipe(Section):
-    """How a classifier is trained; adversarial examples with eps > 0, TRADES with beta > 0, mean weights with ema > 0."""
+    """How a classifier is trained; adversarial examples with eps > 0, TRADES with beta > 0, mean weights with ema > 0.
+
+    ``balanced``: every class counts alike in the loss.
+    """
 
     epochs: Count
     lr: Positive
     weight_decay: float = Field(ge=0, allow_inf_nan=False)
     batch: int = Field(ge=2)
     shift: int = Field(ge=0)
+    balanced: bool
     finetune_epochs: int = Field(ge=0)
     finetune_lr: Positive
     eps: Eps255

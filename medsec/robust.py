@@ -68,6 +68,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
     steps = max(1, epochs * -(-len(images) // batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    weight = class_weights(labels) if recipe.balanced else None
     if keep is not None:
         pruning.apply(model, keep)
     for _ in range(epochs):
@@ -75,7 +76,7 @@ def fit(
             if len(index) == 1:  # BatchNorm cannot normalise one image
                 continue
             x = random_shift(images[index], recipe.shift, rng)
-            loss = _loss(model, x, labels[index], recipe, rng)
+            loss = _loss(model, x, labels[index], recipe, rng, weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -87,14 +88,28 @@ def fit(
     return (model if mean is None else mean.module).eval()
 
 
-def _loss(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
+def class_weights(labels: Tensor) -> Tensor:
+    """(K,) weights under which every class counts alike, mean 1 over the images; 0 for a class without an image."""
+    counts = labels.bincount().float()
+    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
+
+
+def _loss(
+    model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, rng: torch.Generator, weight: Tensor | None = None
+) -> Tensor:
     if recipe.eps == 0:
-        return F.cross_entropy(model(x), y)
+        return _cross_entropy(model(x), y, weight)
     clean = model(x) if recipe.beta else None
     found = _adversarial(model, x, y, clean, recipe, rng)
     if clean is None:
-        return F.cross_entropy(model(found), y)
-    return F.cross_entropy(clean, y) + recipe.beta * _divergence(clean, model(found))
+        return _cross_entropy(model(found), y, weight)
+    return _cross_entropy(clean, y, weight) + recipe.beta * _divergence(clean, model(found))
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over the batch of the weighted losses: with the weights of `class_weights` a batch without a class is no louder."""
+    each = F.cross_entropy(logits, y, reduction="none")
+    return each.mean() if weight is None else (weight[y] * each).mean()
 
 
 def _adversarial(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from medsec import adversarial, evasion_arms, evasion_checks, params, paths, tables
+from medsec import adversarial, evasion_arms, evasion_checks, evasion_maps, params, paths, tables
 from medsec import evasion_eval as ev
 from medsec.errors import InputError
+from medsec.models import SmallResNet
 
 RECIPE = {"epochs": 1, "batch": 32, "finetune_epochs": 1}
 SMALL = {
@@ -290,6 +291,67 @@ def test_steps_and_large_eps(trained):
 def test_nothing_to_decide_with_is_no_pass():
     empty = evasion_checks.of_planted(evasion_checks.Planted(0, math.nan, math.nan))
     assert not empty.passes
+
+
+# Where a network looks ------------------------------------------------------------------------------------------------
+
+
+def test_pointing_by_hand():
+    maps, masks = torch.zeros(3, 4, 4), np.zeros((3, 4, 4), bool)
+    masks[:, 1, 2] = True
+    maps[0, 1, 2] = 1  # in the lesion
+    maps[1, 0, 0] = 1  # beside it
+    assert evasion_maps.pointing(maps, masks).tolist() == [True, False, False], "a flat map points nowhere"
+    masks[2, 0, 0] = True
+    assert not evasion_maps.pointing(maps, masks)[2]
+    known = np.zeros((5, 4, 4), bool)
+    known[:3, 1, 2] = True
+    known[:, 3, 3] = [True, False, False, False, True]
+    controls = evasion_maps.controls(masks, known)
+    assert controls == pytest.approx({"area": 4 / 48, "prior": 1.0})
+    with pytest.raises(InputError, match="empty mask"):
+        evasion_maps.pointing(maps, np.zeros((3, 4, 4), bool))
+    with pytest.raises(InputError, match=r"maps of shape \(3, 4, 4\)"):
+        evasion_maps.pointing(maps, masks[:2])
+
+
+def test_maps_show_the_pixels_that_decide():
+    """A network that only sees one corner: every attribution lies there."""
+
+    class Corner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            seen = torch.zeros_like(x)
+            seen[:, :, :4, :4] = 1
+            return self.blocks(x * seen).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x, y = Corner().eval(), torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
+    found = evasion_maps.integrated_gradients(model, x, y)
+    assert found.shape == (2, 16, 16)
+    assert not found[:, 4:].any()
+    assert not found[:, :, 4:].any()
+    assert found[:, :4, :4].any()
+    maps = evasion_maps.of(SmallResNet(1, 2).eval(), x, y)
+    assert {name: tuple(m.shape) for name, m in maps.items()} == dict.fromkeys(
+        ["grad_cam", "integrated_gradients"], (2, 16, 16)
+    )
+    assert maps["grad_cam"].min() >= 0
+
+
+def test_an_arm_is_measured_beside_the_lesions_of_the_phantom(p):
+    setup = evasion_arms.prepare("phantom", p)
+    masks = evasion_arms.test_lesions(setup)
+    y = setup.splits["test"][1]
+    assert masks.shape == (p.evasion.test_images, *setup.splits["test"][0].shape[2:])
+    assert not masks[(y == 0).numpy()].any(), "masks are in the order of the images"
+    rows = ev._attribution_rows(setup, "cbam", evasion_arms.train(setup, "cbam", 0), 0)
+    assert set(rows["map"]) == {"area", "prior", "grad_cam", "integrated_gradients", "cbam1", "cbam2", "cbam3"}
+    assert not rows.duplicated(["map", "eps"]).any()
+    assert ev._attribution_rows(evasion_arms.prepare("npz", p), "base", None, 0).empty
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

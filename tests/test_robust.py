@@ -102,6 +102,19 @@ def test_pruned_weights_stay_zero_and_the_control_prunes_nothing():
     assert not same(control, model)
 
 
+def test_every_class_counts_alike():
+    labels = torch.tensor([0, 1, 1, 1])
+    weight = robust.class_weights(labels)
+    assert weight.tolist() == pytest.approx([2, 2 / 3])
+    assert weight[labels].mean().item() == pytest.approx(1)
+    assert robust.class_weights(torch.tensor([0, 0, 2])).tolist() == pytest.approx([0.75, 0, 1.5])
+    logits = torch.tensor([[0.0, 0.0]] * 4)
+    assert robust._cross_entropy(logits, labels, weight).item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    wrong_once = torch.tensor([[0.0, 4.0], [0.0, 4.0], [0.0, 4.0], [0.0, 4.0]])
+    by_hand = F.cross_entropy(wrong_once, labels, weight=weight).item()
+    assert robust._cross_entropy(wrong_once, labels, weight).item() == pytest.approx(by_hand)
+
+
 def test_a_last_batch_of_one_is_left_out():
     x, y = data(17)
     model = robust.fit(robust.new(1, 2, seed=0), x, y, RECIPE, seed=0, epochs=1, lr=1e-3)
