@@ -71,6 +71,8 @@ endef
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m medsec.record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
 	$(PY) -m medsec.record 02_feddetect --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m medsec.record 03_gia_defense --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m medsec.record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

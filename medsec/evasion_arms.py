@@ -1,5 +1,6 @@
 """The classifiers that notebook 04 compares: with and without pruning, attention and adversarial training."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,6 @@ from medsec import data, paths, robust
 from medsec.errors import InputError
 from medsec.federated import derive_seed
 from medsec.params import EvasionParams, Params, Recipe
-
-NOTEBOOK = "04_adversarial_pruning_defense"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ ARMS = {
     "hardened_plain": Arm("hardened", prune="control"),
 }
 VARIANTS = tuple(ARMS)
-EXPENSIVE = tuple(name for name, arm in ARMS.items() if arm.recipe != "clean")
+QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,8 @@ def ratio(arm: Arm, params: EvasionParams) -> float | None:
 def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> nn.Module:
     """One arm of one run, in evaluation mode.
 
+    Its weights are rounded to half precision (and kept in single), so that a checkpoint of half the size is the same network.
+
     Args:
         prune: another share than the parameters', for an arm that prunes.
 
@@ -121,10 +122,14 @@ def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> 
     share = ratio(arm, p) if prune is None else prune
     run = derive_seed(seed, "retrain") if arm.other_seed else seed
     model = _fitted(setup, arm.recipe, arm.cbam, run)
-    if share is None:
-        return model
-    recipe = getattr(p, arm.recipe)
-    return robust.pruned(model, *setup.splits["train"], recipe, ratio=share, seed=run)
+    if share is not None:
+        recipe = getattr(p, arm.recipe)
+        model = robust.pruned(model, *setup.splits["train"], recipe, ratio=share, seed=run)
+    return _rounded(model)
+
+
+def _rounded(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).half().float()
 
 
 _memory: dict[tuple, nn.Module] = {}
@@ -159,12 +164,12 @@ def _arm(variant: str) -> Arm:
     return ARMS[variant]
 
 
-# Checkpoints of the expensive ones ------------------------------------------------------------------------------------
+# Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(cohort: str, variant: str, seed: int) -> Path:
     """Where a record leaves a trained network."""
-    return paths.records(cohort) / NOTEBOOK / f"{variant}-seed{seed}.safetensors"
+    return paths.records(cohort) / "04_checkpoints" / f"{variant}-seed{seed}.safetensors"
 
 
 def identity(setup: Setup, variant: str) -> str:
@@ -180,7 +185,7 @@ def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
     """Write a checkpoint (safetensors: numbers only, nothing that could run) and what it depends on."""
     file = checkpoint(setup.cohort.name, variant, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.contiguous() for name, value in copy.deepcopy(model).half().state_dict().items()}
     partial = file.with_suffix(".partial")
     save_file(state, partial, metadata={"identity": identity(setup, variant)})
     partial.replace(file)
@@ -198,13 +203,13 @@ def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
         state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
     p, arm = setup.params.evasion, _arm(variant)
     model = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if arm.cbam else None)
-    model.load_state_dict(state)
+    model.load_state_dict(state)  # into single precision
     return model.eval()
 
 
 def network(setup: Setup, variant: str, seed: int) -> nn.Module:
-    """The committed network of an expensive arm where there is one, else one that is trained now."""
-    found = load(setup, variant, seed) if variant in EXPENSIVE else None
+    """The committed network of an arm where there is one, else one that is trained now."""
+    found = load(setup, variant, seed)
     return train(setup, variant, seed) if found is None else found
 
 

@@ -168,17 +168,17 @@ def arm_cell(cohort: str, params: Params, variant: str, seed: int, *, retrained:
     """One arm of one run under every attack, and the reviewer's checks.
 
     Args:
-        retrained: train it in any case, and leave a checkpoint if it is an expensive one (for records).
+        retrained: train it in any case, and leave a checkpoint of what the notebook itself attacks (for records).
     """
     torch.set_num_threads(1)
     setup = prepare(cohort, params)
     if retrained:
         model = evasion_arms.train(setup, variant, seed)
-        if variant in evasion_arms.EXPENSIVE and seed in params.evasion.checkpoint_seeds:
+        if variant in evasion_arms.QUICK and seed in params.evasion.checkpoint_seeds:
             evasion_arms.save(model, setup, variant, seed)
     else:
         model = evasion_arms.network(setup, variant, seed)
-    base = model if variant == "base" else evasion_arms.train(setup, "base", seed)
+    base = model if variant == "base" else evasion_arms.network(setup, "base", seed)
     p = params.evasion
     rows, outcomes = attacked(setup, variant, model, base, seed, p.attacks.scenarios, p.sweep)
     parts = [rows, _norm_rows(setup, variant, model, outcomes["clean", 0.0], seed)]

@@ -76,7 +76,7 @@ class Design:
     rounds: Callable[[Params, Cell], float]
 
 
-NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense")
+NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense", "04_adversarial_pruning_defense")
 
 
 def design(notebook: str) -> Design:

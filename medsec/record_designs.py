@@ -2,7 +2,18 @@
 
 import pandas as pd
 
-from medsec import cohort_eval, data, feddetect_eval, fedgan_eval, inversion_clients, inversion_eval, metrics, params
+from medsec import (
+    cohort_eval,
+    data,
+    evasion_arms,
+    evasion_eval,
+    feddetect_eval,
+    fedgan_eval,
+    inversion_clients,
+    inversion_eval,
+    metrics,
+    params,
+)
 from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
@@ -219,6 +230,40 @@ def rounds_03(p: Params, cell: Cell) -> float:
     return {"attack": 3 if not cell.keys else 1, "federation": 0.6, "rounds": 2, "strength": 1}[cell.arm]
 
 
+# Notebook 04 ---------------------------------------------------------------------------------------------------------
+
+
+def cells_04(cohort: str, p: Params) -> list[Cell]:
+    """Every arm under every attack, seed by seed; then other shares of pruning."""
+    sweep = p.record.evasion
+    found = [
+        Cell("arm", seed, group=variant, variants=(variant,))
+        for seed in p.seeds.evaluation
+        for variant in evasion_arms.VARIANTS
+    ]
+    found += [
+        Cell("prune", seed, keys={"prune": ratio}, group=variant, variants=(variant,))
+        for seed in p.seeds.evaluation[: sweep.seeds]
+        for variant in sweep.variants
+        for ratio in sweep.prune
+    ]
+    return found
+
+
+def run_04(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
+    (variant,) = cell.variants
+    if cell.arm == "prune":
+        return evasion_eval.prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"])
+    return evasion_eval.arm_cell(cohort, p, variant, cell.seed, retrained=True)
+
+
+def rounds_04(p: Params, cell: Cell) -> float:
+    """As a multiple of a federation of GANs, measured on two cores."""
+    if cell.arm == "prune":
+        return 1.0
+    return 8.0 if cell.variants[0].startswith("hardened") else 6.0
+
+
 DESIGNS = {
     "01_backdoor_fedgan": Design(cells_01, run_01, summarise_01, FEDGAN_MODULES, ("fedgan", "classifier"), rounds_01),
     "02_feddetect": Design(
@@ -254,5 +299,26 @@ DESIGNS = {
         ),
         ("inversion",),
         rounds_03,
+    ),
+    "04_adversarial_pruning_defense": Design(
+        cells_04,
+        run_04,
+        evasion_eval.summarise,
+        (
+            "adversarial",
+            "attention",
+            "classifier",
+            "evasion_arms",
+            "evasion_checks",
+            "evasion_eval",
+            "evasion_library",
+            "evasion_maps",
+            "metrics",
+            "models",
+            "pruning",
+            "robust",
+        ),
+        ("evasion",),
+        rounds_04,
     ),
 }

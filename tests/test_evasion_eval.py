@@ -2,13 +2,26 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from medsec import adversarial, evasion_arms, evasion_checks, evasion_maps, params, paths, tables
+from medsec import (
+    adversarial,
+    claims,
+    evasion_arms,
+    evasion_checks,
+    evasion_maps,
+    evasion_plots,
+    evasion_tables,
+    params,
+    paths,
+    record_designs,
+    tables,
+)
 from medsec import evasion_eval as ev
 from medsec.errors import InputError
 from medsec.models import SmallResNet
@@ -172,7 +185,7 @@ def test_a_checkpoint_is_used_as_long_as_nothing_has_changed(p, tmp_path, monkey
     assert evasion_arms.load(other, "at_cbam", 0) is None, "another recipe"
     monkeypatch.setattr(evasion_arms, "train", lambda *_: "trained now")
     assert evasion_arms.network(other, "at_cbam", 0) == "trained now"
-    assert evasion_arms.network(setup, "base", 0) == "trained now", "cheap arms leave no checkpoint"
+    assert file.stat().st_size < 2.3 * sum(v.numel() for v in model.state_dict().values()), "two bytes a weight"
 
 
 def test_unknown_arms_are_named(p):
@@ -352,6 +365,90 @@ def test_an_arm_is_measured_beside_the_lesions_of_the_phantom(p):
     assert set(rows["map"]) == {"area", "prior", "grad_cam", "integrated_gradients", "cbam1", "cbam2", "cbam3"}
     assert not rows.duplicated(["map", "eps"]).any()
     assert ev._attribution_rows(evasion_arms.prepare("npz", p), "base", None, 0).empty
+
+
+# The record -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_has_every_arm_on_five_seeds_and_the_whole_test_set():
+    full = params.load("full")
+    cells = record_designs.cells_04("phantom", full)
+    assert len({cell.name for cell in cells}) == len(cells)
+    for variant in evasion_arms.VARIANTS:
+        assert len({c.seed for c in cells if c.arm == "arm" and c.variants == (variant,)}) >= 5
+    assert full.evasion.test_images is None
+    attacks = full.evasion.attacks
+    assert {"pgd20", "pgd20_eps10", "pgd_margin", "pgd_detached", "deepfool_capped", "square"} <= set(attacks.scenarios)
+    assert {full.evasion.eps, *attacks.autoattack_more} >= {4, 8}
+    assert attacks.cw.images == 128
+    assert len(attacks.cw.variants) == 4
+    assert min(full.evasion.sweep) == 0.5
+    assert max(full.evasion.sweep) == 16
+    assert not set(full.seeds.evaluation) & set(full.seeds.tuning)
+    shares = {c.keys["prune"] for c in cells if c.arm == "prune"} | {full.evasion.prune}
+    assert min(shares) == 0
+    assert max(shares) == 0.95
+
+
+def test_a_cell_of_the_record_runs_and_leaves_a_checkpoint(p, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    cell = record_designs.Cell("prune", 0, keys={"prune": 0.5}, group="prune", variants=("prune",))
+    assert set(record_designs.run_04("npz", p, cell)["prune"]) == {"0.5"}
+    cell = record_designs.Cell("arm", 0, group="retrain", variants=("retrain",))
+    record_designs.run_04("npz", p, cell)
+    assert evasion_arms.checkpoint("npz", "retrain", 0).is_file()
+    cell = record_designs.Cell("arm", 0, group="finetune", variants=("finetune",))
+    record_designs.run_04("npz", p, cell)
+    assert not evasion_arms.checkpoint("npz", "finetune", 0).is_file(), "the notebook does not attack it"
+
+
+def test_every_claim_asks_for_a_row_that_can_exist():
+    ledger, p = claims.load("3-pruning"), params.load("full").evasion
+    assert ledger["table"] == "04_adversarial_pruning_defense"
+    at = ev.eps_key(p.eps / 255)
+    for claim in ledger["claims"]:
+        where = claim["where"]
+        known = evasion_arms.VARIANTS if "record_only" in claim else evasion_arms.QUICK
+        assert where["variant"] in known, claim["id"]
+        assert where["scenario"] in {"clean", *p.attacks.scenarios}, claim["id"]
+        assert where["metric"].removesuffix("_minus_base") in ev.UNITS, claim["id"]
+        assert where.get("eps", "") == ("" if where["scenario"] == "clean" else at), claim["id"]
+
+
+def test_views_of_a_summary(p):
+    """A small record, through every table and figure of the notebook."""
+    runs = [ev.arm_cell("npz", p, variant, seed) for variant in ("base", "prune_cbam") for seed in (0, 1)]
+    runs += [ev.prune_cell("npz", p, "prune", 0, ratio) for ratio in (0.0, 0.5)]
+    summary = ev.summarise(pd.concat(runs), p)
+    e = p.evasion
+    rates = evasion_tables.rates(summary, e)
+    assert rates["variant"].unique().tolist() == ["base", "prune_cbam"]
+    assert set(rates.loc[rates["variant"] == "base", "metric"]) == {"dr_whitebox"}
+    fig, _ = evasion_plots.rates(rates, {"a": 0.5}, "")
+    plt.close(fig)
+    table = evasion_tables.headline(summary, e)
+    assert table["arm"].tolist() == ["base", "prune_cbam"]
+    assert {"pgd20", "autoattack", "worst_case", "transfer"} <= set(table.columns)
+    assert table.loc[0, "transfer"] == ""
+    curve = evasion_tables.over_eps(summary, ["base"])
+    assert curve["x"].tolist() == pytest.approx([0, 4, 2, 8], abs=1e-3)
+    assert {k: v["x"].tolist() for k, v in evasion_tables.over_pruning(summary, e, ["prune"]).items()} == {
+        "accuracy, clean": [0, 0.5],
+        "accuracy, PGD 4/255": [0, 0.5],
+    }
+    assert evasion_tables.over_pruning(summary, e, ["base"]) == {}
+    checks = evasion_tables.checks(summary)
+    assert list(checks.columns) == ["check", "base", "prune_cbam"]
+    assert checks.set_index("check").loc["undefended breaks", "prune_cbam"] == "not asked"
+    assert evasion_tables.pointing(summary).empty
+    setup = evasion_arms.prepare("npz", p)
+    x, y = (part[:3] for part in setup.splits["test"])
+    fig, axes = evasion_plots.examples(x, {"base": x}, "", times=10, answers={"base": 1 - y}, y=y)
+    assert axes.shape == (3, 3)
+    plt.close(fig)
+    fig, axes = evasion_plots.looks(x, {"a": x[:, 0], "flat": torch.zeros(3, 28, 28)}, None, "")
+    assert axes.shape == (3, 3)
+    plt.close(fig)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""Views of notebook 04's summary table: what its figures and tables show. All read a table, none attacks a model."""
+
+import pandas as pd
+
+from medsec import tables
+from medsec.evasion_arms import ARMS
+from medsec.evasion_eval import UNITS, eps_key
+from medsec.params import EvasionParams
+
+RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
+STRONGEST = ("autoattack", "worst_case")  # the first that a table has
+
+
+def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
+    """The row that matches as text, value and interval; empty where there is none."""
+    found = tables.select(summary, where)
+    return tables.interval(found.iloc[0], digits) if len(found) else ""
+
+
+def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> pd.DataFrame:
+    """The three defence rates of every arm at the headline's eps; ``whitebox``: the attack that knows the arm."""
+    rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
+    white = rows[(rows["metric"] == "dr_whitebox") & (rows["scenario"] == whitebox)]
+    others = rows[rows["metric"].isin(RATES[1:]) & (rows["scenario"] == "pgd20")]
+    found = pd.concat([white, others])
+    order = {variant: place for place, variant in enumerate(ARMS)}
+    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+
+
+def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """One line an arm: what it costs on clean images, and what attacks leave."""
+    at, lines = eps_key(p.eps / 255), []
+    for variant in ARMS:
+        clean = {"variant": variant, "scenario": "clean"}
+        if tables.select(summary, {**clean, "metric": "accuracy"}).empty:
+            continue
+        line = {
+            "arm": variant,
+            "balanced accuracy": cell(summary, 3, **clean, metric="balanced_accuracy"),
+            "minus base": cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
+            "AUC": cell(summary, 3, **clean, metric="auc"),
+        }
+        attacked = summary[
+            (summary["variant"] == variant) & (summary["metric"] == "dr_whitebox") & (summary["eps"] == at)
+        ]
+        for scenario in dict.fromkeys(attacked.loc[attacked["prune"] == "", "scenario"]):
+            line[scenario] = cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
+        line["transfer"] = cell(summary, 2, variant=variant, scenario="pgd20", metric="dr_transfer", eps=at)
+        line["n"] = tables.row(summary, **clean, metric="accuracy")["n"]
+        lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
+def over_eps(summary: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
+    """Accuracy under PGD over eps in 255ths, and at 0 without an attack (`plots.curves`)."""
+    rows = summary[summary["variant"].isin(variants) & (summary["metric"] == "accuracy") & (summary["prune"] == "")]
+    rows = rows[rows["scenario"].isin(["clean", "pgd20"])]
+    x = 255 * pd.to_numeric(rows["eps"].where(rows["eps"] != "", "0"))
+    return rows.assign(name=rows["variant"], x=x)
+
+
+def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -> dict[str, pd.DataFrame]:
+    """Accuracy on clean images and under PGD over the share of weights that is pruned; empty without such rows."""
+    rows = summary[summary["variant"].isin(variants) & (summary["metric"] == "accuracy")]
+    if (rows["prune"] == "").all():
+        return {}
+    rows = rows.assign(name=rows["variant"], x=pd.to_numeric(rows["prune"].where(rows["prune"] != "", f"{p.prune:g}")))
+    attacked = rows["scenario"].eq("pgd20") & rows["eps"].eq(eps_key(p.eps / 255))
+    return {"accuracy, clean": rows[rows["scenario"] == "clean"], f"accuracy, PGD {p.eps:g}/255": rows[attacked]}
+
+
+def checks(summary: pd.DataFrame) -> pd.DataFrame:
+    """One line a check, one column an arm: in how many of the runs it passed."""
+    rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
+    passed = (rows["value"] * rows["n"]).round().astype(int).astype(str) + " of " + rows["n"].astype(str)
+    table = rows.assign(passed=passed).pivot(index="metric", columns="variant", values="passed")
+    order = [variant for variant in ARMS if variant in table.columns]
+    names = list(dict.fromkeys(rows["metric"]))
+    table = table.loc[names, order].fillna("not asked").reset_index()
+    table["metric"] = table["metric"].str.replace("_", " ")
+    return table.rename(columns={"metric": "check"})
+
+
+def pointing(summary: pd.DataFrame) -> pd.DataFrame:
+    """Pointing game on clean images, one row an arm and map, controls first (`plots.dots`)."""
+    rows = summary[(summary["scenario"] == "attribution") & (summary["eps"] == "")]
+    control = rows["map"].isin(["area", "prior"])
+    rows = (
+        pd.concat([rows[control & (rows["variant"] == rows["variant"].iloc[0])], rows[~control]]) if len(rows) else rows
+    )
+    names = {"area": "a point at random", "prior": "always where most lesions are"}
+    return rows.assign(
+        name=[names.get(r["map"], f"{r['variant']}: {r['map'].replace('_', ' ')}") for r in rows.to_dict("records")]
+    )
