@@ -43,11 +43,17 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """One line a defence and strength: ``variant, strength``, ``x, x_low, x_high`` (AUC, difference to no defence on the same
-    seeds), ``y, y_low, y_high`` (adaptive PSNR), the fewest seeds ``n``, and ``usual``, whether it is the headline's strength.
+    """One line a defence and strength, with the fewest seeds ``n`` and ``usual``, whether it is the headline's strength.
+
+    Columns ``variant, strength``; ``x, x_low, x_high``: AUC, difference to no defence on the same seeds; ``y, …``: adaptive
+    PSNR; ``z, …``: adaptive retrieval in a projected gallery.
     """
     axes = {}
-    for axis, scenario, metric in (("x", "utility", "auc_minus_none"), ("y", "adaptive", "psnr")):
+    for axis, scenario, metric in (
+        ("x", "utility", "auc_minus_none"),
+        ("y", "adaptive", "psnr"),
+        ("z", "adaptive", "retrieval_projected"),
+    ):
         rows = summary[(summary["scenario"] == scenario) & (summary["metric"] == metric)]
         if axis == "x":  # the reference itself has no difference
             none = tables.headline(summary, "auc")
@@ -56,7 +62,7 @@ def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
         rows = rows[(rows[others] == "").all(axis=1)].set_index(["variant", "strength"])
         names = {"value": axis, "low": f"{axis}_low", "high": f"{axis}_high", "n": f"n_{axis}"}
         axes[axis] = rows[list(names)].rename(columns=names)
-    both = axes["x"].join(axes["y"], how="inner").reset_index()
+    both = axes["x"].join([axes["y"], axes["z"]], how="inner").reset_index()
     both["usual"] = both["strength"] == ""
     both["strength"] = [
         strength or f"{usual_strength(variant, params):g}" if usual_strength(variant, params) is not None else ""
@@ -65,7 +71,7 @@ def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
     order = {variant: place for place, variant in enumerate(VARIANTS)}
     both = both.sort_values("strength", key=lambda column: pd.to_numeric(column).fillna(0))
     both = both.sort_values("variant", key=lambda column: column.map(order), kind="stable")
-    return both.assign(n=both[["n_x", "n_y"]].min(axis=1)).drop(columns=["n_x", "n_y"]).reset_index(drop=True)
+    return both.assign(n=both[["n_x", "n_y"]].min(axis=1)).drop(columns=["n_x", "n_y", "n_z"]).reset_index(drop=True)
 
 
 def usual_strength(variant: str, params: Params) -> float | None:
@@ -79,15 +85,15 @@ def usual_strength(variant: str, params: Params) -> float | None:
 def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
     """Every point of `plane` against a defence at its usual strength.
 
-    One is ``ahead`` that is clearly better in privacy or in utility (the intervals do not meet) and not clearly worse in the
-    other; ``behind`` the other way round; else they are ``alike``, or it is a ``trade``: better in one, worse in the other.
-    A PSNR below the floor, which needs no gradient, counts as the floor.
+    There are three measures: the PSNR (below the floor, which needs no gradient, it counts as the floor), retrieval, AUC. One
+    is ``ahead`` that is clearly better in one of them (the intervals do not meet) and clearly worse in none; ``behind`` the
+    other way round; ``trade`` if it is better in one and worse in another; else they are ``alike``.
     """
     (own,) = points[(points["variant"] == variant) & points["usual"]].to_dict("records")
 
     def better(a: dict, b: dict) -> list[bool]:
         lower = max(a["y_high"], floor) < max(b["y_low"], floor)
-        return [lower, a["x_low"] > b["x_high"]]
+        return [lower, a["z_high"] < b["z_low"], a["x_low"] > b["x_high"]]
 
     lines = []
     for point in points.to_dict("records"):
@@ -95,7 +101,11 @@ def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
         word = {(True, False): "ahead", (False, True): "behind", (True, True): "trade", (False, False): "alike"}
         shown = {
             name: f"{point[axis]:.{digits}f} [{point[f'{axis}_low']:.{digits}f}, {point[f'{axis}_high']:.{digits}f}]"
-            for name, axis, digits in (("PSNR, adaptive", "y", 1), ("AUC, minus none", "x", 3))
+            for name, axis, digits in (
+                ("PSNR, adaptive", "y", 1),
+                ("retrieval projected, adaptive", "z", 2),
+                ("AUC, minus none", "x", 3),
+            )
         }
         is_own = point["variant"] == variant and point["usual"]
         lines.append(

@@ -502,34 +502,43 @@ def test_views_of_a_summary(p):
 
 
 def test_who_is_ahead_of_a_defence():
-    """Intervals as (low, high): of the AUC's difference to none, and of the PSNR; the floor is at 19 dB."""
+    """Intervals as (low, high): of the AUC's difference to none, of the PSNR (floor 19 dB), of the retrieval."""
     cases = {
-        "itself": ((-0.02, -0.01), (20.0, 21.0), ""),
-        "more private": ((-0.02, -0.01), (19.0, 19.5), "ahead"),
-        "cheaper": ((0.0, 0.01), (20.0, 22.0), "ahead"),
-        "leaks more": ((-0.02, 0.0), (30.0, 31.0), "behind"),
-        "costs more": ((-0.2, -0.1), (20.0, 21.0), "behind"),
-        "none": ((0.0, 0.0), (48.0, 49.0), "trade"),
-        "a little of each": ((-0.03, 0.0), (19.0, 22.0), "alike"),
+        "itself": ((-0.02, -0.01), (20.0, 21.0), (0.0, 0.2), ""),
+        "more private": ((-0.02, -0.01), (19.0, 19.5), (0.0, 0.2), "ahead"),
+        "cheaper": ((0.0, 0.01), (20.0, 22.0), (0.0, 0.2), "ahead"),
+        "leaks more": ((-0.02, 0.0), (30.0, 31.0), (0.0, 0.2), "behind"),
+        "tells whose": ((-0.02, 0.0), (20.0, 21.0), (0.5, 0.9), "behind"),
+        "costs more": ((-0.2, -0.1), (20.0, 21.0), (0.0, 0.2), "behind"),
+        "none": ((0.0, 0.0), (48.0, 49.0), (1.0, 1.0), "trade"),
+        "a little of each": ((-0.03, 0.0), (19.0, 22.0), (0.1, 0.3), "alike"),
+        "below the floor": ((-0.03, 0.0), (9.0, 10.0), (0.0, 0.0), "ahead"),
     }
     points = pd.DataFrame(
         {
             "variant": name,
             "strength": "",
-            **dict(zip(("x", "x_low", "x_high"), (sum(x) / 2, *x), strict=True)),
-            **dict(zip(("y", "y_low", "y_high"), (sum(y) / 2, *y), strict=True)),
+            **{
+                f"{axis}{end}": value
+                for axis, ends in zip("xyz", case[:3], strict=True)
+                for end, value in ends_of(ends)
+            },
             "n": 5,
             "usual": True,
         }
-        for name, (x, y, _) in cases.items()
+        for name, case in cases.items()
     )
-    found = inversion_tables.standing(points, "itself", 19.0)
-    assert found.set_index("defence")["against itself"].to_dict() == {
-        name: word for name, (_, _, word) in cases.items()
-    }
-    no_better = points.assign(y_low=[19.0, 10.0, *[19.0] * 5], y_high=[19.0, 12.0, *[19.0] * 5])
-    found = inversion_tables.standing(no_better, "itself", 19.0).set_index("defence")["against itself"]
-    assert found["more private"] == "alike", "below the floor nobody is more private"
+    found = inversion_tables.standing(points, "itself", 19.0).set_index("defence")["against itself"]
+    assert found.to_dict() == {name: case[3] for name, case in cases.items()}
+    at_the_floor = points.assign(y_low=points["y_low"].where(points["variant"] != "itself", 15.0))
+    at_the_floor["y_high"] = at_the_floor["y_high"].where(points["variant"] != "itself", 18.0)
+    found = inversion_tables.standing(at_the_floor, "itself", 19.0).set_index("defence")["against itself"]
+    assert found["below the floor"] == "alike", "below the floor nobody is more private"
+
+
+def ends_of(ends):
+    low, high = ends
+    return [("", (low + high) / 2), ("_low", low), ("_high", high)]
 
 
 def test_changes_are_those_of_the_last_class(p, setup):
