@@ -5,23 +5,32 @@ its projected thickness in cm at every pixel: an ellipsoid projects to ``2 c sqr
 times attenuation coefficients add up to a line integral, Beer-Lambert turns it into transmitted intensity, and scatter,
 quantum noise, detector blur and a display curve turn intensity into grey levels (dense tissue bright, air dark).
 
-Two rules keep the output reproducible to the last bit:
-
-* Pixels are computed in float32 with ``+ - * /``, square root, minimum, maximum, floor and comparisons only. IEEE 754
-  rounds each of these exactly, so neither the processor nor numpy's SIMD paths can change a result. ``exp`` and ``log``
-  are polynomials of our own, and sums over pixels are taken over integers: float sums depend on their order.
-* Random parameters are not drawn in sequence but hashed from (seed, patient, parameter name), so a patient looks the
-  same in every batch, and adding a parameter changes no other one.
+The arithmetic and the random numbers of `medsec.exact` keep the output reproducible to the last bit.
 
 Coordinates are patient centimetres: x grows towards the image's right (the patient's left), y towards the feet. Arrays
 are (B, n, n) for B patients and n pixels a side; a parameter drawn once per patient is (B, 1, 1).
 """
 
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from medsec.exact import (
+    Draws,
+    blurred,
+    counted,
+    ease,
+    ellipse,
+    exp,
+    halve,
+    lattice_noise,
+    log,
+    root,
+    sq,
+    three_taps,
+    turn,
+    where,
+)
 
 KINDS = ("lobar", "patchy", "diffuse", "round")
 SIZES = (28, 224)
@@ -67,8 +76,6 @@ _BLOCK_PIXELS = 32768  # pixels rendered at once: the working arrays then stay i
 _MARKERS = {"R": (30, 17, 17, 30, 20, 18, 17), "L": (16, 16, 16, 16, 16, 16, 31)}  # 5 x 7 dots, a row per number
 
 _F = np.float32
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the splitmix64 generator
-_MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Phantom
     patients, labels, styles = _checked(patients, labels, size, style)
     # Ribs and vessels of a 32-pixel image are finer than its pixels: draw them at twice the size, then average.
     n = size if size >= 56 else 2 * size
-    draws = _Draws(seed, patients, styles)
+    draws = Draws(seed, patients, styles, STYLES)
     out = Phantoms(
         images=np.empty((len(patients), size, size), np.uint8),
         lesion=np.empty((len(patients), size, size), bool),
@@ -105,7 +112,7 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Phantom
         rows = slice(start, start + step)
         grey, lesion, lung, kind = _render_block(draws.rows(rows), labels[rows], n)
         if n != size:
-            grey, lesion, lung = _halve(grey), _halve(lesion.astype(_F)) >= 0.5, _halve(lung.astype(_F)) >= 0.5
+            grey, lesion, lung = halve(grey), halve(lesion.astype(_F)) >= 0.5, halve(lung.astype(_F)) >= 0.5
         out.images[rows] = np.minimum(np.maximum(np.floor(grey * 255 + 0.5), 0), 255).astype(np.uint8)
         out.lesion[rows], out.lung[rows], out.kind[rows] = lesion, lung, kind
     return out
@@ -129,138 +136,6 @@ def _checked(patients, labels, size, style) -> tuple[np.ndarray, np.ndarray, lis
     if unknown:
         raise ValueError(f"unknown style {', '.join(map(repr, unknown))}: the styles are {', '.join(STYLES)}")
     return patients.astype(np.uint64), labels.astype(bool), styles
-
-
-# ------------------------------------------------------------------------------------------- exact arithmetic
-
-
-def _sq(x):
-    """A product: `**` may go through the C library's pow."""
-    return x * x
-
-
-def _root(x):
-    """Square root, 0 outside the body: ``_root(1 - r^2)`` is the profile of an ellipsoid of unit radius."""
-    return np.sqrt(np.maximum(x, 0))
-
-
-def _ease(x):
-    """A smooth step from 0 (x <= 0) to 1 (x >= 1)."""
-    x = np.minimum(np.maximum(x, 0), 1)
-    return x * x * (3 - 2 * x)
-
-
-def _where(mask, yes, no):
-    """`np.where` that stays in float32 (two Python numbers would give float64)."""
-    return np.where(mask, np.asarray(yes, _F), np.asarray(no, _F))
-
-
-def _ellipse(x, y, a, b):
-    """Profile, 0 to 1, of an ellipsoid with half-axes a and b."""
-    return _root(1 - _sq(x / a) - _sq(y / b))
-
-
-def _turn(t):
-    """Cosine and sine of the angle whose half has tangent t: a rotation without trigonometric functions."""
-    k = 1 / (1 + t * t)
-    return (1 - t * t) * k, 2 * t * k
-
-
-def _exp(x):
-    """exp(x) for -87 < x <= 0 to 3e-6: 2^floor(t) from the exponent bits, 2^(t - floor(t)) from a polynomial."""
-    t = x * 1.4426950408889634
-    whole = np.floor(t)
-    f = t - whole
-    p = ((((0.0018775767 * f + 0.0089893397) * f + 0.055826318) * f + 0.24015361) * f + 0.69315308) * f + 1
-    return p * ((whole.astype(np.int32) + 127) << 23).view(_F)
-
-
-def _log(x):
-    """log(x) for positive normal x to 1e-5: exponent bits, and 2 artanh((m - 1)/(m + 1)) of the mantissa m."""
-    bits = x.view(np.int32)
-    exponent = ((bits >> 23) - 127).astype(_F)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).view(_F)
-    s = (mantissa - 1) / (mantissa + 1)
-    q = s * s
-    return exponent * 0.69314718 + 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9)))))
-
-
-def _halve(x):
-    """Average 2 x 2 pixels: (B, 2m, 2m) -> (B, m, m), in a fixed order."""
-    rows = x[:, 0::2] + x[:, 1::2]
-    return (rows[:, :, 0::2] + rows[:, :, 1::2]) * 0.25
-
-
-# ---------------------------------------------------------------------------------------------- named draws
-
-
-def _mix(z):
-    """The splitmix64 finaliser: a bijection of uint64 that scatters neighbouring keys."""
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-def _unit(z):
-    """uint64 -> float32 uniform in [0, 1), from the top 24 bits."""
-    return (z >> 40).astype(_F) * 2.0**-24
-
-
-class _Draws:
-    """Random parameters by name. A value depends on (seed, patient, name), not on what else is drawn or when."""
-
-    def __init__(self, seed: int, patients: np.ndarray, styles: Sequence[str]):
-        """`patients` (N,) uint64, `styles` N letters."""
-        world = _mix(np.array([(int(seed) + 1) * _GOLDEN & _MASK64], np.uint64))
-        self._keys = _mix(world + patients * _GOLDEN)
-        self._styles = styles
-        self._rows = slice(None)
-        self._units: dict[str, np.ndarray] = {}  # drawn for the whole batch at once, shared by its blocks
-        self._presets: dict[str, np.ndarray] = {}
-
-    def rows(self, rows: slice) -> "_Draws":
-        """The same draws for a block of the patients."""
-        block = object.__new__(_Draws)
-        block.__dict__.update(self.__dict__, _rows=rows)
-        return block
-
-    def bits(self, name: str, count: int = 0) -> np.ndarray:
-        """uint64 words: (N,) for all patients of the batch or, with `count`, (B, count) for this block's."""
-        salt = zlib.crc32(name.encode()) * _GOLDEN & _MASK64
-        if not count:
-            return _mix(self._keys ^ salt)
-        first = _mix(self._keys[self._rows] ^ salt)
-        return _mix(first[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
-
-    def __call__(self, name: str, low, high) -> np.ndarray:
-        """Uniform in [low, high), (B, 1, 1) float32."""
-        if name not in self._units:
-            self._units[name] = _unit(self.bits(name)).reshape(-1, 1, 1)
-        return low + self._units[name][self._rows] * (high - low)
-
-    def many(self, name: str, low: float, high: float, count: int) -> np.ndarray:
-        """`count` uniform numbers per patient, (B, count) float32."""
-        return low + _unit(self.bits(name, count)) * (high - low)
-
-    def chance(self, name: str, probability) -> np.ndarray:
-        """True with the given probability, (B, 1, 1) bool."""
-        return self(name, 0, 1) < probability
-
-    def preset(self, key: str) -> np.ndarray:
-        """A style's entry for each image: (B, 1, 1, 2) float32, a single number twice."""
-        if key not in self._presets:
-            table = {s: np.broadcast_to(np.array(STYLES[s][key], _F), 2) for s in set(self._styles)}
-            self._presets[key] = np.array([table[s] for s in self._styles], _F).reshape(-1, 1, 1, 2)
-        return self._presets[key][self._rows]
-
-    def styled(self, key: str) -> np.ndarray:
-        """Uniform in the range the image's style gives `key`, (B, 1, 1) float32."""
-        span = self.preset(key)
-        return self("style " + key, span[..., 0], span[..., 1])
-
-    def styled_chance(self, key: str) -> np.ndarray:
-        """True with the probability the image's style gives `key`, (B, 1, 1) bool."""
-        return self.chance("style " + key, self.preset(key)[..., 0])
 
 
 # ---------------------------------------------------------------------------------------- patient and geometry
@@ -308,20 +183,20 @@ class _Lungs:
     half_depth: np.ndarray  # (B, 1, 1) cm
 
 
-def _frame(d: _Draws, n: int) -> _Frame:
+def _frame(d: Draws, n: int) -> _Frame:
     """Pixel centres in detector and patient coordinates: the patient stands off-centre and leans a little."""
     unit = ((np.arange(n) + 0.5) * (2 / n) - 1).astype(_F)
     half_field = d.styled("half_field")
     plate_x, plate_y = unit[None, None, :] * half_field, unit[None, :, None] * half_field
     upright_x = plate_x + d("offset x", -1.7, 1.7)
     upright_y = plate_y + d("offset y", -2.1, 1.9) + d.styled("shift_y")
-    cos, sin = _turn(d("lean", -0.05, 0.05) + d("lean more", -0.03, 0.03))
+    cos, sin = turn(d("lean", -0.05, 0.05) + d("lean more", -0.03, 0.03))
     x, y = cos * upright_x + sin * upright_y, cos * upright_y - sin * upright_x
     pixel = half_field * (2 / n)
     return _Frame(x, y, np.abs(x), x < 0, upright_x, upright_y, plate_x, plate_y, half_field, pixel)
 
 
-def _habitus(d: _Draws) -> _Habitus:
+def _habitus(d: Draws) -> _Habitus:
     return _Habitus(
         depth=d("depth", 8.3, 11.5),
         child=np.maximum(d("child", -0.6, 1.0), 0),
@@ -330,45 +205,31 @@ def _habitus(d: _Draws) -> _Habitus:
     )
 
 
-def _texture(d: _Draws, name: str, f: _Frame, cell: float) -> np.ndarray:
+def _texture(d: Draws, name: str, f: _Frame, cell: float) -> np.ndarray:
     """Smooth noise in [0, 1): random values on a lattice of `cell` cm fixed to the patient, interpolated. (B, n, n)."""
-    reach = 21.0  # cm, beyond every field of view
-    cells = int(2 * reach / cell)
-    knots = d.many(name, 0, 1, (cells + 1) * (cells + 1)).reshape(-1, cells + 1, cells + 1)
-
-    def lattice(position):
-        t = np.minimum(np.maximum((position + reach) * (1 / cell), 0), cells - 0.5)
-        low = np.floor(t)
-        return low.astype(np.intp), _ease(t - low)
-
-    (ix, fx), (iy, fy) = lattice(f.upright_x), lattice(f.upright_y)
-    left, right = np.take_along_axis(knots, ix, 2), np.take_along_axis(knots, ix + 1, 2)
-    rows = left + (right - left) * fx
-    patient, iy = np.arange(len(knots))[:, None], iy[:, :, 0]
-    upper, lower = rows[patient, iy], rows[patient, iy + 1]
-    return upper + (lower - upper) * fy
+    return lattice_noise(d, name, f.upright_x, f.upright_y, cell=cell, reach=21.0)  # cm, beyond every field of view
 
 
 # ------------------------------------------------------------------------------------------- soft-tissue anatomy
 
 
-def _body(d: _Draws, f: _Frame, h: _Habitus) -> np.ndarray:
+def _body(d: Draws, f: _Frame, h: _Habitus) -> np.ndarray:
     """Thickness of trunk, shoulders, neck and chin along the ray, cm. (B, n, n)."""
     width, top = d("body width", 14.6, 16.8), d("body top", 16.2, 17.8)
-    trunk = 2 * h.depth * _root(1 - _sq(_sq(f.x / width)) - _sq(_sq(np.minimum(f.y - 6, 0) / top)))
+    trunk = 2 * h.depth * root(1 - sq(sq(f.x / width)) - sq(sq(np.minimum(f.y - 6, 0) / top)))
     side = f.across - d("shoulder x", 12.0, 13.6)
     up = f.y - d("shoulder y", -10.4, -8.6)
-    shoulder = d("shoulder depth", 12, 15) * _ellipse(side, up, d("shoulder a", 7.8, 9.4), d("shoulder b", 5.0, 6.2))
+    shoulder = d("shoulder depth", 12, 15) * ellipse(side, up, d("shoulder a", 7.8, 9.4), d("shoulder b", 5.0, 6.2))
     # The trapezius slopes from the neck down to the shoulder.
     slope = f.y - d("trapezius y", -15.6, -13.6) - d("trapezius slope", 0.28, 0.55) * (f.across - 5)
-    trapezius = 13 * _ease(slope * 0.22) * _ease((-2 - f.y + 0.25 * (f.across - 10)) * 0.16)
-    neck = d("neck depth", 11, 13) * _root(1 - _sq(_sq(f.x / d("neck width", 5.6, 7.0)))) * _ease((-6 - f.y) * 0.25)
-    chin = 15 * _ellipse(f.x, f.y - d("chin y", -24.5, -19.5), 6.3, 5.6)
+    trapezius = 13 * ease(slope * 0.22) * ease((-2 - f.y + 0.25 * (f.across - 10)) * 0.16)
+    neck = d("neck depth", 11, 13) * root(1 - sq(sq(f.x / d("neck width", 5.6, 7.0)))) * ease((-6 - f.y) * 0.25)
+    chin = 15 * ellipse(f.x, f.y - d("chin y", -24.5, -19.5), 6.3, 5.6)
     limbs = np.maximum(np.maximum(shoulder, trapezius), np.maximum(neck, chin))
     return np.maximum(trunk, limbs)
 
 
-def _lungs(d: _Draws, f: _Frame, h: _Habitus) -> _Lungs:
+def _lungs(d: Draws, f: _Frame, h: _Habitus) -> _Lungs:
     """Two lungs, tapering to the apex, cut off below by the domes of the diaphragm."""
     widest = 4.0  # cm: the height at which a lung is widest
     apex = d("lung apex", -13.6, -10.8)
@@ -379,58 +240,58 @@ def _lungs(d: _Draws, f: _Frame, h: _Habitus) -> _Lungs:
         f.right, d("lung right", 6.0, 6.9) * (1 + 0.05 * h.yaw), d("lung left", 5.9, 6.8) * (1 - 0.05 * h.yaw)
     )
     half_depth = d("lung depth", 0.70, 0.82) * h.depth
-    r2 = _sq((f.across - centre) / half_width) + _sq(above / (widest - apex)) + _sq(below / 17)
-    air = 2 * half_depth * _root(1 - r2 * r2)
+    r2 = sq((f.across - centre) / half_width) + sq(above / (widest - apex)) + sq(below / 17)
+    air = 2 * half_depth * root(1 - r2 * r2)
     right_dome = d("dome y", 6.6, 8.2) + h.breath
     dome = np.where(f.right, right_dome, right_dome + d("dome left", 0.3, 1.9))  # the liver lifts the right side
     return _Lungs(np.maximum(air - _diaphragm(d, f, dome, half_depth), 0), centre, half_width, apex, dome, half_depth)
 
 
-def _diaphragm(d: _Draws, f: _Frame, dome: np.ndarray, half_depth: np.ndarray) -> np.ndarray:
+def _diaphragm(d: Draws, f: _Frame, dome: np.ndarray, half_depth: np.ndarray) -> np.ndarray:
     """Abdomen in front of the lung, cm: a half ellipsoid rising to `dome`, everything below its equator."""
     height = d("dome height", 4.6, 7.5)
     equator = dome + height
     side = (f.across - d("dome centre", 5.4, 6.8)) / d("dome width", 7.0, 8.6)
-    rising = 2.7 * half_depth * _root(1 - _sq(side) - _sq((f.y - equator) / height))
+    rising = 2.7 * half_depth * root(1 - sq(side) - sq((f.y - equator) / height))
     return np.where(f.y >= equator, _F(99), rising)  # more than any lung holds
 
 
-def _heart(d: _Draws, f: _Frame, h: _Habitus) -> np.ndarray:
+def _heart(d: Draws, f: _Frame, h: _Habitus) -> np.ndarray:
     """Tissue the heart and the aortic arch put in the lung's place, cm. (B, n, n)."""
-    enlarged = _where(d.chance("cardiomegaly", 0.12), 1.17, 1)
+    enlarged = where(d.chance("cardiomegaly", 0.12), 1.17, 1)
     scale = d("heart size", 0.82, 1.12) * (1 + 0.16 * h.child) * enlarged
     shift = 0.9 * h.yaw
-    cos, sin = _turn(d("heart axis", 0.22, 0.36))  # the axis points 25 to 40 degrees down to the left
+    cos, sin = turn(d("heart axis", 0.22, 0.36))  # the axis points 25 to 40 degrees down to the left
     x = f.x - d("heart x", 1.9, 2.9) - shift
     y = f.y - d("heart y", 3.6, 4.8) - 0.55 * h.breath
-    ventricles = d("heart depth", 8, 10) * _ellipse(cos * x + sin * y, cos * y - sin * x, 6.3 * scale, 4.5 * scale)
-    atrium = 8 * _ellipse(f.x - shift + 1.4, f.y - 3.8 - 0.5 * h.breath, 2.9 * scale, 4.6)
+    ventricles = d("heart depth", 8, 10) * ellipse(cos * x + sin * y, cos * y - sin * x, 6.3 * scale, 4.5 * scale)
+    atrium = 8 * ellipse(f.x - shift + 1.4, f.y - 3.8 - 0.5 * h.breath, 2.9 * scale, 4.6)
     arch_x, arch_y = f.x - shift - d("aorta x", 1.6, 2.4), f.y - d("aorta y", -5.8, -4.4)
-    arch = 10 * _ellipse(arch_x, arch_y, d("aorta radius", 1.5, 2.3), 1.9) * (1 - 0.6 * h.child)
+    arch = 10 * ellipse(arch_x, arch_y, d("aorta radius", 1.5, 2.3), 1.9) * (1 - 0.6 * h.child)
     return np.maximum(np.maximum(ventricles, atrium), arch)
 
 
-def _mediastinum(d: _Draws, f: _Frame, h: _Habitus) -> np.ndarray:
+def _mediastinum(d: Draws, f: _Frame, h: _Habitus) -> np.ndarray:
     """The band of vessels and oesophagus between the lungs, cm; a child's thymus widens its upper half."""
-    thymus = 0.9 * h.child * _ease((1 - f.y) * 0.12)
-    width = d("mediastinum", 2.3, 3.0) + thymus + 0.35 * _ease((-7 - f.y) * 0.25)
-    return 22 * _root(1 - _sq((f.x - 0.9 * h.yaw) / width))
+    thymus = 0.9 * h.child * ease((1 - f.y) * 0.12)
+    width = d("mediastinum", 2.3, 3.0) + thymus + 0.35 * ease((-7 - f.y) * 0.25)
+    return 22 * root(1 - sq((f.x - 0.9 * h.yaw) / width))
 
 
-def _hilum(d: _Draws, f: _Frame) -> tuple[np.ndarray, np.ndarray]:
+def _hilum(d: Draws, f: _Frame) -> tuple[np.ndarray, np.ndarray]:
     """Where the vessels enter the lungs: cm from the midline (B, 1, 1), and height (B, n, n), the left higher."""
     y = d("hilum y", -0.9, 0.3)
     return d("hilum x", 3.3, 4.2), np.where(f.right, y, y - 0.9)
 
 
-def _hila(d: _Draws, f: _Frame) -> np.ndarray:
+def _hila(d: Draws, f: _Frame) -> np.ndarray:
     """Vessel roots beside the heart, cm; prominent in some patients without pneumonia."""
     x, y = _hilum(d, f)
-    size = d("hilum size", 0.6, 1.7) * _where(d.chance("hilum prominent", 0.15), 1.6, 1)
-    return 2.2 * size * _ellipse(f.across - x, f.y - y, 1.9, 2.7)
+    size = d("hilum size", 0.6, 1.7) * where(d.chance("hilum prominent", 0.15), 1.6, 1)
+    return 2.2 * size * ellipse(f.across - x, f.y - y, 1.9, 2.7)
 
 
-def _vessels(d: _Draws, f: _Frame) -> np.ndarray:
+def _vessels(d: Draws, f: _Frame) -> np.ndarray:
     """Pulmonary vessels, cm: bent tapering tubes that fan out from each hilum, with a daughter branch. (B, n, n)."""
     vessels = np.zeros_like(f.x)
     tubes, n = 7, f.x.shape[2]
@@ -440,12 +301,12 @@ def _vessels(d: _Draws, f: _Frame) -> np.ndarray:
     for side, columns, outward in (("right", np.s_[:reach], -1), ("left", np.s_[n - reach :], 1)):
         x = outward * f.x[:, :, columns] - 0.9 * hilum_x
         y = f.y[:, :, columns] - hilum_y[:, :, columns]
-        turn, bend = d.many(f"vessel turn {side}", -0.11, 0.11, tubes), d.many(f"vessel bend {side}", -1, 1, tubes)
+        turns, bend = d.many(f"vessel turn {side}", -0.11, 0.11, tubes), d.many(f"vessel bend {side}", -1, 1, tubes)
         stretch, fork = d.many(f"vessel length {side}", 0.65, 1.15, tubes), d.many(f"vessel fork {side}", -1, 1, tubes)
         for k in range(tubes):
             fan = (k + 0.5) / tubes * 2 - 1  # -1 up .. 1 down
             one = np.s_[:, k, None, None]
-            cos, sin = _turn(0.62 * fan + turn[one])
+            cos, sin = turn(0.62 * fan + turns[one])
             length = (8.5 if abs(fan) < 0.5 else 10.0) * stretch[one]
             along, off = cos * x + sin * y, cos * y - sin * x
             off = off - 0.028 * bend[one] * along * along
@@ -453,7 +314,7 @@ def _vessels(d: _Draws, f: _Frame) -> np.ndarray:
             radius = np.maximum(caliber * (1 - 0.8 * part), 0.07)
             inside = (part > 0) & (part < 1)
             vessels[:, :, columns] += _tube(f, off, radius) * inside
-            off = off - _where(fork[one] > 0, 0.35, -0.35) * (along - 0.4 * length)
+            off = off - where(fork[one] > 0, 0.35, -0.35) * (along - 0.4 * length)
             vessels[:, :, columns] += _tube(f, off, 0.7 * radius) * (inside & (part > 0.4))
     return vessels
 
@@ -461,61 +322,61 @@ def _vessels(d: _Draws, f: _Frame) -> np.ndarray:
 def _tube(f: _Frame, off: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Thickness of a tube at distance `off` from its axis, cm; widened to a pixel at equal cross-section."""
     drawn = f.at_least(radius, 0.45)
-    return (2 * radius * radius / drawn) * _root(1 - _sq(off / drawn))
+    return (2 * radius * radius / drawn) * root(1 - sq(off / drawn))
 
 
-def _scar(d: _Draws, f: _Frame) -> np.ndarray:
+def _scar(d: Draws, f: _Frame) -> np.ndarray:
     """A linear scar in about one lung in five, with or without pneumonia, cm."""
-    x = f.x - d("scar x", 4, 9) * _where(d.chance("scar side", 0.5), 1, -1)
+    x = f.x - d("scar x", 4, 9) * where(d.chance("scar side", 0.5), 1, -1)
     y = f.y - d("scar y", -6, 7)
-    cos, sin = _turn(d("scar angle", -0.5, 0.5))
-    strip = _ellipse(cos * x + sin * y, cos * y - sin * x, d("scar length", 1.5, 3.5), f.at_least(_F(0.4), 0.6))
+    cos, sin = turn(d("scar angle", -0.5, 0.5))
+    strip = ellipse(cos * x + sin * y, cos * y - sin * x, d("scar length", 1.5, 3.5), f.at_least(_F(0.4), 0.6))
     return d.chance("scar", 0.22) * d("scar depth", 0.5, 1.3) * strip
 
 
-def _air_outside_lungs(d: _Draws, f: _Frame, h: _Habitus, dome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _air_outside_lungs(d: Draws, f: _Frame, h: _Habitus, dome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Stomach gas below the left dome, and trachea with main bronchi: cm of air in place of tissue."""
     x = (f.x - d("gas x", 4.5, 7.5)) / d("gas a", 1.6, 3.4)
     y = (f.y - dome - d("gas y", 2.4, 4.0)) / d("gas b", 0.9, 1.8)
-    gas = 4 * _root(1 - _sq(x) - _sq(y)) * ((f.x > 0) & d.chance("gas", 0.6))
+    gas = 4 * root(1 - sq(x) - sq(y)) * ((f.x > 0) & d.chance("gas", 0.6))
     fork = -4.2  # cm: the carina
-    trachea = 1.8 * _root(1 - _sq((f.x - 0.72 * h.yaw - 0.15) / d("trachea radius", 0.75, 1.05))) * (f.y < fork)
-    bronchi = 1.4 * _root(1 - _sq((f.y - fork - 0.65 * (f.across - 0.2)) / 0.75))
+    trachea = 1.8 * root(1 - sq((f.x - 0.72 * h.yaw - 0.15) / d("trachea radius", 0.75, 1.05))) * (f.y < fork)
+    bronchi = 1.4 * root(1 - sq((f.y - fork - 0.65 * (f.across - 0.2)) / 0.75))
     return gas, np.maximum(trachea, bronchi * ((f.across < 3.4) & (f.y > fork - 0.2)))
 
 
-def _breasts(d: _Draws, f: _Frame, h: _Habitus) -> np.ndarray:
+def _breasts(d: Draws, f: _Frame, h: _Habitus) -> np.ndarray:
     """Breast tissue over the lower lungs in some adults, cm: a haze that is no pneumonia."""
     x = (f.across - d("breast x", 6.8, 8.4)) / d("breast a", 4.6, 6.0)
     y = (f.y - d("breast y", 3.0, 6.2)) / d("breast b", 4.2, 5.6)
-    return d.chance("breast", 0.40) * (1 - h.child) * d("breast depth", 1.5, 4.5) * _root(1 - _sq(x) - _sq(y))
+    return d.chance("breast", 0.40) * (1 - h.child) * d("breast depth", 1.5, 4.5) * root(1 - sq(x) - sq(y))
 
 
 # -------------------------------------------------------------------------------------------------- skeleton
 
 
-def _skeleton(d: _Draws, f: _Frame, lungs: _Lungs) -> np.ndarray:
+def _skeleton(d: Draws, f: _Frame, lungs: _Lungs) -> np.ndarray:
     """Bone along the ray, cm. (B, n, n)."""
     pitch, first = d("rib pitch", 2.15, 2.5), d("rib first", -13.4, -12.4)
     bend = d("scoliosis", -0.5, 0.5) + d("scoliosis tilt", -0.015, 0.015) * f.y
-    bend = bend + d("scoliosis bow", -1, 1) * _sq(f.y * 0.06)
+    bend = bend + d("scoliosis bow", -1, 1) * sq(f.y * 0.06)
     ribs = _ribs(d, f, lungs, bend, pitch, first)
     return ribs + _spine(d, f, f.x - bend, pitch, first) + _shoulder_girdle(d, f)
 
 
-def _ribs(d: _Draws, f: _Frame, lungs: _Lungs, bend, pitch, first) -> np.ndarray:
+def _ribs(d: Draws, f: _Frame, lungs: _Lungs, bend, pitch, first) -> np.ndarray:
     """Ribs, cm. Each is a hoop about the chest, tilted forward and down: behind it runs high, in front low.
 
     At |x| = cage sin(phi) the back of hoop k lies drop/2 (1 - cos phi) below its joint, the front drop/2 (1 + cos phi).
     """
     above = np.minimum(f.y - 4, 0) / (5 - lungs.apex)
-    cage = np.maximum(lungs.centre + lungs.half_width * _root(1 - _sq(above)) + 0.5, 3.2)
+    cage = np.maximum(lungs.centre + lungs.half_width * root(1 - sq(above)) + 0.5, 3.2)
     sin = np.minimum(np.abs(f.x - 1.4 * bend) / cage, 1)
-    cos = _root(1 - sin * sin)
+    cos = root(1 - sin * sin)
     half_drop = 0.5 * d("rib drop", 7.5, 10.5)
-    run2 = _sq(cage * cos) + _sq(half_drop * sin) + 1e-3
+    run2 = sq(cage * cos) + sq(half_drop * sin) + 1e-3
     # Where the hoop turns towards the ray, the ray runs through more of it.
-    oblique = np.sqrt(1 + _sq(0.75 * cage * sin) / run2)
+    oblique = np.sqrt(1 + sq(0.75 * cage * sin) / run2)
     steep = np.maximum(cage * cos / np.sqrt(run2), 0.35)  # distance across a rib from distance along y
     radius = d("rib radius", 0.55, 0.80)
     drawn = f.at_least(radius, 0.6)
@@ -523,81 +384,81 @@ def _ribs(d: _Draws, f: _Frame, lungs: _Lungs, bend, pitch, first) -> np.ndarray
     row, side = np.arange(len(jitter))[:, None, None], 16 * f.right
     back = half_drop * (1 - cos) - 3 * d("rib rise", -0.6, 0.5) * sin * (1 - sin)
     front = half_drop * (1 + cos)
-    bone_end = _ease((sin - 0.42) * 5) * 0.75  # towards the sternum ribs turn into cartilage
+    bone_end = ease((sin - 0.42) * 5) * 0.75  # towards the sternum ribs turn into cartilage
     bone = np.zeros_like(f.x)
     for drop, last, weight in ((back, 10, np.abs(f.x - bend) > 1.6), (front, 7, bone_end)):
         phase = (f.y - drop - first) / pitch
         k = np.floor(phase + 0.5)
         which = np.minimum(np.maximum(k, 0), 15).astype(np.intp)
         off = ((phase - k) * pitch + jitter[row, which + side]) * steep
-        solid = _root(1 - _sq(off / drawn))
-        marrow = _root(1 - _sq(off / (0.72 * drawn)))  # less dense than the shell around it
+        solid = root(1 - sq(off / drawn))
+        marrow = root(1 - sq(off / (0.72 * drawn)))  # less dense than the shell around it
         bone += (1.35 * solid - 0.44 * marrow) * ((k >= 0) & (k <= last)) * weight
     return bone * (d("rib depth", 0.65, 1.1) * radius / drawn * oblique) * ((sin < 0.999) & (f.across < cage + 0.2))
 
 
-def _spine(d: _Draws, f: _Frame, x: np.ndarray, pitch, first) -> np.ndarray:
+def _spine(d: Draws, f: _Frame, x: np.ndarray, pitch, first) -> np.ndarray:
     """Vertebral bodies, thinner at the discs, with spinous processes and pedicles, cm; `x` from the spine's axis."""
     width = d("spine width", 1.6, 2.1)
     phase = (f.y - first) / pitch
     level = phase - np.floor(phase) - 0.5  # -0.5 .. 0.5 from one disc to the next
     y = level * pitch
-    disc = _ease((2 * np.abs(level) - 0.6) * 4)
-    bodies = d("spine depth", 1.3, 2.3) * _root(1 - _sq(_sq(x / width))) * (1 - 0.32 * disc)
-    return bodies + 1.1 * _ellipse(x, y, 0.42, 0.75) + 0.7 * _ellipse(np.abs(x) - 0.68 * width, y + 0.3, 0.38, 0.5)
+    disc = ease((2 * np.abs(level) - 0.6) * 4)
+    bodies = d("spine depth", 1.3, 2.3) * root(1 - sq(sq(x / width))) * (1 - 0.32 * disc)
+    return bodies + 1.1 * ellipse(x, y, 0.42, 0.75) + 0.7 * ellipse(np.abs(x) - 0.68 * width, y + 0.3, 0.38, 0.5)
 
 
-def _shoulder_girdle(d: _Draws, f: _Frame) -> np.ndarray:
+def _shoulder_girdle(d: Draws, f: _Frame) -> np.ndarray:
     """Clavicles, shoulder blades and the heads of the upper arms, cm."""
     out = f.across - 1.7  # cm from the sternal end of the clavicle
     joint = np.where(f.right, d("clavicle right", -11.0, -9.4), d("clavicle left", -11.0, -9.4))
-    axis = joint - 0.5 - d("clavicle slope", 0.02, 0.26) * out + d("clavicle bow", 0.4, 1.4) * _sq((out - 5) * 0.2)
-    radius = f.at_least(0.62 + 0.22 * _ease((3 - out) * 0.4), 0.6)
-    clavicles = 1.05 * _root(1 - _sq((f.y - axis) / radius)) * ((out > 0) & (out < 12.5))
+    axis = joint - 0.5 - d("clavicle slope", 0.02, 0.26) * out + d("clavicle bow", 0.4, 1.4) * sq((out - 5) * 0.2)
+    radius = f.at_least(0.62 + 0.22 * ease((3 - out) * 0.4), 0.6)
+    clavicles = 1.05 * root(1 - sq((f.y - axis) / radius)) * ((out > 0) & (out < 12.5))
     blade_x = f.across - d("scapula x", 10.4, 13.6) - 0.12 * (f.y + 4)
-    q = _sq(blade_x / 3.1) + _sq((f.y + 4.2) / 6.4)
+    q = sq(blade_x / 3.1) + sq((f.y + 4.2) / 6.4)
     rim = ((q > 0.72) & (q < 1)).astype(_F)
-    blades = 0.25 * _root(1 - q) + 0.34 * rim
+    blades = 0.25 * root(1 - q) + 0.34 * rim
     arm_x, arm_y = np.minimum(f.across - d("humerus x", 15.0, 17.5), 0), f.y - d("humerus y", -10.6, -8.6)
-    arms = 1.6 * np.sqrt(_ellipse(arm_x, arm_y, 2.4, 2.5))
+    arms = 1.6 * np.sqrt(ellipse(arm_x, arm_y, 2.4, 2.5))
     return clavicles + blades + arms
 
 
 # --------------------------------------------------------------------------------------------------- lesion
 
 
-def _kind(d: _Draws) -> np.ndarray:
+def _kind(d: Draws) -> np.ndarray:
     """Index into KINDS, (B, 1, 1): 34 % lobar, 36 % patchy, 22 % diffuse, 8 % round."""
     draw = d("kind", 0, 1)
     return (draw >= 0.34).astype(np.int64) + (draw >= 0.70) + (draw >= 0.92)
 
 
-def _consolidation(d: _Draws, f: _Frame, kind: np.ndarray) -> np.ndarray:
+def _consolidation(d: Draws, f: _Frame, kind: np.ndarray) -> np.ndarray:
     """The share of lung air that inflammation has filled with fluid, 0 .. 0.92, as if every patient were ill."""
     lobar, diffuse, single = kind == 0, kind == 2, kind == 3
     density = np.zeros_like(f.x)
     x, y, a, b, present = _foci(d, kind)
     for k in range(x.shape[1]):
         one = np.s_[:, k, None, None]
-        q = _sq((f.x - x[one]) / a[one]) + _sq((f.y - y[one]) / b[one])
-        density += _sq(np.maximum(1 - 0.5 * q, 0)) * present[one]
+        q = sq((f.x - x[one]) / a[one]) + sq((f.y - y[one]) / b[one])
+        density += sq(np.maximum(1 - 0.5 * q, 0)) * present[one]
     # A mottled, ragged edge: the density is modulated before it is thresholded.
     mottle = 0.55 * _texture(d, "lesion coarse", f, 3.5) + 0.45 * _texture(d, "lesion fine", f, 1.4) - 0.5
-    ragged = _where(lobar, d("rag lobar", 0.6, 1.6), d("rag focal", 0.8, 2.0))
+    ragged = where(lobar, d("rag lobar", 0.6, 1.6), d("rag focal", 0.8, 2.0))
     ragged = np.where(diffuse, d("rag diffuse", 2.4, 4.0), ragged)
-    filled = _ease(np.minimum(1.6 * density, 1.4) * (1 + ragged * mottle) - d("lesion threshold", 0.05, 0.25))
+    filled = ease(np.minimum(1.6 * density, 1.4) * (1 + ragged * mottle) - d("lesion threshold", 0.05, 0.25))
     # Lobar pneumonia stops at a fissure: a straight edge through the focus, above or below it.
-    cos, sin = _turn(d("fissure tilt", -0.18, 0.18))
+    cos, sin = turn(d("fissure tilt", -0.18, 0.18))
     beyond = cos * (f.y - y[:, :1, None]) - sin * (f.across - 6.5)
-    beyond = beyond * _where(d.chance("fissure up", 0.5), 1, -1) + d("fissure gap", 0.3, 2.2)
-    filled = np.where(lobar, filled * _ease(0.8 * beyond), filled)
+    beyond = beyond * where(d.chance("fissure up", 0.5), 1, -1) + d("fissure gap", 0.3, 2.2)
+    filled = np.where(lobar, filled * ease(0.8 * beyond), filled)
     low = np.array([0.30, 0.30, 0.22, 0.40], _F)[kind]
     high = np.array([0.90, 0.90, 0.55, 0.80], _F)[kind]
-    severity = d("severity", low, high) * _where(d.chance("subtle", 0.12) & ~single, 0.5, 1)
+    severity = d("severity", low, high) * where(d.chance("subtle", 0.12) & ~single, 0.5, 1)
     return np.minimum(filled * severity, 0.92)
 
 
-def _foci(d: _Draws, kind: np.ndarray) -> tuple[np.ndarray, ...]:
+def _foci(d: Draws, kind: np.ndarray) -> tuple[np.ndarray, ...]:
     """Five candidate foci: centre x, y and half-axes a, b in cm, and which of them are present; (B, 5) each.
 
     One for lobar and round pneumonia, three to five for patchy, and five spread over both lungs for diffuse.
@@ -609,7 +470,7 @@ def _foci(d: _Draws, kind: np.ndarray) -> tuple[np.ndarray, ...]:
     def once(name, low, high):
         return d(name, low, high)[:, :, 0]
 
-    count = np.where(patchy, np.floor(once("foci", 3, 5.99)), _where(diffuse, 5, 1))
+    count = np.where(patchy, np.floor(once("foci", 3, 5.99)), where(diffuse, 5, 1))
     # Position in the lung, -1 .. 1 across and down; the others scatter about the first.
     v = d.many("focus down", -0.5, 0.5, 5)
     u = d.many("focus across", -0.5, 0.5, 5)
@@ -620,7 +481,7 @@ def _foci(d: _Draws, kind: np.ndarray) -> tuple[np.ndarray, ...]:
     across = np.where(diffuse, 0.1 + 0.8 * u, np.minimum(np.maximum(u0 + 1.2 * u, -0.6), 0.65))
     down, across = np.where(first, v0, down), np.where(first, u0, across)
     other = (diffuse & (k % 2 == 1)) | (patchy & (once("bilateral", 0, 1) < 0.35) & (k >= 2))
-    side = _where(once("lesion side", 0, 1) < 0.5, -1, 1) * _where(other, -1, 1)
+    side = where(once("lesion side", 0, 1) < 0.5, -1, 1) * where(other, -1, 1)
     y = 8.1 * down - 2.5
     x = side * (6.3 + 0.13 * np.minimum(y - 4, 0) + 5 * across)
     size = d.many("focus size", 0, 1, 5)
@@ -632,17 +493,17 @@ def _foci(d: _Draws, kind: np.ndarray) -> tuple[np.ndarray, ...]:
 # ----------------------------------------------------------------------------------- from patient to grey levels
 
 
-def _render_block(d: _Draws, labels: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
+def _render_block(d: Draws, labels: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
     """Grey levels in 0 .. 1 (B, n, n), lesion and lung masks (B, n, n) bool, kind (B,)."""
     f, h, kind = _frame(d, n), _habitus(d), _kind(d)
     attenuation, lesion, lung = _attenuation(d, f, h, kind, labels[:, None, None])
-    intensity = _exp(-np.minimum(attenuation, 14))  # Beer-Lambert: exp(-line integral); 14 is black enough
+    intensity = exp(-np.minimum(attenuation, 14))  # Beer-Lambert: exp(-line integral); 14 is black enough
     intensity = _uneven_beam(d, f, intensity + d.styled("scatter") * _scatter(intensity))
-    grey = _display(d, h, -_log(_blur(d, _quantum_noise(d, intensity))))
+    grey = _display(d, h, -log(_blur(d, _quantum_noise(d, intensity))))
     return _collimate(d, f, grey), lesion, lung, kind[:, 0, 0]
 
 
-def _attenuation(d: _Draws, f: _Frame, h: _Habitus, kind: np.ndarray, ill: np.ndarray) -> tuple[np.ndarray, ...]:
+def _attenuation(d: Draws, f: _Frame, h: _Habitus, kind: np.ndarray, ill: np.ndarray) -> tuple[np.ndarray, ...]:
     """The line integral of attenuation along each ray (no unit), the lesion mask and the lung mask; (B, n, n) each."""
     body, lungs = _body(d, f, h), _lungs(d, f, h)
     lung = np.maximum(lungs.air - _mediastinum(d, f, h), 0)
@@ -669,16 +530,16 @@ def _visible(opacity: np.ndarray) -> np.ndarray:
     return opacity > np.maximum(0.35 * peak, 0.02)
 
 
-def _leads(d: _Draws, f: _Frame) -> np.ndarray:
+def _leads(d: Draws, f: _Frame) -> np.ndarray:
     """Line integral of a monitoring wire across the chest and its electrode."""
     wire = f.at_least(_F(0.18), 0.5)
     path = d("wire y", -8, 8) + d("wire slope", -0.5, 0.5) * f.x + d("wire bow", -0.02, 0.02) * f.x * f.x
-    wires = 0.9 * _root(1 - _sq((f.y - path) / wire)) * (0.18 / wire)
-    electrode = 1.3 * _ellipse(f.x - d("electrode x", -10, 10), f.y - d("electrode y", -9, 9), 0.7, 0.7)
+    wires = 0.9 * root(1 - sq((f.y - path) / wire)) * (0.18 / wire)
+    electrode = 1.3 * ellipse(f.x - d("electrode x", -10, 10), f.y - d("electrode y", -9, 9), 0.7, 0.7)
     return (wires + electrode) * d.styled_chance("lead_rate")
 
 
-def _marker(d: _Draws, f: _Frame) -> np.ndarray:
+def _marker(d: Draws, f: _Frame) -> np.ndarray:
     """The lead letter, R or L, that names the side, in an upper corner of the plate: 1 on its dots."""
     dot = d("marker size", 0.46, 0.62)
     right = d.styled_chance("marker_right")
@@ -703,7 +564,7 @@ def _scatter(intensity: np.ndarray) -> np.ndarray:
     total = np.add.reduceat(np.add.reduceat(quanta, edges, axis=1), edges, axis=2)
     mean = total.astype(_F) * _F(1 / 65536) / (counts[:, None] * counts)
     mean = np.minimum(mean, 0.25)  # the open beam beside the patient meets nothing to scatter at
-    mean = _three_taps(_three_taps(mean, 1, 1, 0.25), 2, 1, 0.25)
+    mean = three_taps(three_taps(mean, 1, 1, 0.25), 2, 1, 0.25)
     t = np.minimum(np.maximum((np.arange(n, dtype=_F) + 0.5) * _F(cells / n) - 0.5, 0), cells - 1)
     low = np.minimum(np.floor(t), cells - 2).astype(np.intp)
     part = t - low.astype(_F)
@@ -711,16 +572,7 @@ def _scatter(intensity: np.ndarray) -> np.ndarray:
     return rows[:, :, low] + (rows[:, :, low + 1] - rows[:, :, low]) * part
 
 
-def _three_taps(x: np.ndarray, axis: int, offset: int, weight) -> np.ndarray:
-    """Move `weight` of every pixel to each neighbour `offset` pixels away along `axis`; edges repeat."""
-    n = x.shape[axis]
-    index = np.arange(-offset, n + offset).clip(0, n - 1)
-    wide = np.take(x, index, axis)
-    before, after = (wide[:, :n], wide[:, 2 * offset :]) if axis == 1 else (wide[:, :, :n], wide[:, :, 2 * offset :])
-    return x + weight * (before - 2 * x + after)
-
-
-def _uneven_beam(d: _Draws, f: _Frame, intensity: np.ndarray) -> np.ndarray:
+def _uneven_beam(d: Draws, f: _Frame, intensity: np.ndarray) -> np.ndarray:
     """The heel effect, a beam weaker towards one end, and the lines of an anti-scatter grid, aliased to wide bands."""
     heel = 1 + d.styled("heel") * f.plate_y / f.half_field
     lines = f.plate_x / d("grid period", 1.6, 2.6)
@@ -728,33 +580,19 @@ def _uneven_beam(d: _Draws, f: _Frame, intensity: np.ndarray) -> np.ndarray:
     return intensity * (heel * (1 - d.styled("grid_lines") * wave))
 
 
-def _quantum_noise(d: _Draws, intensity: np.ndarray) -> np.ndarray:
+def _quantum_noise(d: Draws, intensity: np.ndarray) -> np.ndarray:
     """Counting N quanta has a standard deviation of sqrt(N), so a low dose is grainy. (B, n, n), never zero."""
     n = intensity.shape[1]
     per_unit = d.styled("dose") * _F(7.389 * (64 / n) ** 2)  # e^2: the dose is quoted behind two attenuation lengths
-    words = d.bits(f"quanta {n}", n * n).reshape(-1, n, n)
-    # A sum of eight random bytes is near enough to normal: mean 1020, standard deviation 209.02.
-    pairs = (words & 0x00FF00FF00FF00FF) + ((words >> 8) & 0x00FF00FF00FF00FF)
-    total = (pairs * 0x0001000100010001) >> 48
-    normal = (total.astype(_F) - 1020) * _F(1 / 209.02)
-    quanta = intensity * per_unit
-    return np.maximum(quanta + np.sqrt(quanta) * normal, 0.3) / per_unit
+    return counted(d, f"quanta {n}", intensity, per_unit, least=0.3)
 
 
-def _blur(d: _Draws, intensity: np.ndarray) -> np.ndarray:
-    """Detector unsharpness: rounds of three taps at offsets 1 .. reach, whose variances 2 w offset^2 add up."""
-    n = intensity.shape[1]
-    reach, rounds = max(1, round(n / 64)), 2
-    offsets = range(1, reach + 1)
-    variance = _sq(d.styled("blur")) * _F((n / 64) ** 2)  # pixels^2
-    weight = variance * _F(1 / (2 * rounds * sum(k * k for k in offsets)))
-    for offset in (*offsets,) * rounds:
-        for axis in (1, 2):
-            intensity = _three_taps(intensity, axis, offset, weight)
-    return intensity
+def _blur(d: Draws, intensity: np.ndarray) -> np.ndarray:
+    """Detector unsharpness."""
+    return blurred(intensity, d.styled("blur"))
 
 
-def _display(d: _Draws, h: _Habitus, density: np.ndarray) -> np.ndarray:
+def _display(d: Draws, h: _Habitus, density: np.ndarray) -> np.ndarray:
     """Grey level, 0 .. 1, of an optical density: a window set from the patient's thickness, ends rolled off.
 
     `film` mixes in the S-shaped curve of film, steep in the middle and flat at its toe and shoulder.
@@ -762,12 +600,12 @@ def _display(d: _Draws, h: _Habitus, density: np.ndarray) -> np.ndarray:
     middle = _MU_TISSUE * 1.06 * h.depth + 1.2 * d.styled("centre")
     z = (density - middle) / (2.45 * d.styled("width"))
     grey = 0.5 + 0.5 * z / np.sqrt(0.55 + z * z)
-    grey = grey + d.styled("film") * (_ease(grey) - grey)
+    grey = grey + d.styled("film") * (ease(grey) - grey)
     fog = d.styled("fog")
     return fog + (d.styled("white") - fog) * grey
 
 
-def _collimate(d: _Draws, f: _Frame, grey: np.ndarray) -> np.ndarray:
+def _collimate(d: Draws, f: _Frame, grey: np.ndarray) -> np.ndarray:
     """Shutters: in some images the borders got no beam and are shown black."""
     across, down = np.abs(f.plate_x) / f.half_field, np.abs(f.plate_y) / f.half_field
     border = (across > d.styled("shutter")) | (down > d("shutter down", 0.92, 1.0))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from medsec import phantom
+from medsec import exact, phantom
 from medsec.phantom import KINDS, SIZES, STYLES, render
 
 MIXED = [letter for _, letter in zip(range(24), itertools.cycle(STYLES), strict=False)]
@@ -31,7 +31,7 @@ def fingerprint() -> str:
         out = render(np.arange(24), np.arange(24) // 4 % 2, seed=11, size=size, style=MIXED)
         for array in (out.images, out.lesion, out.lung, out.kind.astype("<i8")):
             digest.update(np.ascontiguousarray(array).tobytes())
-    draws = phantom._Draws(11, np.arange(8, dtype=np.uint64), MIXED[:8])
+    draws = exact.Draws(11, np.arange(8, dtype=np.uint64), MIXED[:8], phantom.STYLES)
     grey, *_ = phantom._render_block(draws, np.arange(8) % 2 == 1, 64)
     digest.update(np.ascontiguousarray(grey).astype("<f4").tobytes())
     return digest.hexdigest()
@@ -86,16 +86,16 @@ def test_fingerprint_without_simd():
 
 
 def test_pixels_stay_in_single_precision():
-    draws = phantom._Draws(0, np.arange(4, dtype=np.uint64), list("ABCD"))
+    draws = exact.Draws(0, np.arange(4, dtype=np.uint64), list("ABCD"), phantom.STYLES)
     grey, *_ = phantom._render_block(draws, np.array([True, False, True, True]), 64)
     assert grey.dtype == np.float32
 
 
 def test_own_exp_and_log_agree_with_numpy():
     x = np.linspace(-14, 0, 20001, dtype=np.float32)
-    np.testing.assert_allclose(phantom._exp(x), np.exp(x.astype(float)), rtol=3e-6)
+    np.testing.assert_allclose(exact.exp(x), np.exp(x.astype(float)), rtol=3e-6)
     y = np.exp(np.linspace(-20, 2, 20001)).astype(np.float32)
-    np.testing.assert_allclose(phantom._log(y), np.log(y.astype(float)), atol=2e-5)
+    np.testing.assert_allclose(exact.log(y), np.log(y.astype(float)), atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------ shapes and errors
