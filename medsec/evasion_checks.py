@@ -126,10 +126,10 @@ def of_large_eps(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: i
 
 
 def of_undefended(outcomes: Outcomes, eps: float) -> Check:
-    """Whether the same attack breaks the model without a defence."""
+    """Whether the same attack breaks the model without a defence: it leaves less than half."""
     left = float(outcomes["pgd20", eps].mean())
     return Check(
-        "undefended_breaks", f"share of the undefended model's examples right at eps {round(255 * eps)}/255", left, 0.05
+        "undefended_breaks", f"share of the undefended model's examples right at eps {round(255 * eps)}/255", left, 0.5
     )
 
 

@@ -200,7 +200,7 @@ def attacked(
     Args:
         base: the undefended network of the same seed; the same object as ``model`` where that is the arm.
         scenarios: attacks at the headline's eps.
-        sweep: other eps, in 255ths, for `SWEPT` and for PGD's examples that transfer.
+        sweep: other eps, in 255ths, for `SWEPT`.
     """
     p, (x, y) = setup.params.evasion, setup.splits["test"]
     headline = p.eps / 255
@@ -220,7 +220,7 @@ def attacked(
         parts.append(rows.table())
     parts.append(_worst_rows(variant, outcomes, headline, seed))
     if model is not base:
-        found, outcomes["transfer", headline] = _transfer_rows(setup, variant, model, base, clean, seed, sweep)
+        found, outcomes["transfer", headline] = _transfer_rows(setup, variant, model, base, clean, seed)
         parts.append(found)
     return pd.concat(parts, ignore_index=True), outcomes
 
@@ -239,15 +239,13 @@ def _worst_rows(variant: str, outcomes, eps: float, seed: int) -> pd.DataFrame:
 
 
 def _transfer_rows(
-    setup: Setup, variant: str, model: nn.Module, base: nn.Module, clean: np.ndarray, seed: int, sweep: Sequence[float]
+    setup: Setup, variant: str, model: nn.Module, base: nn.Module, clean: np.ndarray, seed: int
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """What examples do that were made for the undefended model; and the outcomes of PGD's."""
+    """What examples do that were made for the undefended model, at the headline's eps; and the outcomes of PGD's."""
     p, (x, y) = setup.params.evasion, setup.splits["test"]
-    parts, of_pgd = [], clean
-    grid = [(s, p.eps) for s in TRANSFERRED] + [("pgd20", e) for e in sweep if e != p.eps]
+    parts, eps, of_pgd = [], p.eps / 255, clean
     own_clean = (classifier.predict(base, x).argmax(1) == y).numpy()
-    for scenario, e in grid:
-        eps = e / 255
+    for scenario in TRANSFERRED:
         found = craft(scenario, base, x, y, eps, p.attacks, seed, stop=False)
         here, there = ((classifier.predict(m, found).argmax(1) == y).numpy() for m in (model, base))
         values = rates({"clean": clean, "transfer": here}, {"clean": own_clean, "own": there})
@@ -256,7 +254,7 @@ def _transfer_rows(
             n = int((clean if rate == "dr_transfer" else own_clean & ~there).sum())
             rows.add(rate, value, n, eps=eps_key(eps))
         parts.append(rows.table())
-        of_pgd = here if (scenario, e) == ("pgd20", p.eps) else of_pgd
+        of_pgd = here if scenario == "pgd20" else of_pgd
     return pd.concat(parts, ignore_index=True), of_pgd
 
 
@@ -317,11 +315,13 @@ def reviewed(
         *evasion_checks.of_outcomes(outcomes, eps),
         evasion_checks.of_gradients(model, images, labels),
         *evasion_checks.of_steps(model, images, labels, eps, more=p.checks.more_steps, **usual),
-        evasion_checks.of_large_eps(model, images, labels, p.checks.large_eps / 255, **usual),
+        evasion_checks.of_large_eps(
+            model, images, labels, p.checks.large_eps / 255, **usual | {"steps": p.checks.more_steps}
+        ),
         evasion_checks.of_planted(result),
     ]
     if variant == "base":
-        checks.append(evasion_checks.of_undefended(outcomes, max(p.sweep) / 255))
+        checks.append(evasion_checks.of_undefended(outcomes, eps))
     return result, checks
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medsec import adversarial, attention
 from medsec.errors import InputError
 
-STEPS = 32  # of the path of Integrated Gradients
+STEPS = 16  # of the path of Integrated Gradients
 
 
 def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
