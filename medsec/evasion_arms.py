@@ -50,6 +50,7 @@ ARMS = {
 }
 VARIANTS = tuple(ARMS)
 QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
+EXPENSIVE = ("hardened",)  # of these, what takes minutes to train: the record leaves its checkpoints
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,6 @@ UNITS = {
     "planted_found": "share",
     "planted_by_chance": "share",
 }
-WHITE_BOX = (
-    "fgsm",
-    "bim",
-    "pgd20",
-    "pgd20_eps10",
-    "pgd_margin",
-    "pgd_detached",
-    "deepfool_capped",
-    "square",
-    "autoattack",
-)
 SWEPT = ("noise", "fgsm", "pgd20")
 PRUNED = ("pgd20", "pgd_margin")  # at other shares of pruning
 TRANSFERRED = ("fgsm", "pgd20", "deepfool_capped")
@@ -88,7 +77,7 @@ def craft(
     """The examples of one attack of the maximum norm.
 
     Args:
-        scenario: ``noise`` or one of `WHITE_BOX`.
+        scenario: ``noise`` or one of ``evasion.attacks.scenarios``.
         stop: end at the first success (`medsec.adversarial.ascend`); not for examples that shall transfer.
     """
     rng = torch.Generator().manual_seed(derive_seed(seed, scenario, eps_key(eps)))
@@ -168,13 +157,13 @@ def arm_cell(cohort: str, params: Params, variant: str, seed: int, *, retrained:
     """One arm of one run under every attack, and the reviewer's checks.
 
     Args:
-        retrained: train it in any case, and leave a checkpoint of what the notebook itself attacks (for records).
+        retrained: train it in any case, and leave a checkpoint of an expensive arm (for records).
     """
     torch.set_num_threads(1)
     setup = prepare(cohort, params)
     if retrained:
         model = evasion_arms.train(setup, variant, seed)
-        if variant in evasion_arms.QUICK and seed in params.evasion.checkpoint_seeds:
+        if variant in evasion_arms.EXPENSIVE and seed in params.evasion.checkpoint_seeds:
             evasion_arms.save(model, setup, variant, seed)
     else:
         model = evasion_arms.network(setup, variant, seed)

@@ -8,7 +8,6 @@ from medsec.evasion_eval import UNITS, eps_key
 from medsec.params import EvasionParams
 
 RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
-STRONGEST = ("autoattack", "worst_case")  # the first that a table has
 
 
 def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:

@@ -6,6 +6,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported: resu
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
 from medsec import params, paths
 
@@ -104,3 +108,29 @@ def real_root(real_file, monkeypatch) -> Path:
     """The folder of the real X-rays, set as MEDMNIST_ROOT."""
     monkeypatch.setenv("MEDMNIST_ROOT", str(real_file.parent))
     return real_file.parent
+
+
+@pytest.fixture(scope="session")
+def without_simd():
+    """Function ``without_simd(module)``: what ``fingerprint()`` of a test module gives where numpy uses no SIMD extension."""
+
+    def run(module: str) -> str:
+        enabled = [name for name in __cpu_dispatch__ if __cpu_features__.get(name)]
+        if not enabled:
+            pytest.skip("this numpy dispatches to no SIMD extension on this processor")
+        script = (
+            f"import json, conftest as c, {module} as t\n"
+            "left = [f for f in c.__cpu_dispatch__ if c.__cpu_features__.get(f)]\n"
+            "print(json.dumps([left, t.fingerprint()]))"
+        )
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(enabled), "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        still_enabled, found = json.loads(done.stdout)
+        assert still_enabled == []  # otherwise the comparison would prove nothing
+        return found
+
+    return run

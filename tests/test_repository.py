@@ -21,7 +21,7 @@ from medsec import claims, data, execute, params, paths
 
 ROOT = paths.ROOT
 INSTALL = '-e ".[dev]" -c requirements.lock'
-LIMIT_MB = 40  # a clone should take seconds; 6 MB of it are the networks that notebook 04 attacks, 6 MB the phantom
+LIMIT_MB = 25
 
 # Cells of each notebook whose output nbval does not compare: training cells only, and this is how many there are.
 IGNORED: dict[str, int] = {
