@@ -161,6 +161,7 @@ def rounds_02(p: Params, cell: Cell) -> float:
 
 # Notebook 03 ---------------------------------------------------------------------------------------------------------
 
+SINGLE_ATTACK = ("failed", "psnr", "ssim", "retrieval")  # what the record keeps of one attack by itself
 
 def cells_03(cohort: str, p: Params) -> list[Cell]:
     """Every defence under every attack and its cost, on every evaluation seed; then one thing changed at a time.
@@ -226,7 +227,15 @@ def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
         return table[table["round"] != ""]  # what comes out of it is the other arm's
     if cell.keys:
         return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
-    return inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0]
+    return _worth_keeping(inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0])
+
+
+def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a single attack four metrics; among the adaptive ones no naive attack again, but for the one they are compared with."""
+    single = table["attack"] != ""
+    naive = set(table["attack"][table["scenario"] == "naive"]) - {"ig"}
+    again = single & (table["scenario"] == "adaptive") & table["attack"].isin(naive)
+    return table[~again & (~single | table["metric"].isin(SINGLE_ATTACK))]
 
 
 def rounds_03(p: Params, cell: Cell) -> float:

@@ -388,6 +388,18 @@ def test_a_stronger_defence_changes_more_and_trains_no_generator_anew(p):
     assert instruments.prepare("npz", stronger).autoencoder is instruments.prepare("npz", p).autoencoder
 
 
+def test_the_record_keeps_of_single_attacks_what_its_tables_show(p):
+    p = params.validate(params.merge(p.model_dump(), {"inversion": {"attacks": ["dlg", "ig"]}}))
+    whole = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "soteria")]
+    cells = [record_designs.Cell("attack", 0, group=variant, variants=(variant,)) for variant in ("none", "soteria")]
+    kept = [record_designs.run_03("npz", p, cell) for cell in cells]
+    assert len(pd.concat(kept)) < 0.8 * len(pd.concat(whole))
+    before, after = (ev.summarise(pd.concat(runs, ignore_index=True), p) for runs in (whole, kept))
+    pd.testing.assert_frame_equal(inversion_tables.by_attack(before), inversion_tables.by_attack(after))
+    headline = [t[t["attack"] == ""].reset_index(drop=True) for t in (before, after)]
+    pd.testing.assert_frame_equal(*headline)
+
+
 def test_a_cell_of_the_record_runs(p):
     cell = record_designs.Cell("attack", 0, keys={"batch": 2}, group="none", variants=("none",))
     assert set(record_designs.run_03("npz", p, cell)["batch"]) == {"2"}
