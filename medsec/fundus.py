@@ -19,7 +19,7 @@ import numpy as np
 
 from medsec.exact import Draws, blurred, counted, ease, exp, halve, lattice_noise, root, sq, turn, where
 
-GRADES = ("normal", "referable")
+GRADES = ("normal", "mild", "referable")
 SIZES = (28, 224)
 
 # What a camera changes: everything in front of the eye. Pairs are ranges drawn per image, single numbers probabilities
@@ -95,12 +95,13 @@ class _Eye:
 
 
 def render(patients, grades, *, seed: int, size: int = 32, style="A") -> Fundi:
-    """Render one photograph per patient at `size` pixels a side, normal (grade 0) or with referable retinopathy (grade 1).
+    """Render one photograph per patient at `size` pixels a side; `grades` (N,) are places in GRADES.
 
-    `patients` is (N,) integers >= 0; `style` is one letter of STYLES or one letter per image. An image depends on (seed,
-    patient, grade, size, style) only; the grade adds lesions and changes nothing else of the eye.
+    A mild retinopathy has microaneurysms and small dots of blood only, a referable one more of them, and blots, exudates,
+    cotton-wool spots. `patients` is (N,) integers >= 0; `style` is one letter of STYLES or one letter per image. An image
+    depends on (seed, patient, grade, size, style) only; the grade adds lesions and changes nothing else of the eye.
     """
-    patients, ill, styles = _checked(patients, grades, size, style)
+    patients, grades, styles = _checked(patients, grades, size, style)
     # Vessels and dots of a small image are finer than its pixels: draw them at twice the size, then average.
     n = size if size >= 56 else 2 * size
     draws = Draws(seed, patients, styles, STYLES)
@@ -108,7 +109,7 @@ def render(patients, grades, *, seed: int, size: int = 32, style="A") -> Fundi:
     step = max(1, _BLOCK_PIXELS // (n * n))
     for start in range(0, len(patients), step):
         rows = np.arange(start, min(start + step, len(patients)))
-        colours, lesion = _render_block(draws, rows, ill[rows], n)
+        colours, lesion = _render_block(draws, rows, grades[rows], n)
         if n != size:
             colours, lesion = [halve(c) for c in colours], halve(lesion.astype(_F)) >= 0.5
         for channel, value in enumerate(colours):
@@ -135,18 +136,20 @@ def _checked(patients, grades, size, style) -> tuple[np.ndarray, np.ndarray, lis
     unknown = sorted(set([style] if isinstance(style, str) else styles) - set(STYLES))
     if unknown:
         raise ValueError(f"unknown style {', '.join(map(repr, unknown))}: the styles are {', '.join(STYLES)}")
-    return patients.astype(np.uint64), grades > 0, styles
+    return patients.astype(np.uint64), grades, styles
 
 
-def _render_block(draws: Draws, rows: np.ndarray, ill: np.ndarray, n: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _render_block(draws: Draws, rows: np.ndarray, grades: np.ndarray, n: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Colours in 0 .. 1, three (B, n, n), and the lesion mask (B, n, n) bool."""
     d = draws.rows(rows)
     e = _eye(d, n)
     light, vessels = _healthy(d, e), _vessels(d, e)
     colours = [value * exp(-depth) for value, depth in zip(light, vessels, strict=True)]
-    lesion = np.zeros(e.t.shape, bool)
+    lesion, ill = np.zeros(e.t.shape, bool), grades > 0
     if ill.any():
-        some = _diseased(draws.rows(rows[ill]), e.take(ill), [c[ill] for c in light], [c[ill] for c in vessels])
+        severe = (grades[ill] == GRADES.index("referable"))[:, None, None]
+        drawn = [c[ill] for c in light], [c[ill] for c in vessels]
+        some = _diseased(draws.rows(rows[ill]), e.take(ill), severe, *drawn)
         change = [np.abs(sick - value[ill]) for sick, value in zip(some, colours, strict=True)]
         lesion[ill] = (np.maximum(np.maximum(change[0], change[1]), change[2]) > _VISIBLE) & (e.radius[ill] < 1)
         for value, sick in zip(colours, some, strict=True):
@@ -306,15 +309,19 @@ def _shown(spots, how_many) -> np.ndarray:
     return sum(spot * (k < how_many) for k, spot in enumerate(spots))
 
 
-def _diseased(d: Draws, e: _Eye, light: list[np.ndarray], vessels: list[np.ndarray]) -> list[np.ndarray]:
-    """Eyes with retinopathy: blood outside the vessels, exudates, cotton-wool spots; none of them on the disc."""
+def _diseased(d: Draws, e: _Eye, severe: np.ndarray, light: list[np.ndarray], vessels: list[np.ndarray]):
+    """Eyes with retinopathy: blood outside the vessels; exudates and cotton-wool spots where it is ``severe`` (B, 1, 1) bool.
+
+    Nothing of it lies on the disc.
+    """
     off_disc = ease((np.sqrt(sq(e.t) + sq(e.v)) / e.disc - 1.1) * 3)
     severity = d("severity", 0, 1)
-    dots = _shown(_Spots(d, "dot", 18, 0.75, (0.010, 0.022)).each(e), 5 + 13 * severity)
-    spilt = np.minimum(dots + _blots(d, e, 1 + 7 * severity), 1.2) * off_disc
-    exudate = np.minimum(_exudates(d, e), 0.95) * off_disc
+    how_many = where(severe, 5 + 13 * severity, 3 + 5 * severity)
+    dots = _shown(_Spots(d, "dot", 18, 0.75, (0.010, 0.022)).each(e), how_many)
+    spilt = np.minimum(dots + _blots(d, e, (1 + 7 * severity) * severe), 1.2) * off_disc
+    exudate = np.minimum(_exudates(d, e), 0.95) * off_disc * severe
     wool = _shown(_Spots(d, "wool", 4, 0.65, (0.035, 0.065)).each(e, soft=True), d("wool", -2, 4))
-    wool = np.minimum(0.8 * wool, 0.8) * off_disc
+    wool = np.minimum(0.8 * wool, 0.8) * off_disc * severe
     colours = []
     for c in range(3):
         value = _cover(light[c], wool, _COTTON[c]) * exp(-(vessels[c] * (1 - 0.6 * wool) + _SPILT[c] * spilt))

@@ -163,6 +163,7 @@ def rounds_02(p: Params, cell: Cell) -> float:
 
 SINGLE_ATTACK = ("failed", "psnr", "ssim", "retrieval")  # what the record keeps of one attack by itself
 
+
 def cells_03(cohort: str, p: Params) -> list[Cell]:
     """Every defence under every attack and its cost, on every evaluation seed; then one thing changed at a time.
 

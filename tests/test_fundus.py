@@ -11,18 +11,18 @@ from medsec.fundus import SIZES, STYLES, render
 
 MIXED = [letter for _, letter in zip(range(16), itertools.cycle(STYLES), strict=False)]
 # Recorded once; a change of any pixel of any mask or image changes it, on purpose or not.
-RECORDED = "95a50d6f9a654d297c8ceb74c9c31b5b339564239f442afc8262847a1e337a47"
+RECORDED = "233b7e73a09576143d31b5f5b327b705b74dff864430a717b4f71c56289b3cb0"
 
 
 def fingerprint() -> str:
     """SHA-256 over images and masks of 16 eyes of all styles at several sizes, and over float colours: see test_phantom."""
     digest = hashlib.sha256()
     for size in (28, 32, 45, 64):
-        out = render(np.arange(16), np.arange(16) // 4 % 2, seed=11, size=size, style=MIXED)
+        out = render(np.arange(16), np.arange(16) // 4 % 3, seed=11, size=size, style=MIXED)
         for array in (out.images, out.lesion):
             digest.update(np.ascontiguousarray(array).tobytes())
     draws = exact.Draws(11, np.arange(8, dtype=np.uint64), MIXED[:8], STYLES)
-    colours, _ = fundus._render_block(draws, np.arange(8), np.arange(8) % 2 == 1, 64)
+    colours, _ = fundus._render_block(draws, np.arange(8), np.arange(8) % 2 * 2, 64)
     for colour in colours:
         digest.update(np.ascontiguousarray(colour).astype("<f4").tobytes())
     return digest.hexdigest()
@@ -30,10 +30,10 @@ def fingerprint() -> str:
 
 @pytest.fixture(scope="module")
 def pairs():
-    """120 eyes of all styles, normal and ill, at 64 pixels."""
+    """120 eyes of all styles at 64 pixels: normal, and with referable and with mild retinopathy."""
     patients = np.arange(120)
     styles = [MIXED[i % 4] for i in patients]
-    return tuple(render(patients, np.full(120, grade), seed=3, size=64, style=styles) for grade in (0, 1))
+    return tuple(render(patients, np.full(120, grade), seed=3, size=64, style=styles) for grade in (0, 2, 1))
 
 
 def test_fingerprint_is_the_recorded_one():
@@ -46,7 +46,7 @@ def test_fingerprint_without_simd(without_simd):
 
 def test_pixels_stay_in_single_precision():
     draws = exact.Draws(0, np.arange(4, dtype=np.uint64), list("ABCD"), STYLES)
-    colours, _ = fundus._render_block(draws, np.arange(4), np.array([True, False, True, True]), 64)
+    colours, _ = fundus._render_block(draws, np.arange(4), np.array([2, 0, 1, 2]), 64)
     assert {colour.dtype for colour in colours} == {np.dtype(np.float32)}
 
 
@@ -66,7 +66,7 @@ def test_seeds_patients_and_styles_differ():
 
 
 def test_the_grade_changes_the_lesion_and_little_beside_it(pairs):
-    normal, ill = pairs
+    normal, ill, _ = pairs
     assert not normal.lesion.any()
     assert ill.lesion.any((1, 2)).mean() > 0.98
     area = ill.lesion.mean((1, 2))
@@ -78,6 +78,17 @@ def test_the_grade_changes_the_lesion_and_little_beside_it(pairs):
         wide = wide | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
     assert change[ill.lesion].mean() > 10 * change[~wide].mean()
     assert (change[~wide] > 20).mean() < 0.002
+
+
+def test_a_mild_retinopathy_is_a_few_dots(pairs):
+    normal, ill, mild = pairs
+    area = {name: eyes.lesion.mean((1, 2)) for name, eyes in (("mild", mild), ("ill", ill))}
+    assert (area["mild"] < area["ill"]).mean() > 0.97
+    assert 0 < np.median(area["mild"]) < np.median(area["ill"]) / 2
+    # Blood only: nothing becomes brighter, as it does under an exudate or a cotton-wool spot.
+    brighter = [(eyes.images.astype(int) - normal.images)[..., 1].max((1, 2)) > 40 for eyes in (mild, ill)]
+    assert brighter[0].mean() < 0.02
+    assert brighter[1].mean() > 0.5
 
 
 def test_it_looks_like_a_fundus(pairs):
@@ -112,7 +123,7 @@ def test_no_patients_is_no_error():
         ({"size": SIZES[1] + 1}, "size must be"),
         ({"style": "E"}, "unknown style 'E': the styles are A, B, C, D"),
         ({"style": ["A"]}, "1 styles for 2 patients"),
-        ({"grades": [0, 2]}, "grades must be 0 to 1: normal, referable"),
+        ({"grades": [0, 3]}, "grades must be 0 to 2: normal, mild, referable"),
         ({"grades": [0]}, "of one length"),
         ({"patients": [0, -1]}, "patients must be integers >= 0"),
     ],
