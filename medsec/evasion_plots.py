@@ -66,18 +66,63 @@ def examples(
 
 
 def looks(x: Tensor, maps: Mapping[str, Tensor], lesions: np.ndarray | None, title: str):
-    """Images, and beside them where networks look, each map from its own lowest (black) to its highest value (white).
+    """One row an image, one column a map of where a network looks, from its own lowest (black) to its highest value (white).
 
     Args:
         x: (n, C, S, S).
-        maps: label -> (n, S, S).
+        maps: heading -> (n, S, S).
         lesions: (n, S, S) bool, outlined, or None.
         title: of the figure.
     """
-    rows = {"image": x.numpy()}
-    for label, values in maps.items():
+    columns = {"image": x.numpy()}
+    for heading, values in maps.items():
         low = values.amin((1, 2), keepdim=True)
         span = (values.amax((1, 2), keepdim=True) - low).clamp_min(1e-9)
-        rows[label] = ((values - low) / span)[:, None].numpy()
-    outlined = None if lesions is None else dict.fromkeys(rows, lesions)
-    return plots.gallery(rows, title, overlays=outlined)
+        columns[heading] = ((values - low) / span)[:, None].numpy()
+    side = WIDTH / len(columns)
+    headings = 0.16 * (1 + max(heading.count("\n") for heading in columns))
+    height = side * len(x) + headings + 0.35
+    fig, axes = plt.subplots(len(x), len(columns), figsize=(WIDTH, height), squeeze=False)
+    for line, images in zip(axes.T, columns.values(), strict=True):
+        for i, ax in enumerate(line):
+            plots.show(ax, images[i])
+            if lesions is not None and lesions[i].any():
+                ax.contour(lesions[i], levels=[0.5], colors="#E69F00", linewidths=0.9)
+    for ax, heading in zip(axes[0], columns, strict=True):
+        ax.set_title(heading, fontsize=7, weight="normal", loc="center", pad=3)
+    fig.subplots_adjust(left=0, right=1, bottom=0, top=1 - (headings + 0.35) / height, wspace=0.05, hspace=0.05)
+    fig.suptitle(title, x=0.0, y=1.0, ha="left", va="top", weight="bold", fontsize=10)
+    return fig, axes
+
+
+def pointing(table: pd.DataFrame, controls: Mapping[str, float], title: str):
+    """How often the highest point of a map lies in the lesion, arm by arm; the controls, which look at nothing, are lines.
+
+    Args:
+        table: columns ``variant, map, value, low, high``; maps ``integrated_gradients``, ``grad_cam``, ``cbam1`` and on.
+        controls: label -> share.
+        title: of the figure.
+    """
+    variants = list(dict.fromkeys(table["variant"]))
+    looks_ = {
+        "integrated_gradients": ("#D55E00", "^", -0.24, "Integrated Gradients"),
+        "grad_cam": ("#0072B2", "o", -0.08, "Grad-CAM"),
+    }
+    gates = [name for name in dict.fromkeys(table["map"]) if name not in looks_]
+    for i, name in enumerate(gates):
+        looks_[name] = ("#009E73", "s", 0.08 + 0.1 * i, "" if i else "attention gates, from the image inwards")
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.5 * len(variants) + 1.4), layout="constrained")
+    for name, (colour, marker, shift, label) in looks_.items():
+        rows = table[table["map"] == name]
+        heights = [variants.index(v) + shift for v in rows["variant"]]
+        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.2)
+        ax.plot(rows["value"], heights, marker, color=colour, markersize=4.5, linestyle="none", label=label or None)
+    for (label, value), style in zip(controls.items(), (":", "--"), strict=False):
+        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
+    ax.set(
+        yticks=range(len(variants)), yticklabels=variants, xlabel="share of the images with a lesion", xlim=(0, 1.02)
+    )
+    ax.invert_yaxis()
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax

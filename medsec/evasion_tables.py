@@ -80,14 +80,11 @@ def checks(summary: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"metric": "check"})
 
 
-def pointing(summary: pd.DataFrame) -> pd.DataFrame:
-    """Pointing game on clean images, one row an arm and map, controls first (`plots.dots`)."""
+def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Pointing game on clean images, the arms in their order, and its controls (`evasion_plots.pointing`)."""
     rows = summary[(summary["scenario"] == "attribution") & (summary["eps"] == "")]
-    control = rows["map"].isin(["area", "prior"])
-    rows = (
-        pd.concat([rows[control & (rows["variant"] == rows["variant"].iloc[0])], rows[~control]]) if len(rows) else rows
-    )
     names = {"area": "a point at random", "prior": "always where most lesions are"}
-    return rows.assign(
-        name=[names.get(r["map"], f"{r['variant']}: {r['map'].replace('_', ' ')}") for r in rows.to_dict("records")]
-    )
+    controls = {names[row["map"]]: row["value"] for row in rows.to_dict("records") if row["map"] in names}
+    order = {variant: place for place, variant in enumerate(ARMS)}
+    found = rows[~rows["map"].isin(names)]
+    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable"), controls

@@ -430,14 +430,30 @@ def test_views_of_a_summary(p):
     checks = evasion_tables.checks(summary)
     assert list(checks.columns) == ["check", "base", "prune_cbam"]
     assert checks.set_index("check").loc["undefended breaks", "prune_cbam"] == "not asked"
-    assert evasion_tables.pointing(summary).empty
+    assert evasion_tables.pointing(summary)[0].empty
     setup = evasion_arms.prepare("npz", p)
     x, y = (part[:3] for part in setup.splits["test"])
     fig, axes = evasion_plots.examples(x, {"base": x}, "", times=10, answers={"base": 1 - y}, y=y)
     assert axes.shape == (3, 3)
     plt.close(fig)
-    fig, axes = evasion_plots.looks(x, {"a": x[:, 0], "flat": torch.zeros(3, 28, 28)}, None, "")
+    fig, axes = evasion_plots.looks(x, {"a": x[:, 0], "flat\nb": torch.zeros(3, 28, 28)}, None, "")
     assert axes.shape == (3, 3)
+    plt.close(fig)
+
+
+def test_pointing_in_the_order_of_the_arms_with_its_controls_apart():
+    rows = [
+        {"variant": variant, "map": name, "value": value, "low": value, "high": value}
+        for variant in ("hardened", "base")
+        for name, value in (("area", 0.1), ("prior", 0.5), ("grad_cam", 0.3), ("cbam1", 0.2))
+    ]
+    summary = pd.DataFrame(rows).assign(scenario="attribution", metric="pointing_game", eps="")
+    table, controls = evasion_tables.pointing(pd.concat([summary, summary.assign(eps="0.0156863", value=0.9)]))
+    assert table["variant"].tolist() == ["base", "base", "hardened", "hardened"]
+    assert controls == {"a point at random": 0.1, "always where most lesions are": 0.5}
+    fig, ax = evasion_plots.pointing(table, controls, "title")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["base", "hardened"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()][-2:] == list(controls)
     plt.close(fig)
 
 
