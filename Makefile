@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup data repro test record lab lock clean
+.PHONY: help setup data repro test record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -77,11 +77,14 @@ record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only s
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
+book: $(READY) ## build this companion as a web site from the executed notebooks: _build/book/html
+	$(PY) book/build.py
+
 lock: $(BOOT) ## pin versions anew after a change of pyproject.toml (UPGRADE=1: the newest of everything)
 	$(PY) -m uv pip compile --universal --python-version 3.11 --extra dev pyproject.toml -o requirements.lock \
 	  --no-emit-index-url --no-header --no-annotate --quiet $(if $(UPGRADE),--upgrade)
 
 clean: ## remove scratch folders and caches (.venv, data and results stay)
-	rm -rf .medsec-tmp-* .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .medsec-tmp-* .pytest_cache .ruff_cache .hypothesis _build build dist
 	find . -name .venv -prune -o -name .git -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune \
 	  -exec rm -rf {} +

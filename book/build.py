@@ -1,0 +1,287 @@
+"""Build the book: ``python book/build.py [--out FOLDER]``.
+
+Everything is gathered in FOLDER/pages, where it lies as it does in the repository, so that a link leads to the same thing in
+both. Sphinx makes FOLDER/html of it. No notebook is executed, and nothing is written outside FOLDER.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+from posixpath import normpath, relpath
+
+import nbformat
+from sphinx.cmd.build import build_main
+
+BOOK = Path(__file__).resolve().parent
+ROOT = BOOK.parent
+LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
+
+# Sections of README.md and the page of the book that shows each.
+PARTS = {
+    "What was measured": "results.md",
+    "Two commands": "run.md",
+    "Images": "run.md",
+    "Change something": "run.md",
+    "Time and size": "run.md",
+}
+
+# Pages of the interface: file, title, what it is about, and its modules. One that is named nowhere goes to the last page.
+API = {
+    "cohorts": (
+        "Images and cohorts",
+        "Where images come from, and who may see which.",
+        "cohort data partition medmnist_files folder image_files phantom fundus exact",
+    ),
+    "federated": (
+        "Federated learning and networks",
+        "What a client sends, what a server makes of it, and the networks that are trained.",
+        "federated fedcls models convnet classifier threats",
+    ),
+    "backdoor": (
+        "Paper 1: backdoor and FedDetect",
+        "The attack on a federated GAN, and the defences against it (notebooks 01 and 02).",
+        "fedgan triggers fedgan_attackers fedgan_eval feddetect feddetect_eval",
+    ),
+    "inversion": (
+        "Paper 2: gradient inversion",
+        "Attacks that reconstruct images from gradients, and defences of gradients and of images (notebook 03).",
+        "inversion reconstruction gradient_defences shadow suppression perturbation autoencoder purifier "
+        "inversion_attackers inversion_clients inversion_eval inversion_tables inversion_plots",
+    ),
+    "evasion": (
+        "Paper 3: adversarial examples",
+        "Attacks on a classifier's answer, and training, pruning and attention against them (notebook 04).",
+        "adversarial evasion_library pruning attention robust "
+        "evasion_arms evasion_eval evasion_checks evasion_maps evasion_tables evasion_plots",
+    ),
+    "tools": (
+        "Parameters, tables, claims and records",
+        "What makes a run reproducible, and a statement checkable.",
+        "params paths parallel execute metrics tables claims check record record_designs plots cohort_eval errors",
+    ),
+}
+
+
+# Text ------------------------------------------------------------------------------------------------------------------
+
+
+def section(text: str, title: str) -> str:
+    """The part of a Markdown text below the heading ``## title``, up to the next one."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if not found:
+        raise SystemExit(f"error: README.md has no section: {title}")
+    return found[1].strip()
+
+
+def short_titles(readme: str) -> dict[str, str]:
+    """The short title of each notebook, from the table of README.md."""
+    found = re.findall(r"\[(\d\d [^\]]+)\]\(executed/phantom/(\w+)\.ipynb\)", readme)
+    return {name: title for title, name in found}
+
+
+def settle_links(text: str, folder: str, pages: set[str], files: set[str]) -> str:
+    """Make the links of a page fit the book.
+
+    Args:
+        text: Markdown.
+        folder: where the page lies in the repository, "" for its root.
+        pages: paths of the pages of the book; links to them stay.
+        files: paths of other files that are linked, to be offered for download, are added to it.
+
+    Returns:
+        The text, in which README.md has become the book's first page and folders, which a site cannot show, are plain text.
+    """
+
+    def settle(match):
+        label, target = match.groups()
+        path, _, anchor = target.partition("#")
+        if not path or re.match(r"[a-z]+:", target):
+            return match[0]
+        place = normpath(f"{folder}/{path}" if folder else path)
+        if place == "README.md":
+            return f"[{label}]({relpath(_readme_part(anchor), folder or '.')})"
+        if (ROOT / place).is_dir():
+            return label
+        if place in pages or not (ROOT / place).is_file():
+            return match[0]  # one that leads nowhere is Sphinx's to report
+        files.add(place)
+        return f"[{label}](path:{target})"  # (MyST: a file to download, even where it looks like a page)
+
+    return LINK.sub(settle, text)
+
+
+def _readme_part(anchor: str) -> str:
+    """The page that shows a section of README.md."""
+    pages = {title.lower().replace(" ", "-"): page for title, page in PARTS.items()}
+    return f"{pages[anchor]}#{anchor}" if anchor in pages else "index.md"
+
+
+def keep_together(text: str) -> str:
+    """Numbers in a table break between value and interval, not within: [0.1, 0.2] and (n = 3)."""
+    return re.sub(r"\[[-\d.]+, [-\d.]+\]|\(n = \d+", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+
+
+# Notebooks -------------------------------------------------------------------------------------------------------------
+
+
+def command(name: str, cohort: str) -> str:
+    """The command that runs a notebook again and makes its figures."""
+    stage = name if cohort == "phantom" else f"pipelines/{cohort}/dvc.yaml:{name}"
+    return f"dvc repro -f {stage}"
+
+
+def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str]) -> nbformat.NotebookNode:
+    """A copy of an executed notebook, for the book.
+
+    Every code cell gets an anchor, and every figure a line with a link to its cell and the command that remakes it. The first
+    cell says which cohort this is and where the others are. The default parameters go where others were injected.
+    """
+    notebook = nbformat.from_dict(notebook)
+    titled = [heading for cell in notebook.cells if (heading := _last_heading(cell))]
+    head = titled[0] if titled else name
+    for number, cell in enumerate(notebook.cells):
+        head = _last_heading(cell) or head
+        if cell.cell_type != "code":
+            continue
+        anchor = f"cell-{number}"
+        cell.metadata["anchor"] = anchor
+        for output in cell.outputs:
+            if shown := output.get("data", {}).get("text/markdown"):
+                output.data["text/markdown"] = keep_together(shown)
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            cell.metadata["mystnb"] = {
+                "image": {"alt": f"Figure of the section “{head}”"},
+                "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},
+            }
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
+        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    links = " · ".join(f"[{other}](../{other}/{name}.ipynb)" for other in others)
+    also = f" The same on {links}." if links else ""
+    where = (
+        f"*Executed on the cohort **{cohort}**, quick profile. [Source notebook](../../notebooks/{name}.ipynb).{also}*"
+    )
+    notebook.cells[0].source = f"{title} · {cohort}\n\n{where}\n{rest}"
+    return notebook
+
+
+def _last_heading(cell) -> str | None:
+    found = re.findall(r"^#+ (.*)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []
+    return found[-1].replace("`", "") if found else None
+
+
+def _caption(name: str, cohort: str, anchor: str) -> str:
+    return f'<a href="#{anchor}">The cell that draws this</a> · made again by `{command(name, cohort)}`'
+
+
+# Gathering -------------------------------------------------------------------------------------------------------------
+
+
+def gather(pages: Path) -> None:
+    """Write all sources of the book below ``pages``, an empty folder."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    notebooks = sorted(ROOT.glob("executed/*/*.ipynb"))
+    texts = _texts(readme, notebooks)
+    known = set(texts) | {str(file.relative_to(ROOT).as_posix()) for file in notebooks}
+    files: set[str] = set()
+    for path, text in texts.items():
+        folder = str(Path(path).parent.as_posix()).removeprefix(".")
+        _write(pages / path, settle_links(text, folder, known, files))
+    for file in notebooks:
+        cohort = file.parent.name
+        others = [other.parent.name for other in notebooks if other.name == file.name and other != file]
+        notebook = annotate(nbformat.read(file, as_version=4), file.stem, cohort, others)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = settle_links(cell.source, f"executed/{cohort}", known, files)
+        _write(pages / file.relative_to(ROOT), nbformat.writes(notebook))
+    for path, text in api_pages().items():
+        _write(pages / path, text)
+    for path in files:
+        (pages / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, pages / path)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
+    """The Markdown pages of the book by their path: the repository's own, and those made of parts of README.md."""
+    docs = sorted(ROOT.glob("docs/*.md"))
+    run = "\n\n".join(f"## {title}\n\n{section(readme, title)}" for title, page in PARTS.items() if page == "run.md")
+    results = keep_together(section(readme, "What was measured"))
+    introduction = readme.split("\n## ")[0]
+    welcome = (BOOK / "index.md").read_text(encoding="utf-8")
+    return {
+        "index.md": f"{introduction}\n{welcome}\n{navigation(readme, notebooks, docs)}",
+        "results.md": f"# What was measured\n\n{results}\n",
+        "run.md": f"# Run it yourself\n\n{run}\n",
+        "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    } | {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in docs}
+
+
+def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:
+    """The tables of contents: results, the notebooks of each cohort, guides, interface."""
+    titles = short_titles(readme)
+    parts = {"Results": ["results"]}
+    for cohort in sorted({file.parent.name for file in notebooks}):
+        names = [file.stem for file in notebooks if file.parent.name == cohort]
+        parts[f"Notebooks: {cohort}"] = [
+            f"{titles.get(name, name.replace('_', ' '))} <executed/{cohort}/{name}>" for name in names
+        ]
+    parts["Guides"] = ["run", *(f"docs/{file.stem}" for file in docs), "CONTRIBUTING"]
+    parts["Interface"] = ["api/index"]
+    return "\n".join(
+        f"```{{toctree}}\n:hidden:\n:caption: '{title}'\n\n" + "\n".join(lines) + "\n```\n"
+        for title, lines in parts.items()
+    )
+
+
+def api_pages() -> dict[str, str]:
+    """One reStructuredText page for each group of modules, and an index of them."""
+    groups = {file: (title, about, modules.split()) for file, (title, about, modules) in API.items()}
+    named = {module for _, _, modules in groups.values() for module in modules}
+    modules = sorted(file.stem for file in (ROOT / "medsec").glob("*.py") if not file.stem.startswith("__"))
+    groups["tools"][2].extend(module for module in modules if module not in named)
+    pages = {}
+    for file, (title, about, members) in groups.items():
+        blocks = [_heading(title, "="), about]
+        for module in members:
+            if module in modules:
+                blocks += [_heading(f"medsec.{module}", "-"), f".. automodule:: medsec.{module}"]
+        pages[f"api/{file}.rst"] = "\n\n".join(blocks) + "\n"
+    listed = "\n".join(f"   {file}" for file in groups)
+    about = "The package behind the notebooks, from its docstrings. See also :ref:`all names <genindex>`."
+    pages["api/index.rst"] = f"{_heading('Interface', '=')}\n\n{about}\n\n.. toctree::\n   :maxdepth: 2\n\n{listed}\n"
+    return pages
+
+
+def _heading(text: str, line: str) -> str:
+    return f"{text}\n{line * len(text)}"
+
+
+def build(out: Path) -> int:
+    """Gather and build; warnings are errors, and all of them are shown. Returns Sphinx's exit status."""
+    for name in ("pages", "html", "doctrees"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    gather(out / "pages")
+    options = ["-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees"), "-q", "-W", "--keep-going"]
+    return build_main([*options, str(out / "pages"), str(out / "html")])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "book", help="default: _build/book")
+    out = parser.parse_args().out
+    if status := build(out):
+        return status
+    print(f"open {out / 'html' / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
