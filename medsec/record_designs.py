@@ -13,7 +13,9 @@ from medsec import (
     inversion_eval,
     metrics,
     params,
+    tables,
 )
+from medsec.errors import InputError
 from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
@@ -218,17 +220,30 @@ def _strengths(p: Params) -> list[tuple[str, float, dict]]:
 
 def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     (variant,) = cell.variants
-    if cell.arm == "strength":
-        stronger = params.validate(params.merge(p.model_dump(), cell.change))
-        return inversion_eval.strength_cell(cohort, stronger, variant, cell.seed, cell.keys["strength"])
-    if cell.arm == "federation":
-        return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
-    if cell.arm == "rounds":
+    if cell.arm == "attack" and cell.keys:
+        return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
+    if cell.arm == "attack":
+        return _worth_keeping(inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0])
+    try:
+        if cell.arm == "strength":
+            stronger = params.validate(params.merge(p.model_dump(), cell.change))
+            return inversion_eval.strength_cell(cohort, stronger, variant, cell.seed, cell.keys["strength"])
+        if cell.arm == "federation":
+            return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
         table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, cell.change["shares"])
         return table[table["round"] != ""]  # what comes out of it is the other arm's
-    if cell.keys:
-        return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
-    return _worth_keeping(inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0])
+    except InputError as error:
+        if "diverged" not in str(error):
+            raise
+        return _diverged(cell)
+
+
+def _diverged(cell: Cell) -> pd.DataFrame:
+    """A federation that found no classifier under its defence: a result, not a gap in the record."""
+    rows = tables.Rows(inversion_eval.KEYS, inversion_eval.UNITS, cell.seed, cell.variants[0], "utility")
+    keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
+    rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
+    return rows.table()
 
 
 def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
