@@ -26,7 +26,7 @@ def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
-    """One line a defence: what attackers get, and what it costs; ``n`` are the seeds under attack and those of training."""
+    """One line a defence: what attackers get, what it costs; ``n``: seeds under attack; seeds that were trained to the end."""
     lines = []
     for variant in VARIANTS:
         line = {"defence": variant}
@@ -37,13 +37,26 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
             tables.select(summary, {"variant": variant, "scenario": scenario, "metric": metric})["n"].sum()
             for scenario, metric in (("adaptive", "psnr"), ("utility", "auc"))
         ]
-        line["n"] = f"{runs[0]}; {runs[1]}"
+        line["n"] = f"{runs[0]}; {runs[1]}{_lost(diverged(summary, variant))}"
         lines.append(line)
-    return pd.DataFrame([line for line in lines if line["n"] != "0; 0"])
+    found = pd.DataFrame(lines)
+    return found[~found["n"].str.startswith("0; 0")].reset_index(drop=True)
+
+
+def diverged(summary: pd.DataFrame, variant: str, strength: str = "") -> int:
+    """Seeds on which training with a defence found no classifier; those are in no mean."""
+    where = {"variant": variant, "scenario": "utility", "metric": "failed", "strength": strength}
+    return int(tables.select(summary, where)["n"].sum())
+
+
+def _lost(seeds: int) -> str:
+    return f" ({seeds} more diverged)" if seeds else ""
 
 
 def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
     """One line a defence and strength, with the fewest seeds ``n`` and ``usual``, whether it is the headline's strength.
+
+    ``diverged`` counts the seeds on which training found no classifier; a defence that never found one is left out.
 
     Columns ``variant, strength``; ``x, x_low, x_high``: AUC, difference to no defence on the same seeds; ``y, …``: adaptive
     PSNR; ``z, …``: adaptive retrieval in a projected gallery.
@@ -64,6 +77,10 @@ def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
         axes[axis] = rows[list(names)].rename(columns=names)
     both = axes["x"].join([axes["y"], axes["z"]], how="inner").reset_index()
     both["usual"] = both["strength"] == ""
+    both["diverged"] = [
+        diverged(summary, variant, strength)
+        for variant, strength in zip(both["variant"], both["strength"], strict=True)
+    ]
     both["strength"] = [
         strength or f"{usual_strength(variant, params):g}" if usual_strength(variant, params) is not None else ""
         for variant, strength in zip(both["variant"], both["strength"], strict=True)
@@ -113,7 +130,7 @@ def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
                 "defence": point["variant"],
                 "strength": point["strength"],
                 **shown,
-                "n": point["n"],
+                "n": f"{point['n']}{_lost(point['diverged'])}",
                 f"against {variant}": "" if is_own else word[wins, losses],
             }
         )

@@ -400,6 +400,36 @@ def test_the_record_keeps_of_single_attacks_what_its_tables_show(p):
     pd.testing.assert_frame_equal(*headline)
 
 
+def test_a_federation_that_diverges_is_a_row_of_the_record(p, monkeypatch):
+    def failing(message):
+        def train(*_):
+            raise InputError(message)
+
+        monkeypatch.setattr(ev.fedcls, "train", train)
+
+    cell = record_designs.Cell("federation", 1, group="topk", variants=("topk",))
+    change = {"inversion": {"defences": {"topk_keep": 0.5}}}
+    cells = [
+        cell,
+        dataclasses.replace(cell, arm="strength", change=change, keys={"strength": 0.5}),
+        dataclasses.replace(cell, arm="rounds", change={"shares": [1.0]}),
+    ]
+    failing("gradient of a holds NaN or infinite values: the model diverged; lower its lr")
+    rows = pd.concat([record_designs.run_03("npz", p, each) for each in cells], ignore_index=True)
+    assert rows["metric"].tolist() == ["failed"] * 3
+    assert rows["value"].tolist() == [1.0] * 3
+    assert rows["strength"].tolist() == ["", "0.5", ""]
+    assert rows["round"].tolist() == ["", "", "1"]
+    summary = ev.summarise(rows, p)
+    assert inversion_tables.diverged(summary, "topk") == 1
+    assert inversion_tables.diverged(summary, "topk", "0.5") == 1
+    assert inversion_tables.diverged(summary, "none") == 0
+    assert inversion_tables.headline(summary)["n"].tolist() == []
+    failing("anything else")
+    with pytest.raises(InputError, match="anything else"):
+        record_designs.run_03("npz", p, cell)
+
+
 def test_a_cell_of_the_record_runs(p):
     cell = record_designs.Cell("attack", 0, keys={"batch": 2}, group="none", variants=("none",))
     assert set(record_designs.run_03("npz", p, cell)["batch"]) == {"2"}
@@ -538,10 +568,14 @@ def test_who_is_ahead_of_a_defence():
             },
             "n": 5,
             "usual": True,
+            "diverged": 1 if name == "cheaper" else 0,
         }
         for name, case in cases.items()
     )
-    found = inversion_tables.standing(points, "itself", 19.0).set_index("defence")["against itself"]
+    lines = inversion_tables.standing(points, "itself", 19.0).set_index("defence")
+    assert lines["n"]["itself"] == "5"
+    assert lines["n"]["cheaper"] == "5 (1 more diverged)"
+    found = lines["against itself"]
     assert found.to_dict() == {name: case[3] for name, case in cases.items()}
     at_the_floor = points.assign(y_low=points["y_low"].where(points["variant"] != "itself", 15.0))
     at_the_floor["y_high"] = at_the_floor["y_high"].where(points["variant"] != "itself", 18.0)
