@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         for ledger in claims.names():
             table = paths.results(cohort, paths.ROOT) / f"{claims.load(ledger)['table']}.csv"
             if table.is_file():
-                counts = claims.verdicts(ledger, tables.read(table))["verdict"].value_counts(sort=False)
+                counts = claims.verdicts(ledger, tables.read(table), cohort)["verdict"].value_counts(sort=False)
                 print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

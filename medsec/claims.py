@@ -1,9 +1,8 @@
-"""Claims as data: ``claims/*.yaml`` name the row that decides, this module gives the verdict.
+"""Claims as data: ``claims/*.yaml`` name the row that decides, this module gives the verdict on one table.
 
-``python -m medsec.claims`` writes the table of verdicts into the README; a test fails where it is out of date.
+`medsec.ledger` puts the verdicts of all cohorts together.
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -33,21 +32,24 @@ def load(name: str) -> dict:
     return ledger
 
 
-def verdict(claim: dict, table: pd.DataFrame, *, unfinished: bool = False) -> dict:
+def verdict(claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> dict:
     """One claim against a summary table.
 
     Args:
+        cohort: whose table it is, for a claim about the images of certain ``cohorts`` only.
         unfinished: of a record: a row that it lacks is *not measured yet*.
 
     Returns:
         ``id, by, claim, verdict, n, measured``; the verdict is *holds* if the whole interval lies beyond the bound,
         *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*;
-        *not testable here* for a claim marked ``record_only`` whose row the table lacks.
+        *not testable here* for a claim marked ``record_only`` whose row the table lacks, and for one about other images.
 
     Raises:
         InputError: the row that decides is not in the table.
     """
     base = {"id": claim["id"], "by": claim["by"], "claim": claim["text"]}
+    if "cohorts" in claim and cohort not in claim["cohorts"]:
+        return {**base, "verdict": NOT_HERE, "n": 0, "measured": f"about the images of {', '.join(claim['cohorts'])}"}
     if (unfinished or "record_only" in claim) and tables.select(table, claim["where"]).empty:
         if unfinished:
             return {**base, "verdict": NOT_YET, "n": 0, "measured": "the record is not finished"}
@@ -66,85 +68,11 @@ def verdict(claim: dict, table: pd.DataFrame, *, unfinished: bool = False) -> di
     }
 
 
-def verdicts(name: str, table: pd.DataFrame, *, unfinished: bool = False) -> pd.DataFrame:
+def verdicts(name: str, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> pd.DataFrame:
     """The verdict on every claim of ``claims/<name>.yaml``, in the order of the file; see `verdict`."""
-    return pd.DataFrame([verdict(claim, table, unfinished=unfinished) for claim in load(name)["claims"]])
+    return pd.DataFrame([verdict(claim, table, cohort, unfinished=unfinished) for claim in load(name)["claims"]])
 
 
 def names() -> list[str]:
     """All ledgers, in order."""
     return sorted(f.stem for f in Path(paths.CLAIMS).glob("[0-9]*.yaml"))
-
-
-# The README's table --------------------------------------------------------------------------------------------------
-
-BEGIN = "<!-- results: made by `python -m medsec.claims`, do not edit -->"
-END = "<!-- end of results -->"
-
-
-def readme_block() -> str:
-    """Verdicts of every ledger as Markdown between `BEGIN` and `END`, one column a cohort.
-
-    A claim is judged by its row in the record, unless the record is unfinished and rests on fewer runs than the results of
-    the quick profile. Claims marked ``detail`` are left to the notebook.
-    """
-    cohorts = sorted(folder.name for folder in (paths.ROOT / "results").iterdir() if folder.is_dir())
-    cohorts.sort(key=lambda name: name != "phantom")
-    parts = [BEGIN]
-    for name in names():
-        ledger = load(name)
-        shown = None
-        for cohort in cohorts:
-            places = {"record": paths.records(cohort), "quick": paths.results(cohort, paths.ROOT)}
-            files = {kind: place / f"{ledger['table']}.csv" for kind, place in places.items()}
-            found = {kind: tables.read(file) for kind, file in files.items() if file.is_file()}
-            if not found:
-                continue
-            told = [claim for claim in ledger["claims"] if not claim.get("detail", False)]
-            if shown is None:
-                shown = pd.DataFrame({"claim": [c["text"] for c in told], "by": [c["by"] for c in told]})
-            links = [f"[{kind}]({files[kind].relative_to(paths.ROOT).as_posix()})" for kind in found]
-            shown = shown.assign(**{f"{cohort} ({', '.join(links)})": [_cell(claim, found) for claim in told]})
-        if shown is not None:
-            parts += [f"\n**{ledger['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(shown)]
-    return "\n".join([*parts, "", END])
-
-
-def _cell(claim: dict, found: dict[str, pd.DataFrame]) -> str:
-    """What the README says of a claim: the verdict of the table with the most runs, at equality of the first."""
-    runs = {kind: tables.select(table, claim["where"])["n"].sum() for kind, table in found.items()}
-    kind = max(runs, key=runs.get)
-    judged = verdict(claim, found[kind])
-    if judged["n"] == 0:
-        return judged["verdict"]
-    return f"**{judged['verdict']}**: {judged['measured']} (n = {judged['n']}{', quick' * (kind == 'quick')})"
-
-
-def replace_block(text: str, begin: str, end: str, block: str) -> str:
-    """A text whose part from the mark ``begin`` to the mark ``end`` is replaced by ``block`` (which brings the marks).
-
-    Raises:
-        InputError: the text lacks one of the two marks.
-    """
-    if begin not in text or end not in text:
-        raise InputError(f"README.md lacks the marks {begin} and {end}, between which results stand; restore them")
-    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
-
-
-def update_readme(text: str) -> str:
-    """The README's text with its block of verdicts made anew."""
-    return replace_block(text, BEGIN, END, readme_block())
-
-
-def main() -> int:
-    readme = paths.ROOT / "README.md"
-    try:
-        readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,14 @@
 """Cohorts: images in named, disjoint splits, and their division over hospitals.
 
-``load`` returns the phantom (stored in ``data/phantom``, or rendered at another size), any single-label 2-D MedMNIST
-flavour, a file in MedMNIST's key layout, or a folder of one's own images. ``partition`` deals a split to clients.
+``load`` returns the phantom (stored in ``data/phantom``, or rendered at another size), the fundus phantom (always
+rendered), any single-label 2-D MedMNIST flavour, a file in MedMNIST's key layout, or a folder of one's own images.
+``partition`` deals a split to clients.
 ``python -m medsec.data`` writes the phantom cohort, ``python -m medsec.data describe --cohort NAME`` prints a cohort's
 data card.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medsec import folder, medmnist_files, params, paths, phantom
+from medsec import folder, fundus, medmnist_files, params, paths, phantom
 from medsec.cohort import SPLITS, Cohort, Split, canonical, check_classes, fingerprint
 from medsec.errors import InputError
 from medsec.medmnist_files import OFFICIAL
@@ -44,7 +46,7 @@ _FLAWS = ("drawn, not acquired: nobody's patient, and no evidence about clinical
 
 
 def load(name: str, cohorts: params.Cohorts, *, size: int | None = None) -> Cohort:
-    """The cohort ``name``: "phantom", a 2-D MedMNIST flavour, "npz" (a file by path) or "folder" (one's own images).
+    """The cohort ``name``: "phantom", "fundus", a 2-D MedMNIST flavour, "npz" (a file by path) or "folder" (own images).
 
     ``size`` (pixels a side) replaces the parameters' size; a phantom of another size is rendered, not read.
 
@@ -53,6 +55,8 @@ def load(name: str, cohorts: params.Cohorts, *, size: int | None = None) -> Coho
     """
     if name == "phantom":
         return _phantom(cohorts.phantom, size)
+    if name == "fundus":
+        return _fundus(cohorts.fundus, size)
     if name == "npz":
         return medmnist_files.own(cohorts.npz, size)
     if name == "folder":
@@ -60,40 +64,71 @@ def load(name: str, cohorts: params.Cohorts, *, size: int | None = None) -> Coho
     return medmnist_files.flavour(name, cohorts.medmnist, size)
 
 
-# --------------------------------------------------------------------------------------------------------------- phantom
+# -------------------------------------------------------------------------------------------------------------- phantoms
 
 
 def _phantom(cohort: params.PhantomCohort, size: int | None) -> Cohort:
-    if size is not None and (size % 4 or not 28 <= size <= 224):
-        raise InputError(f"size {size} of cohort phantom must be 28 to 224 and a multiple of 4")
+    _check_size("phantom", size)
     stored = size in (None, cohort.size)
     arrays = _stored(paths.DATA / "phantom", cohort) if stored else _render(cohort, size)
-    splits = {}
-    for i, name in enumerate(SPLITS):
-        rows = arrays["split"] == i
-        part = {key: arrays[key][rows] for key in ("images", "labels", "site", "lesion", "lung")}
-        part["images"] = part["images"][:, None]
-        splits[name] = canonical(Split(**part | {key: part[key].astype(np.int64) for key in ("labels", "site")}))
-    classes = ("normal", "pneumonia")
-    check_classes(splits, classes, "cohorts.phantom.images")
     source = f"medsec.phantom: procedural chest radiographs (seed {cohort.seed}), one image per synthetic patient"
-    return Cohort("phantom", splits, classes, tuple(phantom.STYLES), fingerprint(splits), source, "MIT", _FLAWS, {})
+    images = {"images": arrays["images"][:, None]}
+    return _drawn("phantom", arrays | images, phantom.CLASSES, tuple(phantom.STYLES), source)
 
 
-def _render(cohort: params.PhantomCohort, size: int) -> dict[str, np.ndarray]:
-    """All phantom patients: images (N, H, W) uint8, labels, site and split (N,) uint8, lesion and lung (N, H, W) bool.
+def _fundus(cohort: params.FundusCohort, size: int | None) -> Cohort:
+    _check_size("fundus", size)
+    return _drawn_fundus(cohort, size or cohort.size)
 
-    Patients are numbered through all splits; within a split labels alternate and the styles cycle within each label.
+
+@functools.lru_cache(maxsize=1)  # a process loads the same cohort several times; drawing it takes seconds
+def _drawn_fundus(cohort: params.FundusCohort, size: int) -> Cohort:
+    grades = [0, len(fundus.GRADES) - 1] if cohort.grades == 2 else range(len(fundus.GRADES))
+    roles = _roles(cohort, len(grades), len(fundus.STYLES))
+    letters = np.array(list(fundus.STYLES))[roles["site"]]
+    patients = np.arange(len(letters))
+    drawn = fundus.render(patients, np.array(grades)[roles["labels"]], seed=cohort.seed, size=size, style=letters)
+    arrays = roles | {"images": np.moveaxis(drawn.images, 3, 1), "lesion": drawn.lesion}
+    source = f"medsec.fundus: procedural colour photographs of the retina (seed {cohort.seed}), one image per synthetic patient"
+    return _drawn("fundus", arrays, tuple(fundus.GRADES[grade] for grade in grades), tuple(fundus.STYLES), source)
+
+
+def _check_size(name: str, size: int | None) -> None:
+    if size is not None and (size % 4 or not 28 <= size <= 224):
+        raise InputError(f"size {size} of cohort {name} must be 28 to 224 and a multiple of 4")
+
+
+def _drawn(
+    name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...], sites: tuple[str, ...], source: str
+) -> Cohort:
+    """A cohort of our own drawing; ``arrays`` (N, …): images, labels, site, split, and the masks that there are."""
+    splits = {}
+    for i, split in enumerate(SPLITS):
+        part = {key: value[arrays["split"] == i] for key, value in arrays.items() if key != "split"}
+        splits[split] = canonical(Split(**part | {key: part[key].astype(np.int64) for key in ("labels", "site")}))
+    check_classes(splits, classes, f"cohorts.{name}.images")
+    return Cohort(name, splits, classes, sites, fingerprint(splits), source, "MIT", _FLAWS, {})
+
+
+def _roles(cohort: params.PhantomCohort, classes: int, styles: int) -> dict[str, np.ndarray]:
+    """Label, site (index of a style) and split of every synthetic patient, (N,) uint8.
+
+    Patients are numbered through all splits; within a split labels take turns and the styles cycle within each label.
     """
     counts = [getattr(cohort.images, name) for name in SPLITS]
     within = np.concatenate([np.arange(n) for n in counts])
-    labels, site = within % 2, within // 2 % len(phantom.STYLES)
-    letters = np.array(list(phantom.STYLES))[site]
-    drawn = phantom.render(np.arange(len(within)), labels, seed=cohort.seed, size=size, style=letters)
-    split = np.repeat(np.arange(len(SPLITS)), counts)
-    small = {"labels": labels, "site": site, "split": split}
-    masks = {"images": drawn.images, "lesion": drawn.lesion, "lung": drawn.lung}
-    return masks | {key: value.astype(np.uint8) for key, value in small.items()}
+    found = {"labels": within % classes, "site": within // classes % styles}
+    found["split"] = np.repeat(np.arange(len(SPLITS)), counts)
+    return {key: value.astype(np.uint8) for key, value in found.items()}
+
+
+def _render(cohort: params.PhantomCohort, size: int) -> dict[str, np.ndarray]:
+    """All phantom patients: images (N, H, W) uint8, labels, site and split (N,) uint8, lesion and lung (N, H, W) bool."""
+    roles = _roles(cohort, 2, len(phantom.STYLES))
+    letters = np.array(list(phantom.STYLES))[roles["site"]]
+    patients = np.arange(len(letters))
+    drawn = phantom.render(patients, roles["labels"], seed=cohort.seed, size=size, style=letters)
+    return {"images": drawn.images, "lesion": drawn.lesion, "lung": drawn.lung} | roles
 
 
 def generate(cohort: params.PhantomCohort, out: Path | None = None, *, force: bool = False) -> str:
@@ -195,7 +230,7 @@ def describe(cohort: Cohort) -> str:
     lines = [f"# Cohort {cohort.name}", "", f"- Source: {cohort.source}", f"- Licence: {cohort.licence}"]
     lines += [f"- Images: {cohort.size} × {cohort.size} px, {cohort.channels} channel(s), uint8"]
     lines += [f"- Sites: {', '.join(cohort.sites) or 'not recorded'}"]
-    masks = "lesion and lung" if cohort["client"].lesion is not None else "none"
+    masks = " and ".join(name for name in ("lesion", "lung") if getattr(cohort["client"], name) is not None) or "none"
     removed = ", ".join(f"{n} from {name}" for name, n in cohort.removed.items() if n)
     lines += [f"- Masks: {masks}", f"- Exact duplicates removed: {removed or 'none'}"]
     lines += [f"- Fingerprint (sha256 of the content): {cohort.fingerprint}", ""]
@@ -216,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="quick", help="parameters to use (default: params.yaml as it is)")
     parser.add_argument("--out", type=Path, help="generate: folder to write (default: data/phantom)")
     parser.add_argument("--force", action="store_true", help="generate: replace a cohort that differs")
-    parser.add_argument("--cohort", default="phantom", help="describe: phantom, npz, folder or a MedMNIST flavour")
+    parser.add_argument(
+        "--cohort", default="phantom", help="describe: phantom, fundus, npz, folder or a MedMNIST flavour"
+    )
     parser.add_argument("--size", type=int, help="describe: pixels a side (default: the parameters')")
     args = parser.parse_args(argv)
     try:

@@ -10,12 +10,6 @@ from medsec.params import EvasionParams
 RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
 
 
-def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
-    """The row that matches as text, value and interval; empty where there is none."""
-    found = tables.select(summary, where)
-    return tables.interval(found.iloc[0], digits) if len(found) else ""
-
-
 def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> pd.DataFrame:
     """The three defence rates of every arm at the headline's eps; ``whitebox``: the attack that knows the arm."""
     rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
@@ -35,19 +29,51 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
             continue
         line = {
             "arm": variant,
-            "balanced accuracy": cell(summary, 3, **clean, metric="balanced_accuracy"),
-            "minus base": cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-            "AUC": cell(summary, 3, **clean, metric="auc"),
+            "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
+            "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
+            "AUC": tables.cell(summary, 3, **clean, metric="auc"),
         }
         attacked = summary[
             (summary["variant"] == variant) & (summary["metric"] == "dr_whitebox") & (summary["eps"] == at)
         ]
         for scenario in dict.fromkeys(attacked.loc[attacked["prune"] == "", "scenario"]):
-            line[scenario] = cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
-        line["transfer"] = cell(summary, 2, variant=variant, scenario="pgd20", metric="dr_transfer", eps=at)
+            line[scenario] = tables.cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
+        line["transfer"] = tables.cell(summary, 2, variant=variant, scenario="pgd20", metric="dr_transfer", eps=at)
         line["n"] = tables.row(summary, **clean, metric="accuracy")["n"]
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
+
+
+READINGS = {  # of a "defence rate": the metric, and what the attacker must know
+    "white-box": ("dr_whitebox", "the defended network"),
+    "transfer": ("dr_transfer", "the plain network only"),
+    "recovered": ("dr_recovered", "the plain network only"),
+}
+PUBLISHED = {"pgd20": "PGD", "deepfool_capped": "DeepFool"}
+
+
+def paper(summary: pd.DataFrame, p: EvasionParams, published: dict[str, float], variants: list[str]) -> pd.DataFrame:
+    """The published numbers beside every reading of them: one line an attack, reading and eps, one column an arm.
+
+    Args:
+        published: by a name that begins with the attack's, such as ``PGD (77.18 %)``.
+        variants: the paper's arm and its controls.
+    """
+    lines = []
+    for scenario, attack in PUBLISHED.items():
+        (name,) = (name for name in published if name.startswith(attack))
+        for reading, (metric, knows) in READINGS.items():
+            rows = summary[(summary["scenario"] == scenario) & (summary["metric"] == metric) & (summary["prune"] == "")]
+            for eps in sorted(set(rows.loc[rows["variant"].isin(variants), "eps"]), key=float):
+                line = {
+                    "published": f"{attack}, {published[name]:.4f}",
+                    "read as": reading,
+                    "the attacker knows": knows,
+                }
+                line["eps"] = f"{255 * float(eps):.3g}/255" + (", cut to it" if scenario == "deepfool_capped" else "")
+                where = {"scenario": scenario, "metric": metric, "eps": eps}
+                lines.append(line | {v: tables.cell(summary, 2, variant=v, **where) for v in variants})
+    return pd.DataFrame(lines)
 
 
 def over_eps(summary: pd.DataFrame, variants: list[str]) -> pd.DataFrame:

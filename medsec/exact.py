@@ -10,7 +10,7 @@ Arrays are (B, n, n) for B patients and n pixels a side; a parameter drawn once 
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -204,3 +204,27 @@ def blurred(x: np.ndarray, sigma: np.ndarray) -> np.ndarray:
         for axis in (1, 2):
             x = three_taps(x, axis, offset, weight)
     return x
+
+
+def checked(patients, labels, size, style, *, classes: Sequence[str], sizes: tuple[int, int], styles: Collection[str]):
+    """The arguments of a phantom's `render`: patients (N,) uint64, labels (N,), and one style an image.
+
+    Raises:
+        ValueError: one line that says what is wrong.
+    """
+    patients, labels = np.asarray(patients), np.asarray(labels)
+    if patients.ndim != 1 or labels.shape != patients.shape:
+        raise ValueError(f"patients {patients.shape} and labels {labels.shape} must be one-dimensional, of one length")
+    if patients.size and (patients.dtype.kind not in "iu" or patients.min() < 0):
+        raise ValueError("patients must be integers >= 0")
+    if not np.isin(labels, range(len(classes))).all():
+        raise ValueError("labels must be " + ", ".join(f"{i} ({name})" for i, name in enumerate(classes)))
+    if not isinstance(size, int | np.integer) or not sizes[0] <= size <= sizes[1]:
+        raise ValueError(f"size must be a whole number from {sizes[0]} to {sizes[1]}, not {size}")
+    letters = [style] * len(patients) if isinstance(style, str) else [str(s) for s in style]
+    if len(letters) != len(patients):
+        raise ValueError(f"{len(letters)} styles for {len(patients)} patients: give one letter, or one per patient")
+    unknown = sorted(set([style] if isinstance(style, str) else letters) - set(styles))
+    if unknown:
+        raise ValueError(f"unknown style {', '.join(map(repr, unknown))}: the styles are {', '.join(styles)}")
+    return patients.astype(np.uint64), labels, letters

@@ -87,6 +87,11 @@ def check(job: Job) -> None:
     Raises:
         InputError: the parameters, the notebook or the cohort are not usable.
     """
+    if "DVC_STAGE" in os.environ and job.out != paths.ROOT:
+        raise InputError(
+            "MEDSEC_OUT is set: DVC would take the old files in results/ for those of this run; unset it, or leave DVC out "
+            f"and call python -m medsec.execute notebooks/{job.notebook.name} --cohort {job.cohort} yourself"
+        )
     loaded = params.load(job.profile)
     if job.profile != "quick" and job.out == paths.ROOT:
         raise InputError(f"results/ holds the quick profile only; for {job.profile!r} set MEDSEC_OUT to another folder")
@@ -147,6 +152,7 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",  # another number of threads gives other bits
         "PYTHONHASHSEED": "0",
         "TQDM_DISABLE": "1",  # bars are made of times
+        "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
         "IPYTHONDIR": str(job.temporary / "ipython"),  # no start-up files of the user
         "MATPLOTLIBRC": str(Path(matplotlib.get_data_path()) / "matplotlibrc"),  # nor a figure style
     }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medsec.exact import Draws, blurred, counted, ease, exp, halve, lattice_noise, root, sq, turn, where
+from medsec.exact import Draws, blurred, checked, counted, ease, exp, halve, lattice_noise, root, sq, turn, where
 
 GRADES = ("normal", "mild", "referable")
 SIZES = (28, 224)
@@ -94,14 +94,14 @@ class _Eye:
         return _Eye(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-def render(patients, grades, *, seed: int, size: int = 32, style="A") -> Fundi:
-    """Render one photograph per patient at `size` pixels a side; `grades` (N,) are places in GRADES.
+def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Fundi:
+    """Render one photograph per patient at `size` pixels a side; `labels` (N,) are places in GRADES.
 
     A mild retinopathy has microaneurysms and small dots of blood only, a referable one more of them, and blots, exudates,
     cotton-wool spots. `patients` is (N,) integers >= 0; `style` is one letter of STYLES or one letter per image. An image
     depends on (seed, patient, grade, size, style) only; the grade adds lesions and changes nothing else of the eye.
     """
-    patients, grades, styles = _checked(patients, grades, size, style)
+    patients, grades, styles = checked(patients, labels, size, style, classes=GRADES, sizes=SIZES, styles=STYLES)
     # Vessels and dots of a small image are finer than its pixels: draw them at twice the size, then average.
     n = size if size >= 56 else 2 * size
     draws = Draws(seed, patients, styles, STYLES)
@@ -117,26 +117,6 @@ def render(patients, grades, *, seed: int, size: int = 32, style="A") -> Fundi:
             out.images[rows, :, :, channel] = grey.astype(np.uint8)
         out.lesion[rows] = lesion
     return out
-
-
-def _checked(patients, grades, size, style) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The arguments of `render` as arrays of one length, or a ValueError that says what is wrong."""
-    patients, grades = np.asarray(patients), np.asarray(grades)
-    if patients.ndim != 1 or grades.shape != patients.shape:
-        raise ValueError(f"patients {patients.shape} and grades {grades.shape} must be one-dimensional, of one length")
-    if patients.size and (patients.dtype.kind not in "iu" or patients.min() < 0):
-        raise ValueError("patients must be integers >= 0")
-    if not np.isin(grades, range(len(GRADES))).all():
-        raise ValueError(f"grades must be 0 to {len(GRADES) - 1}: {', '.join(GRADES)}")
-    if not isinstance(size, int | np.integer) or not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size must be a whole number from {SIZES[0]} to {SIZES[1]}, not {size}")
-    styles = [style] * len(patients) if isinstance(style, str) else [str(s) for s in style]
-    if len(styles) != len(patients):
-        raise ValueError(f"{len(styles)} styles for {len(patients)} patients: give one letter, or one per patient")
-    unknown = sorted(set([style] if isinstance(style, str) else styles) - set(STYLES))
-    if unknown:
-        raise ValueError(f"unknown style {', '.join(map(repr, unknown))}: the styles are {', '.join(STYLES)}")
-    return patients.astype(np.uint64), grades, styles
 
 
 def _render_block(draws: Draws, rows: np.ndarray, grades: np.ndarray, n: int) -> tuple[list[np.ndarray], np.ndarray]:

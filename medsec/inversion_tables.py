@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from medsec import tables
+from medsec import claims, tables
 from medsec.inversion_clients import VARIANTS
 from medsec.params import Params
 
@@ -19,12 +19,6 @@ MEASURED = (  # scenario, metric, digits
 )
 
 
-def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
-    """The row that matches as text, value and interval; empty where there is none."""
-    found = tables.select(summary, where)
-    return tables.interval(found.iloc[0], digits) if len(found) else ""
-
-
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a defence: what attackers get, what it costs; ``n``: seeds under attack; seeds that were trained to the end."""
     lines = []
@@ -32,7 +26,7 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
         line = {"defence": variant}
         for scenario, metric, digits in MEASURED:
             name = f"{metric.replace('_', ' ')}, {scenario}"
-            line[name] = cell(summary, digits, variant=variant, scenario=scenario, metric=metric)
+            line[name] = tables.cell(summary, digits, variant=variant, scenario=scenario, metric=metric)
         runs = [
             tables.select(summary, {"variant": variant, "scenario": scenario, "metric": metric})["n"].sum()
             for scenario, metric in (("adaptive", "psnr"), ("utility", "auc"))
@@ -99,12 +93,16 @@ def usual_strength(variant: str, params: Params) -> float | None:
     return None
 
 
+TOO_FEW = "too few runs"
+
+
 def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
     """Every point of `plane` against a defence at its usual strength.
 
     There are three measures: the PSNR (below the floor, which needs no gradient, it counts as the floor), retrieval, AUC. One
     is ``ahead`` that is clearly better in one of them (the intervals do not meet) and clearly worse in none; ``behind`` the
-    other way round; ``trade`` if it is better in one and worse in another; else they are ``alike``.
+    other way round; ``trade`` if it is better in one and worse in another; else they are ``alike``. Fewer than
+    `medsec.claims.LEAST_RUNS` runs have intervals of next to no width, which would decide anything: ``too few runs``.
     """
     (own,) = points[(points["variant"] == variant) & points["usual"]].to_dict("records")
 
@@ -124,14 +122,14 @@ def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
                 ("AUC, minus none", "x", 3),
             )
         }
-        is_own = point["variant"] == variant and point["usual"]
+        is_own, enough = point["variant"] == variant and point["usual"], point["n"] >= claims.LEAST_RUNS
         lines.append(
             {
                 "defence": point["variant"],
                 "strength": point["strength"],
                 **shown,
                 "n": f"{point['n']}{_lost(point['diverged'])}",
-                f"against {variant}": "" if is_own else word[wins, losses],
+                f"against {variant}": "" if is_own else word[wins, losses] if enough else TOO_FEW,
             }
         )
     return pd.DataFrame(lines)
@@ -145,7 +143,7 @@ def by_attack(summary: pd.DataFrame) -> pd.DataFrame:
         {
             "defence": variant,
             **{
-                a: cell(summary, 1, variant=variant, scenario="adaptive", metric="psnr_minus_naive", attack=a)
+                a: tables.cell(summary, 1, variant=variant, scenario="adaptive", metric="psnr_minus_naive", attack=a)
                 for a in attacks
             },
         }
@@ -183,8 +181,8 @@ def conditions(summary: pd.DataFrame) -> pd.DataFrame:
                 "images in a batch": row["batch"] or "1",
                 "labels": row["labels"] or "known",
                 "local steps": row["steps"] or "1",
-                "PSNR, adaptive": cell(summary, 1, **where, metric="psnr"),
-                "retrieval, adaptive": cell(summary, 2, **where, metric="retrieval"),
+                "PSNR, adaptive": tables.cell(summary, 1, **where, metric="psnr"),
+                "retrieval, adaptive": tables.cell(summary, 2, **where, metric="retrieval"),
                 "n": row["n"],
             }
         )
@@ -214,9 +212,11 @@ def _differences(summary: pd.DataFrame, metric: str, digits: int) -> dict[str, s
     found = {}
     for name in ("released", "described"):
         for label, scenario in (("gradients", "naive"), ("knowing it", "adaptive")):
-            text = cell(summary, digits, variant=f"shadow_{name}", scenario=scenario, metric=f"{metric}_minus_none")
+            text = tables.cell(
+                summary, digits, variant=f"shadow_{name}", scenario=scenario, metric=f"{metric}_minus_none"
+            )
             found[f"{name}: {label}"] = text
-        text = cell(
+        text = tables.cell(
             summary, digits, variant=f"shadow_{name}", scenario="naive", metric=f"{metric}_minus_none", attack="bn"
         )
         found[f"{name}: with statistics"] = text
@@ -225,6 +225,6 @@ def _differences(summary: pd.DataFrame, metric: str, digits: int) -> dict[str, s
 
 def _costs(summary: pd.DataFrame, metric: str) -> dict[str, str]:
     return {
-        f"{name}: gradients": cell(summary, 3, variant=f"shadow_{name}", scenario="utility", metric=metric)
+        f"{name}: gradients": tables.cell(summary, 3, variant=f"shadow_{name}", scenario="utility", metric=metric)
         for name in ("released", "described")
     }

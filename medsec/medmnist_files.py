@@ -119,7 +119,7 @@ def _about(name: str) -> dict:
     flat = [key for key, info in INFO.items() if not key.endswith("3d") and "multi-label" not in info["task"]]
     if name in flat:
         return INFO[name]
-    known = ["phantom", "npz", "folder", *flat]
+    known = ["phantom", "fundus", "npz", "folder", *flat]
     if name in INFO:
         why = "is three-dimensional" if name.endswith("3d") else "has several labels an image"
         raise InputError(f"cohort {name} {why}; choose one of {', '.join(known)}")
@@ -157,7 +157,7 @@ def _download(name: str, size: int, folder: Path, file: str) -> Path:
             fetch(split="val", download=True, root=scratch, size=size)
             return Path(shutil.move(Path(scratch) / file, folder / file))
     except (RuntimeError, OSError, ValueError):
-        ways = f"set MEDMNIST_ROOT to a folder that holds {file}, choose cohort phantom, or cohort npz with its path"
+        ways = f"set MEDMNIST_ROOT to a folder that holds {file}, choose cohort phantom or fundus, or cohort npz with its path"
         raise InputError(f"{file} is not in MEDMNIST_ROOT or ~/.medmnist and cannot be downloaded; {ways}") from None
 
 

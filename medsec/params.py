@@ -75,6 +75,10 @@ class PhantomCohort(Section):
     images: SplitCounts
 
 
+class FundusCohort(PhantomCohort):
+    grades: Literal[2, 3]
+
+
 class MedMNISTCohort(Section):
     size: Literal[28, 64, 128, 224]
     seed: Seed
@@ -126,6 +130,7 @@ class FolderCohort(Section):
 
 class Cohorts(Section):
     phantom: PhantomCohort
+    fundus: FundusCohort
     medmnist: MedMNISTCohort
     npz: NpzCohort
     folder: FolderCohort
@@ -140,6 +145,7 @@ class ClassifierParams(Section):
 
 class Threats(Section):
     gallery: Count
+    fundus_size: int = Field(ge=28, le=224)
     n_clients: Count
     dirichlet_alpha: Positive
     shift_images: Count
@@ -390,6 +396,7 @@ class EvasionAttacks(Section):
     overshoot: float = Field(ge=0, allow_inf_nan=False)
     deepfool_norms: list[Literal["l2", "linf"]]
     square_queries: Count
+    slow_images: Count | None
     apgd_iterations: Count
     restarts: Count
     autoattack_more: list[Eps255]
@@ -424,6 +431,41 @@ class EvasionParams(Section):
     attacks: EvasionAttacks
     checks: EvasionChecks
     checkpoint_seeds: list[Seed]
+
+
+class MatrixParams(Section):
+    federation: FedClsParams
+    warm_up: float = Field(ge=0, lt=1)
+    patience: Count
+    looks: int = Field(ge=8)
+    scale: Positive
+    scale_relative: Positive
+    target: int = Field(ge=0)
+    poison_few: Rate
+    poison_many: Rate
+    boost: float = Field(ge=1, allow_inf_nan=False)
+    prune_after: Rate
+    leak_after: Rate
+    shadow_steps: Count
+    shadow_freeze: Rate
+    victims: Count
+    purifier_images: int = Field(ge=32)
+    iterations: Count
+    test_images: Count | None
+    matters: dict[Literal["auc", "balanced_accuracy", "attack_success", "psnr", "retrieval"], Positive]
+
+    @model_validator(mode="after")
+    def _enough_clients(self):
+        if self.federation.n_clients < 3:
+            raise ValueError(
+                f"{self.federation.n_clients} clients: FedDetect compares clients with each other and needs 3; "
+                "raise federation.n_clients"
+            )
+        if self.leak_after < self.prune_after:
+            raise ValueError(
+                f"leak_after {self.leak_after:g} is before prune_after {self.prune_after:g}: nothing is pruned yet"
+            )
+        return self
 
 
 class FedGANRecord(Section):
@@ -464,6 +506,10 @@ class InversionRecord(Section):
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]
     utility_variants: list[str]
+    other_utility_seeds: Count
+    spare_seeds: dict[str, Count]
+    control_seeds: Count
+    condition_seeds: Count
     released_batch: Count
     strengths: dict[str, dict[Literal["defences", "shadow"], dict[str, list[int | float]]]]
 
@@ -476,11 +522,20 @@ class EvasionRecord(Section):
     variants: list[str]
 
 
+class OtherModality(Section):
+    """What the record of a second modality has: headline rows only, of these scenarios and variants."""
+
+    feddetect: list[str]
+    inversion: list[str]
+    evasion: list[str]
+
+
 class Records(Section):
     fedgan: FedGANRecord
     feddetect: FedDetectRecord
     inversion: InversionRecord
     evasion: EvasionRecord
+    other_modality: OtherModality
 
 
 class Params(Section):
@@ -493,6 +548,7 @@ class Params(Section):
     feddetect: FedDetectParams
     inversion: InversionParams
     evasion: EvasionParams
+    matrix: MatrixParams
     record: Records
 
 

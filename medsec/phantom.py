@@ -18,6 +18,7 @@ import numpy as np
 from medsec.exact import (
     Draws,
     blurred,
+    checked,
     counted,
     ease,
     ellipse,
@@ -33,6 +34,7 @@ from medsec.exact import (
 )
 
 KINDS = ("lobar", "patchy", "diffuse", "round")
+CLASSES = ("normal", "pneumonia")
 SIZES = (28, 224)
 
 # What a hospital changes: everything after the patient. Pairs are ranges drawn per image, single numbers probabilities
@@ -97,7 +99,8 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Phantom
     `patients` is (N,) integers >= 0; `style` is one letter of STYLES or one letter per image. An image depends on
     (seed, patient, label, size, style) only; the label adds a lesion and changes nothing else of the anatomy.
     """
-    patients, labels, styles = _checked(patients, labels, size, style)
+    patients, labels, styles = checked(patients, labels, size, style, classes=CLASSES, sizes=SIZES, styles=STYLES)
+    labels = labels.astype(bool)
     # Ribs and vessels of a 32-pixel image are finer than its pixels: draw them at twice the size, then average.
     n = size if size >= 56 else 2 * size
     draws = Draws(seed, patients, styles, STYLES)
@@ -116,26 +119,6 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Phantom
         out.images[rows] = np.minimum(np.maximum(np.floor(grey * 255 + 0.5), 0), 255).astype(np.uint8)
         out.lesion[rows], out.lung[rows], out.kind[rows] = lesion, lung, kind
     return out
-
-
-def _checked(patients, labels, size, style) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The arguments of `render` as arrays of one length, or a ValueError that says what is wrong."""
-    patients, labels = np.asarray(patients), np.asarray(labels)
-    if patients.ndim != 1 or labels.shape != patients.shape:
-        raise ValueError(f"patients {patients.shape} and labels {labels.shape} must be one-dimensional, of one length")
-    if patients.size and (patients.dtype.kind not in "iu" or patients.min() < 0):
-        raise ValueError("patients must be integers >= 0")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError("labels must be 0 (healthy) or 1 (pneumonia)")
-    if not isinstance(size, int | np.integer) or not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size must be a whole number from {SIZES[0]} to {SIZES[1]}, not {size}")
-    styles = [style] * len(patients) if isinstance(style, str) else [str(s) for s in style]
-    if len(styles) != len(patients):
-        raise ValueError(f"{len(styles)} styles for {len(patients)} patients: give one letter, or one per patient")
-    unknown = sorted(set([style] if isinstance(style, str) else styles) - set(STYLES))
-    if unknown:
-        raise ValueError(f"unknown style {', '.join(map(repr, unknown))}: the styles are {', '.join(STYLES)}")
-    return patients.astype(np.uint64), labels.astype(bool), styles
 
 
 # ---------------------------------------------------------------------------------------- patient and geometry

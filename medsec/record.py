@@ -119,7 +119,7 @@ def run_cell(notebook: str, cohort: str, p: Params, cell: Cell, name: str) -> st
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    tables.write(kept, cells / f"{cell.name}.csv")
+    tables.write(kept, cells / f"{cell.name}.csv.gz")
     (cells / f"{cell.name}.json").write_text(json.dumps(cost) + "\n", encoding="utf-8")
     return cell.name
 
@@ -127,7 +127,7 @@ def run_cell(notebook: str, cohort: str, p: Params, cell: Cell, name: str) -> st
 def finished(cells: Path, cell: Cell) -> dict | None:
     """What a finished cell in the folder ``cells`` says of itself, or None."""
     note = cells / f"{cell.name}.json"
-    if not (note.is_file() and (cells / f"{cell.name}.csv").is_file()):
+    if not (note.is_file() and (cells / f"{cell.name}.csv.gz").is_file()):
         return None
     return json.loads(note.read_text(encoding="utf-8"))
 
@@ -161,12 +161,12 @@ def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], prof
     names = identities(notebook, cohort, p, cells)
     # Cells of other code or parameters are still there while a restarted record is under way: they do not count.
     done = [cell for cell in cells if (notes[cell.name] or {}).get("identity") == names[cell.name]]
-    runs = pd.concat([tables.read(records / notebook / f"{cell.name}.csv") for cell in done], ignore_index=True)
+    runs = pd.concat([tables.read(records / notebook / f"{cell.name}.csv.gz") for cell in done], ignore_index=True)
     summary = design(notebook).summarise(runs, p)
     target = records / f"{notebook}.csv"
     tables.write(summary, target)
     costs = {cell.name: notes[cell.name] for cell in done}
-    about = {
+    made = {
         "profile": profile,
         "cells_planned": len(cells),
         "cells_finished": len(done),
@@ -185,7 +185,7 @@ def build(notebook: str, cohort: data.Cohort, p: Params, cells: list[Cell], prof
         },
         "params": p.model_dump(),
     }
-    target.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return target
 
 
@@ -198,16 +198,28 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def about(notebook: str, cohort: str) -> dict | None:
+    """How a record was made: cells, cost, code, versions, hardware, parameters; None where there is none."""
+    file = paths.records(cohort) / f"{notebook}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def is_finished(notebook: str, cohort: str) -> bool:
+    """Whether the record has all cells of its plan (False where there is none)."""
+    found = about(notebook, cohort)
+    return found is not None and found["cells_finished"] == found["cells_planned"]
+
+
 def is_stale(notebook: str, cohort: str) -> bool:
     """Whether the code that decides the numbers has changed since the record was made.
 
     Raises:
         InputError: there is no such record.
     """
-    about = paths.records(cohort) / f"{notebook}.json"
-    if not about.is_file():
+    found = about(notebook, cohort)
+    if found is None:
         raise InputError(f"no record of {notebook} for {cohort}; make it with: python -m medsec.record {notebook}")
-    made_by = json.loads(about.read_text(encoding="utf-8"))["modules"]
+    made_by = found["modules"]
     return any(code_hash([name]) != found for name, found in made_by.items())
 
 
@@ -281,9 +293,12 @@ def run(args: argparse.Namespace) -> int:
     with locked(lock), joblib.parallel_config("loky", inner_max_num_threads=1):
         calls = (joblib.delayed(run_cell)(args.notebook, args.cohort, p, cell, names[cell.name]) for cell in todo)
         results = joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls)
-        for _ in _progress(results, todo, cost):
-            build(args.notebook, cohort, p, cells, args.profile)  # at once: a record cut short is a record in part
-    print(build(args.notebook, cohort, p, cells, args.profile).relative_to(paths.ROOT))
+        try:
+            for _ in _progress(results, todo, cost):
+                pass
+        finally:  # also where it is ended from outside: a record cut short is a record in part
+            if any(finished(folder, cell) for cell in cells):
+                print(build(args.notebook, cohort, p, cells, args.profile).relative_to(paths.ROOT))
     return 0
 
 

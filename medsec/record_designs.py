@@ -20,6 +20,8 @@ from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
 
+# A modality of its own: the headline on every evaluation seed, no sweeps.
+HEADLINE_ONLY = ("fundus",)
 FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
 
 
@@ -31,6 +33,9 @@ def _partitions(cohort: str, p: Params, schemes: list[str]) -> list[str]:
 
 # Notebook 01 ---------------------------------------------------------------------------------------------------------
 
+# The published trigger, a grid in colour: it needs 57 pixels a side.
+COLOUR_GRID = ({"trigger": {"kind": "grid"}}, {"trigger": "grid", "size": 64}, 64)
+
 
 def cells_01(cohort: str, p: Params) -> list[Cell]:
     """The headline on every evaluation seed, then one factor at a time on the first few of them.
@@ -41,7 +46,9 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
     sweep = p.record.fedgan
     few = p.seeds.evaluation[: sweep.seeds]
-    if cohort == "phantom":  # the only cohort that can be drawn at another size
+    if cohort in HEADLINE_ONLY:
+        return found + [Cell(arm, seed, *COLOUR_GRID) for seed in few for arm in ("attack", "clean", "controls")]
+    if cohort == "phantom":  # can be drawn at another size
         arms = ("attack", "clean", "controls")
         found += [
             Cell(arm, seed, {}, {"size": size}, size) for size in sweep.image_size for seed in few for arm in arms
@@ -96,6 +103,9 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     """
     sweep = p.record.feddetect
     few = p.seeds.evaluation[: sweep.seeds]
+    if cohort in HEADLINE_ONLY:
+        wanted = p.record.other_modality.feddetect
+        return [Cell(s, seed, variants=("none", *CONTENDERS)) for seed in p.seeds.evaluation for s in wanted]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
     federations = [{"m": m} for m in sweep.n_clients]
     federations += [{"partition": scheme} for scheme in _partitions(cohort, p, sweep.partition)]
@@ -169,26 +179,44 @@ SINGLE_ATTACK = ("failed", "psnr", "ssim", "retrieval")  # what the record keeps
 def cells_03(cohort: str, p: Params) -> list[Cell]:
     """Every defence under every attack and its cost, on every evaluation seed; then one thing changed at a time.
 
-    Seed by seed: a record that is cut short has every defence, on fewer seeds. ``variants`` holds the one of a cell. The
-    controls of the described defence are there for privacy; each costs as much to train as it does, and has fewer seeds.
+    Seed by seed: a record that is cut short has every defence, on fewer seeds. ``variants`` holds the one of a cell. What a
+    defence costs to train is paired and moves little: those that decide no bar have fewer seeds. Other strengths and
+    conditions have the fewest. The described defence's controls, the dearest to attack, are there for privacy: they are not
+    trained, and have fewer seeds too.
     """
+    if cohort in HEADLINE_ONLY:
+        return [
+            Cell(arm, seed, group=variant, variants=(variant,))
+            for seed in p.seeds.evaluation
+            for variant in p.record.other_modality.inversion
+            for arm in ("attack", "federation")
+        ]
     sweep, found = p.record.inversion, []
-    few = p.seeds.evaluation[: sweep.seeds]
-    single = [("batch", batch, {}) for batch in sweep.batch]
-    single += [("steps", steps, {}) for steps in sweep.steps]
-    single += [("labels", "inferred", {"batch": batch}) for batch in sweep.inferred]
+    counts = (sweep.seeds, sweep.condition_seeds, sweep.control_seeds)
+    few, fewest, attacked = (p.seeds.evaluation[:n] for n in counts)
+    trained = p.seeds.evaluation[: sweep.other_utility_seeds + sweep.spare_seeds.get(cohort, 0)]
+    conditions: list[dict] = [{"steps": steps} for steps in sweep.steps]
+    conditions += [{"labels": "inferred", "batch": batch} for batch in sweep.inferred]
     for seed in p.seeds.evaluation:
         for variant in inversion_clients.VARIANTS:
-            found.append(Cell("attack", seed, group=variant, variants=(variant,)))
-            if variant not in inversion_clients.CONTROLS or seed in few:
+            control = variant in inversion_clients.CONTROLS
+            if not control or seed in attacked:
+                found.append(Cell("attack", seed, group=variant, variants=(variant,)))
+            if variant in sweep.utility_variants or (seed in trained and not control):
                 found.append(Cell("federation", seed, group=variant, variants=(variant,)))
         if seed in few:
             for variant in sweep.variants:
                 found += [
-                    Cell("attack", seed, keys={key: value, **more}, group=variant, variants=(variant,))
-                    for key, value, more in single
+                    Cell("attack", seed, keys={"batch": batch}, group=variant, variants=(variant,))
+                    for batch in sweep.batch
                 ]
                 found.append(Cell("rounds", seed, {"shares": sweep.shares}, group=variant, variants=(variant,)))
+        if seed in fewest:
+            found += [
+                Cell("attack", seed, keys=keys, group=variant, variants=(variant,))
+                for variant in sweep.variants
+                for keys in conditions
+            ]
             keys, released = {"batch": sweep.released_batch}, "shadow_released"
             found.append(Cell("attack", seed, keys=keys, group=released, variants=(released,)))
             found += [
@@ -265,11 +293,10 @@ def rounds_03(p: Params, cell: Cell) -> float:
 def cells_04(cohort: str, p: Params) -> list[Cell]:
     """Every arm under every attack, seed by seed; then other shares of pruning."""
     sweep = p.record.evasion
-    found = [
-        Cell("arm", seed, group=variant, variants=(variant,))
-        for seed in p.seeds.evaluation
-        for variant in evasion_arms.VARIANTS
-    ]
+    arms = p.record.other_modality.evasion if cohort in HEADLINE_ONLY else evasion_arms.VARIANTS
+    found = [Cell("arm", seed, group=variant, variants=(variant,)) for seed in p.seeds.evaluation for variant in arms]
+    if cohort in HEADLINE_ONLY:
+        return found
     found += [
         Cell("prune", seed, keys={"prune": ratio}, group=variant, variants=(variant,))
         for seed in p.seeds.evaluation[: sweep.seeds]

@@ -46,10 +46,11 @@ class Rows:
 
 
 def write(table: pd.DataFrame, file: Path) -> None:
-    """Write a table as CSV with six significant digits; complete or not at all."""
+    """Write a table as CSV with six significant digits, packed if the name ends in .gz; complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    packed = {"method": "gzip", "mtime": 1} if file.suffix == ".gz" else None  # without the time: the same bytes again
+    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n", compression=packed)
     partial.replace(file)
 
 
@@ -133,3 +134,16 @@ def markdown(table: pd.DataFrame) -> str:
 def interval(record: pd.Series, digits: int = 2) -> str:
     """``value [low, high]`` of a summary row."""
     return f"{record['value']:.{digits}f} [{record['low']:.{digits}f}, {record['high']:.{digits}f}]"
+
+
+def counted(n: pd.Series, what: str) -> str:
+    """``n = 5 seeds``, or ``n = 1 to 5 seeds`` where rows have different numbers: for the title of a figure."""
+    low, high = int(n.min()), int(n.max())
+    number = f"{low}" if low == high else f"{low} to {high}"
+    return f"n = {number} {what[: -1 if high == 1 and what.endswith('s') else None]}"
+
+
+def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
+    """The row that matches as text, see `interval`; empty where there is none."""
+    found = select(summary, where)
+    return interval(found.iloc[0], digits) if len(found) else ""

@@ -39,6 +39,7 @@ def cohorts() -> params.Cohorts:
     images = {"client": 24, "public": 8, "reference": 8, "val": 8, "test": 8}
     sections = {
         "phantom": {"size": 28, "seed": 7, "images": images},
+        "fundus": {"size": 28, "seed": 7, "images": images, "grades": 2},
         "medmnist": {"size": 28, "seed": 7, "shares": shares},
         "npz": {"path": None, "seed": 7, "shares": shares},
         "folder": {

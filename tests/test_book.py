@@ -92,6 +92,11 @@ def test_the_command_names_a_stage():
         ("[a](../README.md#time-and-size)", "docs", "[a](../run.md#time-and-size)"),
         ("[a](../claims/)", "docs", "a"),
         ("[a](../LICENSE)", "docs", "[a](path:../LICENSE)"),
+        (
+            "[a](LICENSE#L7)",
+            "",
+            "[a](path:LICENSE)",
+        ),  # a line of a table: the file is offered, which has no lines to go to
         ("[a](nowhere.md)", "docs", "[a](nowhere.md)"),
     ],
 )
@@ -217,6 +222,12 @@ def test_no_page_names_a_place_on_this_machine(html, pages):
     for name, page in pages.items():
         assert str(ROOT) not in page.text, name
         assert str(html.parent) not in page.text, name
+
+
+def test_the_pipeline_is_a_list_in_the_book(pages):
+    text = re.sub(r"<[^>]+>", "", pages["run.html"].text)
+    assert "data.dvc is needed by 00_data_and_threats, 01_backdoor_fedgan" in text
+    assert "flowchart" not in text
 
 
 def test_every_figure_stands_above_its_command(html, pages):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import data, medmnist_files, params, paths, phantom
+from medsec import data, fundus, medmnist_files, params, paths, phantom
 from medsec.errors import InputError
 
 
@@ -444,7 +444,7 @@ def test_file_of_another_flavour(medmnist_home, cohorts, tiny_npz, tmp_path, mon
     [
         (
             "pneumonia",
-            "unknown cohort 'pneumonia'; did you mean pneumoniamnist? known: phantom, npz, folder, pathmnist",
+            "unknown cohort 'pneumonia'; did you mean pneumoniamnist? known: phantom, fundus, npz, folder, pathmnist",
         ),
         ("fantom", "did you mean phantom?"),
         ("xyz", "unknown cohort 'xyz'; known: phantom"),
@@ -543,6 +543,32 @@ def test_phantom_cohort(stored):
     card = data.describe(cohort)
     assert "| client | 24 | 12 | 12 | 6 | 6 | 6 | 6 |" in card
     assert "lesion and lung" in card
+
+
+@pytest.mark.parametrize(("grades", "classes"), [(2, ("normal", "referable")), (3, ("normal", "mild", "referable"))])
+def test_fundus_cohort(cohorts, grades, classes):
+    section = cohorts.fundus.model_copy(update={"grades": grades})
+    cohort = data.load("fundus", cohorts.model_copy(update={"fundus": section}))
+    assert (cohort.classes, cohort.channels, cohort.size) == (classes, 3, 28)
+    assert cohort.sites == tuple(fundus.STYLES)
+    assert {name: len(split) for name, split in cohort.splits.items()} == section.images.model_dump()
+    for split in cohort.splits.values():
+        counts = np.bincount(split.labels, minlength=grades)
+        assert counts.max() - counts.min() <= 1
+        assert split.images.dtype == np.uint8
+        assert split.images.mean((0, 2, 3))[0] > split.images.mean((0, 2, 3))[2]  # red before blue
+        assert split.lung is None
+        assert not split.lesion[split.labels == 0].any()
+        assert split.lesion[split.labels == grades - 1].any((1, 2)).all()
+    assert_disjoint(cohort)
+    card = data.describe(cohort)
+    assert "Masks: lesion\n" in card
+    assert data.load("fundus", cohorts, size=32).size == 32
+
+
+def test_fundus_of_a_size_that_cannot_be(cohorts):
+    with pytest.raises(InputError, match="size 30 of cohort fundus must be 28 to 224 and a multiple of 4"):
+        data.load("fundus", cohorts, size=30)
 
 
 def test_stored_phantom_is_the_rendered_one(stored):

@@ -116,6 +116,22 @@ def test_an_arm_has_every_row_once(p, variant):
     assert worst <= at["value"].min() + 1e-9
 
 
+def test_slow_attacks_on_fewer_images(p):
+    few = params.validate(params.merge(p.model_dump(), {"evasion": {"attacks": {"slow_images": 16}}}))
+    setup = ev.prepare("npz", few)
+    model = evasion_arms.train(setup, "base", 0)
+    table, outcomes = ev.attacked(setup, "base", model, model, 0, ["pgd20", "square"], [])
+    n = table[table["metric"] == "accuracy"].set_index("scenario")["n_items"]
+    assert n.to_dict() == {"clean": 40, "noise": 40, "pgd20": 40, "square": 16, "worst_case": 16}
+    eps = few.evasion.eps / 255
+    right = outcomes["clean", 0.0][:16]
+    rate = table[(table["scenario"] == "square") & (table["metric"] == "dr_whitebox")].iloc[0]
+    assert rate["value"] == pytest.approx(outcomes["square", eps][right].mean())
+    assert rate["n_items"] == right.sum()
+    worst = table[(table["scenario"] == "worst_case") & (table["metric"] == "dr_whitebox")].iloc[0]
+    assert worst["value"] == pytest.approx((outcomes["square", eps] & outcomes["pgd20", eps][:16])[right].mean())
+
+
 def test_three_classes_and_colours(colour):
     table = ev.arm_cell("npz", colour, "prune_cbam", 0)
     assert {"autoattack", "pgd_detached", "deepfool"} <= set(table["scenario"])
@@ -240,7 +256,13 @@ def test_an_evaluation_that_cannot_be_trusted_is_found(counts, name):
 
 def test_checks_need_the_same_examples():
     with pytest.raises(InputError, match=r"outcomes of \[50, 100\] examples"):
-        evasion_checks.of_outcomes(outcomes() | {("square", 0.1): np.ones(50, bool)}, 0.1)
+        evasion_checks.of_outcomes(outcomes() | {("pgd_margin", 0.1): np.ones(50, bool)}, 0.1)
+
+
+def test_slow_attacks_may_stop_early_and_are_compared_on_the_same_examples():
+    found = outcomes() | {("square", 0.1): np.arange(50) < 30}  # of the first 50, of which 40 withstand PGD
+    square = {check.name: check.value for check in evasion_checks.of_outcomes(found, 0.1)}["gradient_free_weaker"]
+    assert square == pytest.approx(10 / 50)
 
 
 class Masked(nn.Module):
@@ -371,6 +393,7 @@ def test_the_record_has_every_arm_on_five_seeds_and_the_whole_test_set():
     assert {"pgd20", "pgd20_eps10", "pgd_margin", "pgd_detached", "deepfool_capped", "square"} <= set(attacks.scenarios)
     assert {full.evasion.eps, *attacks.autoattack_more} >= {4, 8}
     assert attacks.cw.images == 128
+    assert attacks.slow_images >= 128
     assert len(attacks.cw.variants) == 4
     assert min(full.evasion.sweep) == 0.5
     assert max(full.evasion.sweep) == 16
@@ -427,6 +450,13 @@ def test_views_of_a_summary(p):
         "accuracy, PGD 4/255": [0, 0.5],
     }
     assert evasion_tables.over_pruning(summary, e, ["base"]) == {}
+    shown = evasion_tables.paper(summary, e, {"PGD (7 %)": 0.07, "DeepFool (6 %)": 0.06}, ["prune_cbam", "retrain"])
+    assert shown["published"].unique().tolist() == ["PGD, 0.0700", "DeepFool, 0.0600"]
+    told = shown.set_index(["published", "read as", "eps"])
+    expected = tables.cell(summary, 2, variant="prune_cbam", scenario="pgd20", metric="dr_whitebox", eps="0.0313725")
+    assert told.loc[("PGD, 0.0700", "white-box", "8/255"), "prune_cbam"] == expected
+    assert set(told.loc["DeepFool, 0.0600"].index) == {(r, "4/255, cut to it") for r in evasion_tables.READINGS}
+    assert (shown["retrain"] == "").all(), "no such arm in this table"
     checks = evasion_tables.checks(summary)
     assert list(checks.columns) == ["check", "base", "prune_cbam"]
     assert checks.set_index("check").loc["undefended breaks", "prune_cbam"] == "not asked"

@@ -139,10 +139,12 @@ def test_the_kernel_is_this_interpreter_without_user_settings(tmp_path, out, mon
     (startup / "00.py").write_text("surprise = 1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MEDSEC_LIVE", "1")
     checks = [
         f"import os, sys; assert sys.executable == {sys.executable!r}, sys.executable",
         "assert 'surprise' not in globals()",
         "assert os.environ['OMP_NUM_THREADS'] == '1'",
+        "from medsec import panels; assert not panels.is_live()",
         "assert os.environ['MEDSEC_OUT'] == os.environ['MEDSEC_REFERENCE']",
         f"import medsec; assert str(medsec.__path__[0]) == {str(paths.ROOT / 'medsec')!r}",
         f"assert os.getcwd() == {str(tmp_path)!r}",
@@ -216,6 +218,14 @@ def test_wrong_parameters_are_one_line_and_write_nothing(tmp_path, out, capfd, m
     error = capfd.readouterr().err
     assert "unknown key fedgam; did you mean fedgan?" in error
     assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_stage_of_dvc_may_not_write_elsewhere(tmp_path, out, monkeypatch, capfd):
+    """DVC would hash the old outputs, which are still there, and call them those of the new parameters."""
+    monkeypatch.setenv("DVC_STAGE", "07_toy")
+    assert run(make_notebook(tmp_path / "07_toy.ipynb", WRITE)) == 2
+    assert "MEDSEC_OUT is set: DVC would take the old files" in capfd.readouterr().err
     assert not out.exists()
 
 

@@ -274,6 +274,45 @@ WRONG = {
         ("rate[0] - rate[1]", "rate[0]", "subtract the control's"),
         ("after[clean]", "(after & clean)", "divide by the number that is right before"),
     ],
+    ("05", 1): [
+        ("(labels != target) & (clean == labels)", "np.ones(len(labels), bool)", "you count all images"),
+        ("(labels != target) & (clean == labels)", "clean == labels", "you count images of the target class"),
+        ("(labels != target) & (clean == labels)", "labels != target", "called wrongly without the trigger"),
+        ("triggered[counted] == target", "triggered[counted] != labels[counted]", "any other"),
+        ("(triggered[counted] == target)", "((triggered == target) & counted)", "divide by those that can be turned"),
+    ],
+    ("05", 2): [
+        (
+            "np.array([those[seed] - reference[seed] for seed in sorted(those.keys() & reference.keys())])",
+            "np.array(list(those.values())) - np.array(list(reference.values()))",
+            "only 3 seeds are in both",
+        ),
+        ("those[seed] - reference[seed]", "reference[seed] - those[seed]", "the sign is flipped"),
+        ("sorted(those.keys() & reference.keys())", "[s for s in those if s in reference]", "by rising seed"),
+        ("np.array([", "([", "asked for is an array"),
+    ],
+    ("05", 3): [
+        ("updates * (lengths.median() / lengths).clamp(max=1)", "updates", "plain mean"),
+        (".clamp(max=1)", "", "lengthen updates"),
+        ("lengths.median()", "lengths.mean()", "take the median"),
+        (
+            "updates * (lengths.median() / lengths).clamp(max=1)",
+            "updates.clamp(-lengths.median(), lengths.median())",
+            "clip each number by itself",
+        ),
+        (".mean(0)", ".sum(0)", "this is the sum"),
+        ("return (updates *", "return (updates.mul_(1) * 0.5 *", "your mean has the length"),
+    ],
+    ("05", 4): [
+        (
+            "(both - none) - (first - none) - (second - none)",
+            "(first - none) + (second - none) - (both - none)",
+            "flipped",
+        ),
+        ("(both - none) - (first - none) - (second - none)", "both - none", "take off what each part"),
+        ("(both - none) - (first - none) - (second - none)", "both - first - second", "compared with none"),
+        ("(both - none) - (first - none) - (second - none)", "both - min(first, second)", "the worse part only"),
+    ],
 }
 
 # Answers that are wrong in every exercise, in place of the TODO, and what is said to them.
@@ -322,8 +361,8 @@ def file(request):
 
 
 def test_every_notebook_has_exercises_and_solutions():
-    names = {source.name for source in paths.NOTEBOOKS.glob("0[0-4]_*.ipynb")}
-    assert len(names) == 5
+    names = {source.name for source in paths.NOTEBOOKS.glob("0[0-5]_*.ipynb")}
+    assert len(names) == 6
     assert {file.name for file in SOLUTIONS} == names
     assert {file.name for file in FOLDER.glob("*.ipynb")} == names
 

@@ -797,9 +797,9 @@ def test_interrupted_and_resumed_gives_the_same_table(p, tmp_path, monkeypatch):
 
     # Killed: one cell is missing, one half written, one has no note.
     for name in ("no_attack-seed0", "null-m=4-seed0"):
-        (place / f"{name}.csv").unlink()
+        (place / f"{name}.csv.gz").unlink()
         (place / f"{name}.json").unlink()
-    (place / "no_attack-seed0.partial").write_text("seed,variant\n")
+    (place / "no_attack-seed0.csv.partial").write_text("seed,variant\n")
     (place / "honest-baselines-seed0.json").unlink()
     target.unlink()
     ran, run_cell = [], record.run_cell

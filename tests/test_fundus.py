@@ -123,12 +123,12 @@ def test_no_patients_is_no_error():
         ({"size": SIZES[1] + 1}, "size must be"),
         ({"style": "E"}, "unknown style 'E': the styles are A, B, C, D"),
         ({"style": ["A"]}, "1 styles for 2 patients"),
-        ({"grades": [0, 3]}, "grades must be 0 to 2: normal, mild, referable"),
-        ({"grades": [0]}, "of one length"),
+        ({"labels": [0, 3]}, r"labels must be 0 \(normal\), 1 \(mild\), 2 \(referable\)"),
+        ({"labels": [0]}, "of one length"),
         ({"patients": [0, -1]}, "patients must be integers >= 0"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
-        render(**({"patients": [0, 1], "grades": [0, 1], "seed": 0} | arguments))
+        render(**({"patients": [0, 1], "labels": [0, 1], "seed": 0} | arguments))
     assert "\n" not in str(error.value)

@@ -581,6 +581,9 @@ def test_who_is_ahead_of_a_defence():
     at_the_floor["y_high"] = at_the_floor["y_high"].where(points["variant"] != "itself", 18.0)
     found = inversion_tables.standing(at_the_floor, "itself", 19.0).set_index("defence")["against itself"]
     assert found["below the floor"] == "alike", "below the floor nobody is more private"
+    once = points.assign(n=points["n"].where(points["variant"] != "cheaper", 1))
+    found = inversion_tables.standing(once, "itself", 19.0).set_index("defence")["against itself"]
+    assert found["cheaper"] == "too few runs", "one run has an interval without width"
 
 
 def ends_of(ends):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from medsec import check, claims, fedgan_eval, metrics, paths, tables
+from medsec import check, claims, fedgan_eval, ledger, metrics, paths, tables
 from medsec.errors import InputError
 
 KEYS = ["client", "round"]
@@ -195,6 +195,13 @@ def test_a_claim_for_records_only_needs_no_row_elsewhere():
     assert claims.verdict(claim(**{**NOT_HERE, "above": 0.8}), there)["verdict"] == "does not hold"
 
 
+def test_a_claim_about_other_images():
+    about = claim(where=WHERE, above=0.5, cohorts=["fundus"])
+    assert claims.verdict(about, summary_of(0.6, 0.7), "fundus")["verdict"] == "holds"
+    found = claims.verdict(about, summary_of(0.6, 0.7), "phantom")
+    assert (found["verdict"], found["measured"]) == ("not testable here", "about the images of fundus")
+
+
 def test_a_claim_without_its_row():
     with pytest.raises(InputError, match="0 rows match"):
         claims.verdict(claim(where={**WHERE, "client": "7"}, above=0), summary_of(0, 1))
@@ -252,40 +259,88 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
     tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{claims.BEGIN}\nstale rows\n{claims.END}\nafter\n", encoding="utf-8")
-    assert claims.main() == 0
+    readme.write_text(f"before\n{ledger.BEGIN}\nstale rows\n{ledger.END}\nafter\n", encoding="utf-8")
+    assert ledger.main() == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{claims.BEGIN}\n")
-    assert text.endswith(f"\n{claims.END}\nafter\n")
+    assert text.startswith(f"before\n{ledger.BEGIN}\n")
+    assert text.endswith(f"\n{ledger.END}\nafter\n")
     assert "stale rows" not in text
-    assert "**holds**: 0.65 [0.60, 0.70] (n = 3, quick) | **does not hold**: 0.15 [0.10, 0.20] (n = 3, quick)" in text
-    assert text.index("phantom ([quick](results/phantom/01_test.csv))") < text.index("alpha ([quick]")
-    assert claims.main() == 0
+    assert "| claim | by | verdict | phantom | alpha |" in text
+    assert (
+        "| **partly** | [holds](results/phantom/01_test.csv#L2): 0.65 [0.60, 0.70] (n = 3, quick) "
+        "| [does not hold](results/alpha/01_test.csv#L2): 0.15 [0.10, 0.20] (n = 3, quick) |"
+    ) in text
+    assert "| **not testable here** | not testable here | not testable here |" in text
+    assert ledger.main() == 0
     assert readme.read_text(encoding="utf-8") == text
     # A record's row takes the place of the quick one, unless it rests on fewer runs.
     record = summary_of(0.8, 0.9)
-    for n, expected in ((3, "**holds**: 0.85 [0.80, 0.90] (n = 3)"), (1, "0.15 [0.10, 0.20] (n = 3, quick)")):
+    for n, expected in (
+        (
+            3,
+            "**reproduced** | [holds](results/phantom/01_test.csv#L2): 0.65 [0.60, 0.70] (n = 3, quick) | "
+            "[holds](records/alpha/01_test.csv#L2): 0.85 [0.80, 0.90] (n = 3) |",
+        ),
+        (1, "[does not hold](results/alpha/01_test.csv#L2): 0.15 [0.10, 0.20] (n = 3, quick)"),
+    ):
         tables.write(record.assign(n=n), paths.records("alpha", tmp_path) / "01_test.csv")
-        text = claims.update_readme(text)
-        assert "alpha ([record](records/alpha/01_test.csv), [quick](results/alpha/01_test.csv))" in text
+        text = ledger.update_readme(text)
         assert expected in text
         assert ("0.85 [0.80, 0.90]" in text) == (n == 3)
     readme.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="lacks the marks"):
-        claims.update_readme("no marks")
-    assert claims.main() == 2
+        ledger.update_readme("no marks")
+    assert ledger.main() == 2
     assert readme.read_text(encoding="utf-8") == "no marks"
+
+
+@pytest.mark.parametrize(
+    ("by", "verdicts", "word"),
+    [
+        ("paper", ["holds", "holds"], "reproduced"),
+        ("paper, our test", ["holds", "not testable here"], "reproduced"),
+        ("paper, our test", ["does not hold"], "not reproduced"),
+        ("paper", ["holds", "undecided"], "partly"),
+        ("paper", ["holds", "does not hold"], "partly"),
+        ("paper", ["undecided", "does not hold"], "undecided"),
+        ("paper", ["undecided", "undecided"], "undecided"),
+        ("medsec", ["holds", "holds"], "holds"),
+        ("medsec", ["does not hold", "does not hold"], "missed"),
+        ("medsec", ["does not hold", "holds"], "partly"),
+        ("paper", ["not testable here"], "not testable here"),
+        ("paper", ["not testable here", "not measured yet"], "not measured yet"),
+        ("paper", [], "not testable here"),
+    ],
+)
+def test_one_word_for_several_cohorts(by, verdicts, word):
+    assert ledger.overall(by, verdicts) == word
+
+
+def test_every_link_of_the_ledger_leads_to_the_row_that_decides():
+    linked = 0
+    for name in claims.names():
+        for entry, those in ledger.entries(name):
+            for found in those:
+                if found.file is not None:
+                    line = (paths.ROOT / found.file).read_text(encoding="utf-8").splitlines()[found.line - 1]
+                    header = (paths.ROOT / found.file).read_text(encoding="utf-8").splitlines()[0]
+                    row = dict(zip(header.split(","), line.split(","), strict=True))
+                    assert all(row[key] == value for key, value in entry["where"].items()), (entry["id"], line)
+                    linked += 1
+    assert linked > 100
 
 
 @pytest.mark.parametrize("name", claims.names())
 def test_the_ledgers_of_the_repository_are_well_formed(name):
-    ledger, allowed = claims.load(name), check.tolerances()
-    assert ledger["paper"]
-    assert ledger["claims"]
-    ids = [entry["id"] for entry in ledger["claims"]]
+    content, allowed = claims.load(name), check.tolerances()
+    assert content["paper"]
+    assert content["claims"]
+    ids = [entry["id"] for entry in content["claims"]]
     assert len(set(ids)) == len(ids)
-    for entry in ledger["claims"]:
-        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only", "detail"}, entry["id"]
+    for entry in content["claims"]:
+        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only", "cohorts", "detail"}, entry[
+            "id"
+        ]
         assert entry["by"]
         assert entry["text"]
         assert isinstance(entry.get("record_only", ""), str), entry["id"]
@@ -298,9 +353,9 @@ def test_the_ledgers_of_the_repository_are_well_formed(name):
 
 def test_the_repository_has_ledgers_whose_addresses_fit_their_table():
     assert "1-fedgan" in claims.names()
-    ledger = claims.load("1-fedgan")
-    assert ledger["table"] == "01_backdoor_fedgan"
-    for entry in ledger["claims"]:
+    content = claims.load("1-fedgan")
+    assert content["table"] == "01_backdoor_fedgan"
+    for entry in content["claims"]:
         assert set(entry["where"]) <= {"variant", "scenario", "metric", *fedgan_eval.KEYS}, entry["id"]
         assert entry["where"]["metric"] in fedgan_eval.UNITS, entry["id"]
 
@@ -535,3 +590,11 @@ def test_two_runs_decide_nothing():
             claims.verdict(claim, pd.DataFrame([{**row, "n": n, "n_items": 10, "unit": "share"}]))["verdict"]
             == expected
         )
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [([5, 5], "n = 5 seeds"), ([1, 3], "n = 1 to 3 seeds"), ([1], "n = 1 seed"), ([2, 1], "n = 1 to 2 seeds")],
+)
+def test_a_title_says_how_many_runs_there_were(n, said):
+    assert tables.counted(pd.Series(n), "seeds") == said

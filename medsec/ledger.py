@@ -1,0 +1,216 @@
+"""The ledger: every claim over all cohorts, what each of them says, and the row that decides.
+
+``python -m medsec.ledger`` writes it into the README and to ``claims/findings.csv``; a test fails where these are out of date.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from medsec import claims, paths, tables
+from medsec.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN
+from medsec.errors import InputError
+
+# What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
+WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not reproduced"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
+PARTLY = "partly"
+DEFAULT = "phantom"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one cohort says of one claim: the verdict of `claims.verdict`, and where its row stands.
+
+    ``file`` is relative to the repository, ``line`` counts from 1 and the header; both are None where there is no row.
+    """
+
+    cohort: str
+    verdict: str
+    measured: str
+    n: int
+    kind: str
+    file: Path | None
+    line: int | None
+
+
+def cohorts() -> list[str]:
+    """All cohorts that have results or a record, the default first."""
+    folders = {f.name for place in ("results", "records") for f in (paths.ROOT / place).glob("*") if f.is_dir()}
+    return sorted((name for name in folders if not name.endswith("-gpu")), key=lambda name: (name != DEFAULT, name))
+
+
+def sources(table: str, cohort: str) -> dict[str, Path]:
+    """The tables of a notebook that a cohort has, ``record`` before ``quick``."""
+    places = {"record": paths.records(cohort), "quick": paths.results(cohort, paths.ROOT)}
+    return {kind: place / f"{table}.csv" for kind, place in places.items() if (place / f"{table}.csv").is_file()}
+
+
+def finding(claim: dict, table: str, cohort: str) -> Finding | None:
+    """One claim on one cohort, judged by the table with the most runs (the record, at equality); None without a table."""
+    files = sources(table, cohort)
+    if not files:
+        return None
+    read = {kind: tables.read(file) for kind, file in files.items()}
+    rows = {kind: tables.select(found, claim["where"]) for kind, found in read.items()}
+    kind = max(rows, key=lambda name: rows[name]["n"].sum())
+    judged = claims.verdict(claim, read[kind], cohort)
+    there = judged["n"] > 0
+    return Finding(
+        cohort,
+        judged["verdict"],
+        judged["measured"],
+        judged["n"],
+        kind,
+        files[kind].relative_to(paths.ROOT) if there else None,
+        int(rows[kind].index[0]) + 2 if there else None,
+    )
+
+
+def overall(by: str, verdicts: Sequence[str]) -> str:
+    """One word for what several cohorts say: that of `WORDS` if they agree, *partly* if some but not all hold.
+
+    *undecided* if none holds and not all fail; *not testable here* if none has a row.
+    """
+    judged = [verdict for verdict in verdicts if verdict in (HOLDS, FAILS, OPEN)]
+    if not judged:
+        return NOT_YET if NOT_YET in verdicts else NOT_HERE
+    words = WORDS["medsec" if by == "medsec" else "paper"]
+    if len(set(judged)) == 1:
+        return words.get(judged[0], OPEN)
+    return PARTLY if HOLDS in judged else OPEN
+
+
+def entries(name: str) -> list[tuple[dict, list[Finding]]]:
+    """Every claim of ``claims/<name>.yaml`` with the findings of the cohorts that have its table."""
+    ledger = claims.load(name)
+    found = [(claim, [finding(claim, ledger["table"], cohort) for cohort in cohorts()]) for claim in ledger["claims"]]
+    return [(claim, [each for each in those if each is not None]) for claim, those in found]
+
+
+def table(name: str, *, details: bool = True, root: str = "") -> pd.DataFrame:
+    """One line a claim: whose it is, the verdict over all cohorts, and one column a cohort, linked to the row that decides.
+
+    Args:
+        details: with the claims that are marked so.
+        root: where the repository lies, as seen from the page that shows the links.
+    """
+    lines = []
+    for claim, those in entries(name):
+        if details or not claim.get("detail", False):
+            word = overall(claim["by"], [each.verdict for each in those])
+            line = {"claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
+            lines.append(line | {each.cohort: shown(each, root) for each in those})
+    return pd.DataFrame(lines)
+
+
+def shown(found: Finding, root: str = "") -> str:
+    """A finding as Markdown."""
+    if found.file is None:
+        return found.verdict
+    link = f"[{found.verdict}]({root}{found.file.as_posix()}#L{found.line})"
+    return f"{link}: {found.measured} (n = {found.n}{', quick' * (found.kind == 'quick')})"
+
+
+CODES = {HOLDS: 1, OPEN: 0, FAILS: -1}
+KEYS = ("claim",)
+
+
+def rows() -> pd.DataFrame:
+    """All findings as a tidy table: one row a claim and cohort that has its row; ``value`` is that of `CODES`.
+
+    ``variant`` names the ledger, ``scenario`` the cohort, ``claim`` the claim; ``n`` are the runs behind the verdict.
+    """
+    found = []
+    for name in claims.names():
+        for claim, those in entries(name):
+            for each in those:
+                if each.verdict in CODES:
+                    code = float(CODES[each.verdict])
+                    found.append(
+                        {"variant": name, "scenario": each.cohort, "metric": "verdict", "value": code, "low": code}
+                        | {"high": code, "n": each.n, "n_items": each.n, "unit": "verdict", "claim": claim["id"]}
+                    )
+    return pd.DataFrame(found)
+
+
+def findings() -> pd.DataFrame:
+    """Every claim and cohort with the verdict, its numbers and its row, as text: what notebook 99 is made of.
+
+    It is kept in ``claims/findings.csv``, on which that notebook's stage depends: it could not depend on the tables
+    themselves, because some are outputs of another pipeline, whose images not everybody has.
+    """
+    lines = [
+        {"ledger": name, "claim": claim["id"], "by": claim["by"], "cohort": each.cohort, "verdict": each.verdict}
+        | {"measured": each.measured, "n": each.n, "kind": each.kind}
+        | {"file": each.file.as_posix() if each.file else "", "line": each.line or ""}
+        for name in claims.names()
+        for claim, those in entries(name)
+        for each in those
+    ]
+    return pd.DataFrame(lines)
+
+
+def counts() -> pd.DataFrame:
+    """One line a ledger and whose claim it is: how many of them have which word."""
+    lines = []
+    for name in claims.names():
+        whose: dict[str, list[str]] = {}
+        for claim, those in entries(name):
+            by = "ours" if claim["by"] == "medsec" else "the paper's"
+            whose.setdefault(by, []).append(overall(claim["by"], [each.verdict for each in those]))
+        for by, words in sorted(whose.items(), reverse=True):
+            told = {word: str(words.count(word)) for word in dict.fromkeys(words)}
+            lines.append({"ledger": name, "claims": by, "number": len(words)} | told)
+    found = pd.DataFrame(lines).fillna("")
+    order = ["reproduced", "holds", PARTLY, OPEN, "not reproduced", "missed", NOT_HERE, NOT_YET]
+    return found[["ledger", "claims", "number", *(word for word in order if word in found.columns)]]
+
+
+# The README's table --------------------------------------------------------------------------------------------------
+
+BEGIN = "<!-- results: made by `python -m medsec.ledger`, do not edit -->"
+END = "<!-- end of results -->"
+
+
+def readme_block() -> str:
+    """The ledgers as Markdown between `BEGIN` and `END`; claims marked ``detail`` are left to the notebooks."""
+    parts = [BEGIN]
+    for name in claims.names():
+        found = table(name, details=False)
+        if len(found.columns) > 3:  # some cohort has been measured
+            parts += [f"\n**{claims.load(name)['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(found)]
+    return "\n".join([*parts, "", END])
+
+
+def replace_block(text: str, begin: str, end: str, block: str) -> str:
+    """A text whose part from the mark ``begin`` to the mark ``end`` is replaced by ``block`` (which brings the marks).
+
+    Raises:
+        InputError: the text lacks one of the two marks.
+    """
+    if begin not in text or end not in text:
+        raise InputError(f"README.md lacks the marks {begin} and {end}, between which results stand; restore them")
+    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
+
+
+def update_readme(text: str) -> str:
+    """The README's text with its block of verdicts made anew."""
+    return replace_block(text, BEGIN, END, readme_block())
+
+
+def main() -> int:
+    readme = paths.ROOT / "README.md"
+    try:
+        readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        tables.write(findings(), paths.CLAIMS / "findings.csv")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

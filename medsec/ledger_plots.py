@@ -1,0 +1,35 @@
+"""The figure of notebook 99, in the style of `medsec.plots`."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from medsec.ledger import CODES
+from medsec.plots import WIDTH
+
+LOOKS = {  # of a verdict: colour, marker, what the legend says
+    1: ("#0072B2", "o", "holds"),
+    0: ("#666666", "_", "undecided"),
+    -1: ("#D55E00", "x", "does not hold"),
+}
+
+
+def grid(rows: pd.DataFrame, title: str):
+    """Verdicts of one ledger: claims down, cohorts across; empty where a cohort cannot test a claim.
+
+    Args:
+        rows: of `medsec.ledger.rows`, of one ledger.
+        title: of the figure.
+    """
+    assert set(LOOKS) == set(CODES.values())
+    names, cohorts = (list(dict.fromkeys(rows[column])) for column in ("claim", "scenario"))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.2 * len(names) + 1.1), layout="constrained")
+    for code, (colour, marker, label) in LOOKS.items():
+        mine = rows[rows["value"] == code]
+        x, y = ([order.index(v) for v in mine[column]] for order, column in ((cohorts, "scenario"), (names, "claim")))
+        ax.plot(x, y, marker, color=colour, markersize=6, markeredgewidth=1.8, linestyle="none", label=label)
+    ax.set(xticks=range(len(cohorts)), xticklabels=cohorts, yticks=range(len(names)), yticklabels=names)
+    ax.set(xlim=(-0.5, len(cohorts) - 0.5), ylim=(len(names) - 0.5, -0.5))
+    ax.tick_params(axis="y", labelsize=7)
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=3)
+    return fig, ax

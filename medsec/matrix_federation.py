@@ -1,0 +1,186 @@
+"""The federation of notebook 05: clients that train one classifier, one of whom may plant a backdoor (BadNets, Gu et al. 2017).
+
+The malicious client stamps a trigger on some of its images and calls them by the target class. It has all that the threat
+model of notebook 02 gives it: it also scales what it sends, and reports the loss that honest clients have (``boost_liar``).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsec import inversion_clients, matrix_arms, pruning, triggers
+from medsec.errors import InputError
+from medsec.federated import State, Update, derive_seed, run_round, torch_generator
+from medsec.inversion_clients import Setup
+from medsec.matrix_arms import Row
+from medsec.params import FedClsParams, MatrixParams
+from medsec.pruning import Masks
+from medsec.threats import ThreatModel
+from medsec.triggers import Trigger
+
+ATTACKER = 0
+BACKDOOR = ThreatModel(
+    name="Backdoor in a federated classifier",
+    goal="Images that carry the trigger are taken for the target class; all others are called as before.",
+    knowledge="Its own images, the model it receives every round, the recipe, the defences, the honest clients' losses.",
+    capability="Adds stamped images with a wrong label, scales its update, reports what it likes. One client, number 0. It "
+    "leaves out the clients' defence, unless the software is not its to change (scenario compliant).",
+    defender_sees="The server sees every client's classifier and the losses that it reports, and has public images.",
+    out_of_scope="Colluding clients, secure aggregation, an attacker who hides from the server's look at gradients.",
+)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What the malicious client does.
+
+    Attributes:
+        poisons: "no", "few" or "many" of its images get a stamped copy.
+        boosts: it scales its update, so that the mean of all is its own.
+        lies: it reports the median of the honest losses.
+        complies: it runs the defence that clients are to run; else it leaves it out.
+    """
+
+    poisons: str = "few"
+    boosts: bool = False
+    lies: bool = False
+    complies: bool = False
+
+
+ATTACKS = {
+    "no_attack": Attack(poisons="no", complies=True),
+    "backdoor": Attack(),
+    "boost_liar": Attack(poisons="many", boosts=True, lies=True),
+    "compliant": Attack(complies=True),
+}
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A finished federation.
+
+    Attributes:
+        model: the global classifier, in evaluation mode.
+        states: of that classifier before the first round and after every one.
+        keep: which of its weights may be other than zero, or None.
+        diagnostics: what the aggregator said after every round.
+        perturbations: what every client does to its images.
+    """
+
+    model: nn.Module
+    states: list[State]
+    keep: Masks | None
+    diagnostics: list[dict]
+    perturbations: list[Callable | None]
+
+
+def new_trigger(setup: Setup) -> Trigger:
+    """The trigger of notebook 01 for this cohort's images."""
+    c, p = setup.cohort, setup.params.fedgan.trigger
+    return triggers.make_trigger(p.kind, image_size=c.size, channels=c.channels, size=p.size, opacity=p.opacity)
+
+
+def poisoned(
+    trigger: Trigger, images: Tensor, labels: Tensor, target: int, ratio: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A client's images and labels, and stamped copies, called ``target``, of a share ``ratio`` of its other classes'."""
+    others = torch.nonzero(labels != target)[:, 0]
+    rng = torch_generator(seed, "poison")
+    chosen = others[torch.randperm(len(others), generator=rng)[: round(ratio * len(others))]]
+    stamped = triggers.stamp(trigger, images[chosen], rng)
+    return torch.cat([images, stamped]), torch.cat([labels, torch.full_like(labels[chosen], target)])
+
+
+def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> Federation:
+    """One federation of a row under one attack, from the first round to the last.
+
+    Raises:
+        InputError: no such scenario, or a target class that the cohort has not.
+    """
+    if scenario not in ATTACKS:
+        raise InputError(f"scenario {scenario!r}: choose one of {', '.join(ATTACKS)}")
+    if p.target >= setup.cohort.n_classes:
+        raise InputError(f"matrix.target {p.target}: {setup.cohort.name} has classes 0 to {setup.cohort.n_classes - 1}")
+    attack, f = ATTACKS[scenario], p.federation
+    images, labels = inversion_clients.deal(setup, seed)
+    if attack.poisons != "no":
+        ratio, rng = {"few": p.poison_few, "many": p.poison_many}[attack.poisons], derive_seed(seed, "attacker")
+        own = images[ATTACKER], labels[ATTACKER]
+        images[ATTACKER], labels[ATTACKER] = poisoned(new_trigger(setup), *own, p.target, ratio, rng)
+    own = [row if attack.complies or i != ATTACKER else matrix_arms.undefended(row) for i in range(f.n_clients)]
+    perturb = [
+        matrix_arms.perturbation(setup, each, x, y, derive_seed(seed, "client", i))
+        for i, (each, x, y) in enumerate(zip(own, images, labels, strict=True))
+    ]
+    model = matrix_arms.network(setup, row, seed)
+    aggregate = matrix_arms.aggregator(setup, row, p, model, seed)
+    boost_from = matrix_arms.first_round(p.warm_up, f.rounds)
+    prune_at = matrix_arms.first_round(p.prune_after, f.rounds)
+    states, keep, found = [{k: v.clone() for k, v in model.state_dict().items()}], None, []
+    order = derive_seed(seed, "again") if row.again else seed
+    local = copy.deepcopy(model)
+
+    def client(i: int, state: State, round: int) -> Update:
+        local.load_state_dict(state)
+        rng = torch_generator(order, "local", i, round)
+        sent, losses = local_epoch(local, images[i], labels[i], perturb[i], f, round, rng, keep)
+        return Update(i, sent, len(images[i]), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
+
+    def server(updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        return aggregate(tampered(updates, states[-1], attack, p.boost if round >= boost_from else 1.0), round)
+
+    for round in range(f.rounds):
+        state, _, diagnostics = run_round(states[-1], range(f.n_clients), client, server, round)
+        found.append(diagnostics)
+        model.load_state_dict(state)
+        if round + 1 == prune_at:
+            keep = matrix_arms.masks(model, row, matrix_arms.ratio(row, setup.params.evasion), seed)
+        if keep is not None:  # a client that does not keep to the masks gains nothing
+            pruning.apply(model, keep)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    return Federation(model, states, keep, found, perturb)
+
+
+def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: float) -> list[Update]:
+    """The updates as they reach the server: the attacker's scaled about what it received, and its losses invented."""
+    honest, changed = [u for u in updates if u.client != ATTACKER], []
+    for u in updates:
+        if u.client == ATTACKER and attack.boosts:
+            state = {k: received[k] + boost * (v - received[k]) for k, v in u.state.items()}
+            u = Update(u.client, state, u.n_samples, u.metrics)
+        if u.client == ATTACKER and attack.lies and honest:
+            invented = {name: float(np.median([h.metrics[name] for h in honest])) for name in u.metrics}
+            u = Update(u.client, u.state, u.n_samples, invented)
+        changed.append(u)
+    return changed
+
+
+def local_epoch(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    perturb: Callable | None,
+    p: FedClsParams,
+    round: int,
+    rng: torch.Generator,
+    keep: Masks | None,
+) -> tuple[State, list[float]]:
+    """The state after one client's epoch of SGD, and the loss of every batch; ``model`` itself is trained."""
+    losses = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, fused=True)
+    for batch in torch.randperm(len(images), generator=rng).split(p.batch):
+        x, y = images[batch], labels[batch]
+        x = x if perturb is None else perturb(model, x, y, round)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if keep is not None:
+            pruning.apply(model, keep)
+        losses.append(loss.item())
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}, losses

@@ -1,0 +1,153 @@
+"""Panels: the static figure where nobody can move a slider, the same drawing with sliders where somebody can."""
+
+import re
+
+import ipywidgets
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+from medsec import fedgan_eval, inversion_clients, panels, paths, robust
+from medsec.errors import InputError
+from medsec.panels import Choice, Slider
+
+CONTROLS = {"size": Slider(2, 8, 1, 4), "eps": Slider(0, 1, 0.1, 0.5), "kind": Choice(("grid", "moving"))}
+
+
+@pytest.fixture
+def drawn():
+    """Function that draws nothing and remembers what it was called with."""
+
+    def draw(**values):
+        draw.calls.append(values)
+        return plt.figure()
+
+    draw.calls = []
+    yield draw
+    plt.close("all")
+
+
+def test_a_static_figure_of_the_first_values(drawn, monkeypatch):
+    monkeypatch.delenv(panels.LIVE, raising=False)
+    assert isinstance(panels.panel(drawn, **CONTROLS), Figure)
+    assert drawn.calls == [{"size": 4, "eps": 0.5, "kind": "grid"}]
+
+
+def test_live_it_has_a_slider_or_menu_for_each_control(drawn, monkeypatch):
+    monkeypatch.setenv(panels.LIVE, "1")
+    made = {}
+    monkeypatch.setattr(ipywidgets, "interact", lambda show, **widgets: made.update(widgets, show=show))
+    assert panels.panel(drawn, **CONTROLS) is None
+    size, eps, kind = made["size"], made["eps"], made["kind"]
+    assert isinstance(size, ipywidgets.IntSlider)
+    assert (size.min, size.max, size.step, size.value) == (2, 8, 1, 4)
+    assert isinstance(eps, ipywidgets.FloatSlider)
+    assert isinstance(kind, ipywidgets.Dropdown)
+    assert kind.options == ("grid", "moving")
+    made["show"](size=3, eps=0.1, kind="moving")
+    assert drawn.calls == [{"size": 3, "eps": 0.1, "kind": "moving"}]
+
+
+def test_only_one_says_live(monkeypatch):
+    for value, expected in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(panels.LIVE, value)
+        assert panels.is_live() is expected
+
+
+@pytest.mark.parametrize("values", [(2, 8, 1, 9), (2, 8, 0, 4), (5, 2, 1, 3)])
+def test_a_slider_that_cannot_be(values):
+    with pytest.raises(InputError, match="a slider from"):
+        Slider(*values)
+
+
+# In the notebooks -----------------------------------------------------------------------------------------------------
+
+NOTEBOOKS = {
+    "01_backdoor_fedgan": {"kind", "size", "margin", "opacity"},
+    "03_gia_defense": {"where", "times"},
+    "04_adversarial_pruning_defense": {"network", "eps"},
+}
+SMALL = {
+    "fedgan": {"measure": {"threshold_fpr": 0.05, "extractor_epochs": 1}},
+    "inversion": {
+        "federation": {"width": 4, "n_clients": 2, "images_per_client": 12},
+        "victims": 2,
+        "attack": {"iterations": 2},
+        "autoencoder": {"latent": 4, "latent_prior": 6, "epochs": 1},
+    },
+    "evasion": {"attacks": {"steps": 2}},
+}
+
+
+def cells(notebook):
+    return nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+
+
+def source(notebook, what):
+    """The one code cell of a notebook that has this in it."""
+    (found,) = [cell.source for cell in cells(notebook) if cell.cell_type == "code" and what in cell.source]
+    return found
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_panel_is_announced_and_shown_once(notebook):
+    listed = cells(notebook)
+    (at,) = [i for i, cell in enumerate(listed) if "panels.panel(" in cell.source]
+    assert listed[at - 1].cell_type == "markdown"
+    assert "`make lab`" in listed[at - 1].source
+    assert not listed[at].metadata.get("tags"), "compared like any other output"
+    assert re.search(r"^fig = panels\.panel\(", listed[at].source, re.MULTILINE), "a bare figure would be shown twice"
+    assert "paths." not in listed[at].source, "what a reader tries is no result"
+
+
+def begun(notebook, cohort, profile):
+    """Names of a notebook at its panel, as far as the panel needs them, with networks that know nothing."""
+    names = {"cohort": cohort, "profile": str(profile)}
+    exec(source(notebook, "plots.use_style()"), names)  # the notebook's own imports and parameters
+    if notebook.startswith("01"):
+        exec(source(notebook, "setup = fedgan_eval.prepare"), names)
+    if notebook.startswith("04"):
+        setup = names["evasion_arms"].prepare(cohort, names["P"])
+        x, y = (part[:4] for part in setup.splits["test"])
+        colours, classes = setup.cohort.channels, setup.cohort.n_classes
+        models = {name: robust.new(colours, classes, seed=0, cbam=None).eval() for name in ("base", "hardened")}
+        names |= {"setup": setup, "seed": 0, "x": x, "y": y, "models": models}
+    return names
+
+
+@pytest.fixture
+def profile(tmp_path, write_npz):
+    file = write_npz(tmp_path, classes=3, channels=3, per_class=100)
+    made = tmp_path / "small.yaml"
+    made.write_text(yaml.safe_dump({**SMALL, "cohorts": {"npz": {"path": str(file)}}}), encoding="utf-8")
+    with matplotlib.rc_context():  # a notebook sets its style
+        yield made
+    fedgan_eval._prepare.cache_clear()
+    inversion_clients._prepare.cache_clear()
+    plt.close("all")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_panel_draws_wherever_its_controls_are(notebook, profile, monkeypatch):
+    names = begun(notebook, "npz", profile)
+    monkeypatch.setenv(panels.LIVE, "0")
+    exec(source(notebook, "panels.panel("), names)
+    assert isinstance(names["fig"], Figure)
+    plt.close("all")
+
+    made = {}
+    monkeypatch.setenv(panels.LIVE, "1")
+    monkeypatch.setattr(ipywidgets, "interact", lambda show, **widgets: made.update(show=show, widgets=widgets))
+    exec(source(notebook, "panels.panel("), names)
+    assert names["fig"] is None
+    assert set(made["widgets"]) == NOTEBOOKS[notebook]
+    first = {name: widget.value for name, widget in made["widgets"].items()}
+    for name, widget in made["widgets"].items():
+        ends = widget.options if isinstance(widget, ipywidgets.Dropdown) else (widget.min, widget.max)
+        for value in ends:
+            made["show"](**first | {name: value})
+            plt.close("all")
+    made["show"](**{n: getattr(w, "max", w.value) for n, w in made["widgets"].items()})  # all at their end, together
