@@ -63,7 +63,7 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
 define REPLAY
 @scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-MEDSEC_OUT="$$scratch" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 \
+MEDSEC_OUT="$$scratch" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 MEDSEC_LIVE=0 \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
@@ -74,8 +74,8 @@ record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only s
 	$(PY) -m medsec.record 03_gia_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 	$(PY) -m medsec.record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab .
+lab: $(READY) ## open the notebooks in JupyterLab, with sliders
+	MEDSEC_LIVE=1 $(PY) -m jupyterlab .
 
 book: $(READY) ## build this companion as a web site from the executed notebooks: _build/book/html
 	$(PY) book/build.py
@@ -85,6 +85,6 @@ lock: $(BOOT) ## pin versions anew after a change of pyproject.toml (UPGRADE=1: 
 	  --no-emit-index-url --no-header --no-annotate --quiet $(if $(UPGRADE),--upgrade)
 
 clean: ## remove scratch folders and caches (.venv, data and results stay)
-	rm -rf .medsec-tmp-* .pytest_cache .ruff_cache .hypothesis _build build dist
+	rm -rf .medsec-tmp-* .pytest_cache .ruff_cache .hypothesis _build build dist dvc_plots
 	find . -name .venv -prune -o -name .git -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune \
 	  -exec rm -rf {} +

@@ -2,8 +2,11 @@
 
 ``python benchmarks/speed.py`` reruns the default pipeline's notebooks into a temporary folder, draws phantoms, and
 writes what it measured to ``benchmarks/speed.json`` and into the README. A benchmark, not a test: nothing fails.
+``python benchmarks/speed.py NAME …`` measures these notebooks only and keeps the others, on the same machine;
+``python benchmarks/speed.py --readme`` measures nothing and only writes the README's table.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -17,7 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from medsec import claims, params, paths, phantom
+from medsec import ledger, params, paths, phantom
 from medsec.record import processor
 
 RESULT = paths.ROOT / "benchmarks" / "speed.json"
@@ -74,10 +77,13 @@ def tracked_megabytes() -> float:
 
 
 def readme_block(result: dict) -> str:
-    """The README's paragraph, from a result."""
-    books = result["notebooks"]
-    total = sum(book["seconds"] for book in books.values())
-    lines = [f"| {name} | {book['seconds']:.0f} s | {book['peak_gb']:.1f} GB |" for name, book in books.items()]
+    """The README's paragraph, from a result: a line for every notebook that there is, measured or not."""
+    books = {file.stem: result["notebooks"].get(file.stem) for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))}
+    lines = [f"| {name} | {_minutes(book)} | {_memory(book)} |" for name, book in books.items()]
+    timed = [book["seconds"] for book in books.values() if book]
+    total = f"Together {sum(timed) / 60:.0f} minutes" + (
+        "" if len(timed) == len(books) else ", without those not measured"
+    )
     return "\n".join(
         [
             BEGIN,
@@ -87,32 +93,65 @@ def readme_block(result: dict) -> str:
             "| --- | --- | --- |",
             *lines,
             "",
-            f"Together {total / 60:.1f} minutes. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on "
+            f"{total}. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on "
             f"one core. The files of a clone: {result['tracked_mb']:.0f} MB. (`python benchmarks/speed.py` measures yours.)",
             END,
         ]
     )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    result = {
+def _minutes(book: dict | None) -> str:
+    if book is None:
+        return "not measured"
+    return f"{'about ' if book.get('rough') else ''}{book['seconds'] / 60:.1f} min"
+
+
+def _memory(book: dict | None) -> str:
+    return "not measured" if book is None or book["peak_gb"] is None else f"{book['peak_gb']:.1f} GB"
+
+
+def write_readme(result: dict) -> None:
+    readme = paths.ROOT / "README.md"
+    text = ledger.replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(result))
+    readme.write_text(text, encoding="utf-8")
+
+
+def machine() -> dict:
+    """What a time belongs to."""
+    return {
         "processor": processor(),
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description=__doc__.splitlines()[0])
+    known = [file.stem for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
+    parser.add_argument("notebooks", nargs="*", choices=[*known, []], metavar="NAME", help=f"of {', '.join(known)}")
+    parser.add_argument("--readme", action="store_true", help="measure nothing, write the README's table")
+    args = parser.parse_args()
+    before = json.loads(RESULT.read_text(encoding="utf-8"))
+    if args.readme:
+        write_readme(before)
+        return
+    torch.set_num_threads(1)
+    here = machine()
+    if args.notebooks and here != {key: before[key] for key in here}:
+        parser.error("the other notebooks were measured on another machine or PyTorch: measure all, without a NAME")
+    result = here | {
         "phantoms_per_second_64px": round(phantom_rate()),
         "tracked_mb": round(tracked_megabytes(), 1),
-        "notebooks": {},
+        "notebooks": before["notebooks"] if args.notebooks else {},
     }
     with tempfile.TemporaryDirectory() as out:
-        for file in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
-            result["notebooks"][file.stem] = notebook(file, Path(out))
-            print(file.stem, result["notebooks"][file.stem], flush=True)
+        for name in args.notebooks or known:
+            result["notebooks"][name] = notebook(paths.NOTEBOOKS / f"{name}.ipynb", Path(out))
+            print(name, result["notebooks"][name], flush=True)
+    result["notebooks"] = dict(sorted(result["notebooks"].items()))
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    readme = paths.ROOT / "README.md"
-    text = claims.replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(result))
-    readme.write_text(text, encoding="utf-8")
+    write_readme(result)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
 PARTS = {
     "What was measured": "results.md",
     "Two commands": "run.md",
+    "A first hour": "run.md",
     "Images": "run.md",
     "Change something": "run.md",
     "Time and size": "run.md",
@@ -55,6 +56,11 @@ API = {
         "Attacks on a classifier's answer, and training, pruning and attention against them (notebook 04).",
         "adversarial evasion_library pruning attention robust "
         "evasion_arms evasion_eval evasion_checks evasion_maps evasion_tables evasion_plots",
+    ),
+    "matrix": (
+        "Threat matrix",
+        "The defences of all three papers against all attacks, in one federation (notebook 05).",
+        "matrix_arms matrix_federation matrix_eval matrix_tables matrix_plots",
     ),
     "tools": (
         "Parameters, tables, claims and records",
@@ -107,7 +113,7 @@ def settle_links(text: str, folder: str, pages: set[str], files: set[str]) -> st
         if place in pages or not (ROOT / place).is_file():
             return match[0]  # one that leads nowhere is Sphinx's to report
         files.add(place)
-        return f"[{label}](path:{target})"  # (MyST: a file to download, even where it looks like a page)
+        return f"[{label}](path:{path})"  # (MyST: a file to download, even where it looks like a page; it has no lines)
 
     return LINK.sub(settle, text)
 
@@ -121,6 +127,19 @@ def _readme_part(anchor: str) -> str:
 def keep_together(text: str) -> str:
     """Numbers in a table break between value and interval, not within: [0.1, 0.2] and (n = 3)."""
     return re.sub(r"\[[-\d.]+, [-\d.]+\]|\(n = \d+", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+
+
+def list_pipeline(text: str) -> str:
+    """A Mermaid picture of a pipeline becomes a list: its script would have to be loaded from elsewhere."""
+
+    def listed(match):
+        names = dict(re.findall(r'(\w+)\["([^"]+)"\]', match[1]))
+        needed: dict[str, list[str]] = {}
+        for before, after in re.findall(r"(\w+)-->(\w+)", match[1]):
+            needed.setdefault(before, []).append(f"`{names[after]}`")
+        return "".join(f"- `{names[before]}` is needed by {', '.join(after)}\n" for before, after in needed.items())
+
+    return re.sub(r"^```mermaid\n(.*?)^```\n", listed, text, flags=re.MULTILINE | re.DOTALL)
 
 
 # Notebooks -------------------------------------------------------------------------------------------------------------
@@ -213,6 +232,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     """The Markdown pages of the book by their path: the repository's own, and those made of parts of README.md."""
     docs = sorted(ROOT.glob("docs/*.md"))
     run = "\n\n".join(f"## {title}\n\n{section(readme, title)}" for title, page in PARTS.items() if page == "run.md")
+    run = list_pipeline(run)
     results = keep_together(section(readme, "What was measured"))
     introduction = readme.split("\n## ")[0]
     welcome = (BOOK / "index.md").read_text(encoding="utf-8")
