@@ -353,8 +353,14 @@ def test_the_record_has_enough_victims_and_seeds(cohort):
             for arm in ("attack", "federation")
         }
         assert len(seeds["attack"]) * p.inversion.victims >= 64
-        control = variant in instruments.CONTROLS
-        assert seeds["federation"] >= set(p.seeds.evaluation[:3] if control else p.seeds.evaluation)
+        if variant in instruments.CONTROLS:
+            assert not seeds["federation"]  # controls of privacy: a server would never train with them
+            continue
+        sweep = p.record.inversion  # those that decide a bar have every seed
+        decides = variant in sweep.utility_variants
+        assert seeds["federation"] >= set(p.seeds.evaluation[: None if decides else sweep.other_utility_seeds])
+    assert p.record.inversion.other_utility_seeds >= 3
+    assert set(p.record.inversion.utility_variants) == {"none", "shadow_hardened"}
     trained = {c.seed for c in cells if c.arm == "federation" and c.variants == ("shadow_hardened",)}
     assert len(trained) >= 30
     assert not trained & set(p.seeds.tuning)

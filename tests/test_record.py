@@ -167,5 +167,5 @@ def test_committed_records_meet_their_plan():
             fewer |= headline["scenario"].eq("utility") & file.stem.startswith("03")  # of defences that decide no bar
             fewer |= headline["variant"].isin(inversion_clients.CONTROLS)
             assert headline["n"][~fewer].min() >= 5, file
-            assert headline["n"].min() >= 3, file
+            assert headline["n"][headline["metric"] != "failed"].min() >= 3, file  # n of "failed": how many diverged
         assert isinstance(table, pd.DataFrame)
