@@ -425,6 +425,39 @@ def test_the_tolerance_is_the_metrics_plus_the_width_of_the_committed_interval(t
     assert len(check.compare(planted(table, 1, value=0.9, low=-9.0, high=9.0), table)) == 1
 
 
+def test_the_ends_of_an_interval_may_lie_twice_as_far_off(table, ledgers):
+    ledgers()
+    slack = 0.05 + 0.2 + 1e-5 * 0.5
+    assert check.compare(planted(table, 1, low=0.4 - 2 * slack + 1e-4), table) == []
+    (line,) = check.compare(planted(table, 1, low=0.4 - 2 * slack - 1e-4), table)
+    assert "low" in line
+
+
+def test_a_curve_over_rounds_is_judged_by_its_mean(table, ledgers):
+    """On another processor a single round is another draw."""
+    ledgers()
+    later = planted(table.iloc[[1]], 1, round="13")
+    whole = pd.concat([table, later], ignore_index=True)
+    last = len(whole) - 1
+    assert check.compare(planted(planted(whole, 1, value=0.1), last, value=0.9), whole) == []
+    (line,) = check.compare(planted(planted(whole, 1, value=0.9), last, value=0.9), whole)
+    assert line.startswith(ADDRESS.replace("round=12", "round=12 to 13") + ": value 0.9, committed 0.5 ± ")
+    (line,) = check.compare(planted(whole, last, value=float("nan")), whole)
+    assert line.startswith(ADDRESS.replace("12", "13") + ": value nan")
+    assert len(check.compare(whole.drop(index=last), whole)) == 1
+
+
+def test_a_claim_that_turns_into_its_opposite_is_named(ledgers):
+    ledgers(claim(id="a", where=WHERE, above=0.5))
+    yes, no, open_ = summary_of(0.6, 0.7), summary_of(0.3, 0.4), summary_of(0.4, 0.6)
+    assert check.contradictions("01_test", "phantom", yes, yes) == []
+    assert check.contradictions("01_test", "phantom", open_, yes) == []
+    assert check.contradictions("01_test", "phantom", no, open_) == []
+    assert check.contradictions("01_test", "phantom", no, yes) == ["claim a: does not hold, committed: holds"]
+    assert check.contradictions("01_test", "phantom", yes, no) == ["claim a: holds, committed: does not hold"]
+    assert check.contradictions("02_test", "phantom", no, yes) == []
+
+
 def test_a_tolerance_of_zero_means_equal(tmp_path, monkeypatch):
     row = ("cohort", "size", "images", 512.0, 512.0, 512.0, 1, 512, "images", "", "")
     table = pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
