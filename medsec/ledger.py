@@ -72,7 +72,7 @@ def finding(claim: dict, table: str, cohort: str) -> Finding | None:
 def overall(by: str, verdicts: Sequence[str]) -> str:
     """One word for what several cohorts say: that of `WORDS` if they agree, *partly* if some but not all hold.
 
-    *undecided* if none holds and not all fail; *not testable here* if none has a row.
+    Where none holds, one that does not is enough for *not reproduced* or *missed*; *not testable here* if none has a row.
     """
     judged = [verdict for verdict in verdicts if verdict in (HOLDS, FAILS, OPEN)]
     if not judged:
@@ -80,7 +80,7 @@ def overall(by: str, verdicts: Sequence[str]) -> str:
     words = WORDS["medsec" if by == "medsec" else "paper"]
     if len(set(judged)) == 1:
         return words.get(judged[0], OPEN)
-    return PARTLY if HOLDS in judged else OPEN
+    return PARTLY if HOLDS in judged else words[FAILS]
 
 
 def entries(name: str) -> list[tuple[dict, list[Finding]]]:
@@ -134,6 +134,21 @@ def rows() -> pd.DataFrame:
                         | {"high": code, "n": each.n, "n_items": each.n, "unit": "verdict", "claim": claim["id"]}
                     )
     return pd.DataFrame(found)
+
+
+def message(name: str, rows: pd.DataFrame) -> str:
+    """How many of the verdicts of a ledger are *holds*, by whose claim it is; for the title of a figure.
+
+    Args:
+        rows: see `rows`.
+    """
+    whose = {
+        claim["id"]: "ours" if claim["by"] == "medsec" else "the paper's claims"
+        for claim in claims.load(name)["claims"]
+    }
+    mine = rows[rows["variant"] == name]
+    held = (mine["value"] == CODES[HOLDS]).groupby(mine["claim"].map(whose)).agg(["sum", "size"])
+    return "holds: " + ", ".join(f"{row['sum']} of {row['size']} on {by}" for by, row in held.iloc[::-1].iterrows())
 
 
 def findings() -> pd.DataFrame:

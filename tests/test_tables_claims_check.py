@@ -302,7 +302,7 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
         ("paper, our test", ["does not hold"], "not reproduced"),
         ("paper", ["holds", "undecided"], "partly"),
         ("paper", ["holds", "does not hold"], "partly"),
-        ("paper", ["undecided", "does not hold"], "undecided"),
+        ("paper", ["undecided", "does not hold"], "not reproduced"),
         ("paper", ["undecided", "undecided"], "undecided"),
         ("medsec", ["holds", "holds"], "holds"),
         ("medsec", ["does not hold", "does not hold"], "missed"),
