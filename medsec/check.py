@@ -25,6 +25,7 @@ from medsec import claims, paths, tables
 from medsec.errors import InputError
 
 SHOWN = 10
+ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right
 
 
 def tolerances() -> dict[str, float]:
@@ -54,12 +55,16 @@ def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
             continue
         lines += [
             f"{_address(row, by)}: {column} is {row[f'{column}_is']}, was {row[f'{column}_was']}"
-            for column in ("n", "n_items", "unit")
-            if row[f"{column}_is"] != row[f"{column}_was"]
+            for column, room in (("n", 0), ("n_items", ITEMS if allowed[row["metric"]] else 0), ("unit", 0))
+            if not _same(row[f"{column}_is"], row[f"{column}_was"], room)
         ]
         if not (row.get("round", "").isdigit() and math.isfinite(row["value_is"])):
             lines += _moved(row, allowed[row["metric"]], by)
     return lines + _moved_curves(both, allowed, by)
+
+
+def _same(is_: int | str, was: int | str, room: float) -> bool:
+    return is_ == was or (room > 0 and abs(is_ - was) <= room * was)
 
 
 def _moved(row: dict, allowed: float, by: list[str]) -> list[str]:

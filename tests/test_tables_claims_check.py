@@ -433,6 +433,15 @@ def test_the_ends_of_an_interval_may_lie_twice_as_far_off(table, ledgers):
     assert "low" in line
 
 
+def test_the_number_of_items_may_be_measured_itself(table, ledgers):
+    """A defence rate counts the images that a network gets right, and another processor trains another network."""
+    ledgers()
+    items = int(table.loc[1, "n_items"])
+    assert check.compare(planted(table, 1, n_items=round(0.9 * items)), table) == []
+    (line,) = check.compare(planted(table, 1, n_items=round(0.7 * items)), table)
+    assert f"n_items is {round(0.7 * items)}, was {items}" in line
+
+
 def test_a_curve_over_rounds_is_judged_by_its_mean(table, ledgers):
     """On another processor a single round is another draw."""
     ledgers()
@@ -463,6 +472,7 @@ def test_a_tolerance_of_zero_means_equal(tmp_path, monkeypatch):
     table = pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
     assert check.compare(table, table) == []
     assert len(check.compare(planted(table, 0, value=513.0), table)) == 1
+    assert len(check.compare(planted(table, 0, n_items=511), table)) == 1
 
 
 def test_a_metric_without_tolerance_is_an_error(table):
