@@ -19,6 +19,7 @@ Below ``.medsec-tmp-<cohort>/`` (never in git) lie the lock, the temporary folde
 """
 
 import argparse
+import base64
 import contextlib
 import fcntl
 import json
@@ -38,7 +39,7 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import params, paths
+from medsec import params, paths, png
 from medsec.errors import InputError
 
 PIPELINES = paths.ROOT / "pipelines"
@@ -215,7 +216,7 @@ def normalise(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """Remove, in place, everything from an executed notebook that differs between two equal runs.
 
     Like ``nbstripout --keep-output --keep-count`` with `VOLATILE` as extra keys (which also numbers the cell ids), and
-    further: stdout is one piece however the kernel cut it, and stderr goes.
+    further: stdout is one piece however the kernel cut it, stderr goes, and figures are made small (`medsec.png`).
 
     Returns:
         What each cell wrote to stderr, by its prompt, e.g. ``{"[3]": "…/UserWarning: …"}``.
@@ -227,6 +228,9 @@ def normalise(notebook: nbformat.NotebookNode) -> dict[str, str]:
             continue
         kept: list[nbformat.NotebookNode] = []
         for output in cell.outputs:
+            shown = output.get("data", {})
+            if "image/png" in shown:
+                shown["image/png"] = base64.b64encode(png.compact(base64.b64decode(shown["image/png"]))).decode()
             stream = output.get("name") if output.output_type == "stream" else None
             if stream == "stderr":
                 prompt = f"[{cell.execution_count}]"

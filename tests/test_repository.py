@@ -23,7 +23,7 @@ from medsec import data, execute, ledger, params, paths
 
 ROOT = paths.ROOT
 INSTALL = '-e ".[dev]" -c requirements.lock'
-LIMIT_MB = 30
+LIMIT_MB = 25
 
 # Cells of each notebook whose output nbval does not compare: training cells only, and this is how many there are.
 IGNORED: dict[str, int] = {
