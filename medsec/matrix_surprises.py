@@ -183,7 +183,7 @@ READINGS = (
         ("cbam",),
         (*PSNR, *IDENTIFIED),
         BETTER,
-        "Two gates after every second convolution make the gradient a rougher function of the image, which a search "
+        "The two gates of attention make the gradient a rougher function of the image, which a search "
         "follows less well. An attacker with more restarts was not tried.",
     ),
     Reading(

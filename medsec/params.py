@@ -450,6 +450,7 @@ class MatrixParams(Section):
     shadow_freeze: Rate
     victims: Count
     purifier_images: int = Field(ge=32)
+    autoencoder_epochs: Count
     iterations: Count
     test_images: Count | None
     matters: dict[Literal["auc", "balanced_accuracy", "attack_success", "psnr", "retrieval"], Positive]

@@ -11,6 +11,7 @@ from torch import nn
 
 from medsec import (
     adversarial,
+    checkpoints,
     claims,
     evasion_arms,
     evasion_checks,
@@ -413,6 +414,22 @@ def test_a_cell_of_the_record_runs_and_leaves_a_checkpoint(p, tmp_path, monkeypa
     cell = record_designs.Cell("arm", 0, group="finetune", variants=("finetune",))
     record_designs.run_04("npz", p, cell)
     assert not evasion_arms.checkpoint("npz", "finetune", 0).is_file(), "it is cheap"
+
+
+def test_networks_are_left_once_for_the_quick_run(p, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    setup = evasion_arms.prepare("npz", p)
+    assert set(checkpoints.VARIANTS) <= set(evasion_arms.QUICK) - set(evasion_arms.EXPENSIVE)
+    written = checkpoints.leave("npz", p, 1)
+    assert [(tmp_path / file).stem for file in written] == ["cbam-seed1", "prune_cbam-seed1"]
+    x, now = setup.splits["test"][0], evasion_arms.train(setup, "prune_cbam", 1)
+    assert torch.equal(evasion_arms.load(setup, "prune_cbam", 1)(x), now(x)), "what the quick run would train"
+    assert checkpoints.leave("npz", p, 1) == []
+
+
+def test_no_checkpoints_of_an_unknown_cohort(capsys):
+    assert checkpoints.main(["--cohort", "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err
 
 
 def test_every_claim_asks_for_a_row_that_can_exist():
