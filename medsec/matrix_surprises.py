@@ -111,6 +111,14 @@ READINGS = (
         "assumption.",
     ),
     Reading(
+        ("norm_clip",),
+        FEW,
+        BETTER,
+        "A control that compares lengths only. The malicious client trains on stamped copies besides all its own images: it "
+        "takes more steps, and its update may be the longest, so that the shortening is for it. What FedDetect wins beyond "
+        "this row is not due to lengths.",
+    ),
+    Reading(
         ("feddetect_released", "feddetect_described"),
         MANY,
         ALIKE,
