@@ -48,12 +48,13 @@ def sources(table: str, cohort: str) -> dict[str, Path]:
     return {kind: place / f"{table}.csv" for kind, place in places.items() if (place / f"{table}.csv").is_file()}
 
 
-def finding(claim: dict, table: str, cohort: str) -> Finding | None:
-    """One claim on one cohort, judged by the table with the most runs (the record, at equality); None without a table."""
-    files = sources(table, cohort)
-    if not files:
-        return None
-    read = {kind: tables.read(file) for kind, file in files.items()}
+def finding(claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], cohort: str) -> Finding:
+    """One claim on one cohort, judged by the table with the most runs (the record, at equality).
+
+    Args:
+        files: `sources` of the claim's table, at least one.
+        read: what they hold.
+    """
     rows = {kind: tables.select(found, claim["where"]) for kind, found in read.items()}
     kind = max(rows, key=lambda name: rows[name]["n"].sum())
     judged = claims.verdict(claim, read[kind], cohort)
@@ -85,9 +86,11 @@ def overall(by: str, verdicts: Sequence[str]) -> str:
 
 def entries(name: str) -> list[tuple[dict, list[Finding]]]:
     """Every claim of ``claims/<name>.yaml`` with the findings of the cohorts that have its table."""
-    ledger = claims.load(name)
-    found = [(claim, [finding(claim, ledger["table"], cohort) for cohort in cohorts()]) for claim in ledger["claims"]]
-    return [(claim, [each for each in those if each is not None]) for claim, those in found]
+    ledger, judged_by = claims.load(name), []
+    for cohort in cohorts():
+        if files := sources(ledger["table"], cohort):
+            judged_by.append((files, {kind: tables.read(file) for kind, file in files.items()}, cohort))
+    return [(claim, [finding(claim, *found) for found in judged_by]) for claim in ledger["claims"]]
 
 
 def table(name: str, *, details: bool = True, root: str = "") -> pd.DataFrame:

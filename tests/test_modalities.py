@@ -16,6 +16,7 @@ import test_matrix_eval
 import torch
 
 from medsec import (
+    checkpoints,
     cohort_eval,
     data,
     evasion_arms,
@@ -42,6 +43,7 @@ BLIND = {"check", "claims", "execute", "ledger", "ledger_plots", "panels", "para
 BLIND |= {"record_designs", "tables", "threats", "evasion_tables", "inversion_tables"}
 # What a fundus phantom cannot reach, and the test that shows it colour or three classes; or why there is nothing to show.
 ELSEWHERE = {
+    "checkpoints.main": "test_evasion_eval: the command line",
     "cohort.deduplicate": "test_data: images of another source",
     "data": "test_data: the command line",
     "exact": "test_fundus, test_phantom: numbers",
@@ -65,6 +67,7 @@ ELSEWHERE = {
     "medmnist_files": "test_data: another source",
     "metrics": "numbers",
     "phantom.render": "the chest phantom is grey",
+    "png": "test_png: figures in colour",
     "plots": "test_a_colour_image_is_drawn_in_colour, and plots of numbers",
 }
 MODULES = sorted({file.stem for file in paths.PACKAGE.glob("*.py")} - BLIND)
@@ -139,7 +142,9 @@ def run(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ROOT", folder)
         evasion_arms.save(evasion_arms.train(setup, "base", 0), setup, "base", 0)
-        assert evasion_arms.seeds_with_checkpoints(setup, ["base"], [0]) == {"base": [0]}
+        checkpoints.leave("fundus", p, 0)
+        stored = evasion_arms.seeds_with_checkpoints(setup, ["base", *checkpoints.VARIANTS], [0])
+        assert all(seeds == [0] for seeds in stored.values())
 
 
 def test_a_second_modality_has_headlines_only():
