@@ -87,7 +87,7 @@ def readme_block(result: dict) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"Measured on {result['cores']} cores of a {result['processor']} without a GPU, PyTorch {result['torch']}:",
+            f"Measured on {result['cores']} cores ({result['processor']}), without a GPU, PyTorch {result['torch']}:",
             "",
             "| notebook | wall time | peak memory |",
             "| --- | --- | --- |",
