@@ -22,7 +22,7 @@ import pandas as pd
 import yaml
 
 from medsec import claims, paths, tables
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 
 SHOWN = 10
 ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right
@@ -160,24 +160,21 @@ def _git(*args: str) -> str:
     return done.stdout
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m medsec.check", description="Compare fresh tables with committed ones."
     )
     parser.add_argument("--cohort", default="phantom")
     cohort = parser.parse_args(argv).cohort
-    try:
-        found = against_commit(cohort)
-        for name, lines in found.items():
-            print(f"{name} ({cohort}): {report(lines)}")
-        for ledger in claims.names():
-            table = paths.results(cohort, paths.ROOT) / f"{claims.load(ledger)['table']}.csv"
-            if table.is_file():
-                counts = claims.verdicts(ledger, tables.read(table), cohort)["verdict"].value_counts(sort=False)
-                print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = against_commit(cohort)
+    for name, lines in found.items():
+        print(f"{name} ({cohort}): {report(lines)}")
+    for ledger in claims.names():
+        table = paths.results(cohort, paths.ROOT) / f"{claims.load(ledger)['table']}.csv"
+        if table.is_file():
+            counts = claims.verdicts(ledger, tables.read(table), cohort)["verdict"].value_counts(sort=False)
+            print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     return 1 if any(found.values()) else 0
 
 

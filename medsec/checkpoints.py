@@ -10,7 +10,7 @@ import sys
 import torch
 
 from medsec import evasion_arms, params, paths
-from medsec.errors import InputError
+from medsec.errors import command
 from medsec.parallel import run_cells
 from medsec.params import Params
 
@@ -28,18 +28,15 @@ def leave(cohort: str, params: Params, seed: int) -> list[str]:
     return written
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medsec.checkpoints", description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", required=True, help="e.g. phantom")
     args = parser.parse_args(argv)
-    try:
-        p = params.load("quick")
-        evasion_arms.prepare(args.cohort, p)  # a wrong cohort is named before any training
-        for files in run_cells(leave, [(args.cohort, p, seed) for seed in p.seeds.evaluation]):
-            print("\n".join(files) or "nothing to do")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    p = params.load("quick")
+    evasion_arms.prepare(args.cohort, p)  # a wrong cohort is named before any training
+    for files in run_cells(leave, [(args.cohort, p, seed) for seed in p.seeds.evaluation]):
+        print("\n".join(files) or "nothing to do")
     return 0
 
 

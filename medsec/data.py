@@ -20,7 +20,7 @@ import numpy as np
 
 from medsec import folder, fundus, medmnist_files, params, paths, phantom
 from medsec.cohort import SPLITS, Cohort, Split, canonical, check_classes, fingerprint
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 from medsec.medmnist_files import OFFICIAL
 from medsec.partition import partition
 
@@ -244,6 +244,7 @@ def describe(cohort: Cohort) -> str:
     return "\n".join(lines) + "\n"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """``python -m medsec.data``; returns the exit status, 2 after an `InputError`."""
     parser = argparse.ArgumentParser(prog="python -m medsec.data", description="Write the phantom; describe a cohort.")
@@ -256,15 +257,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, help="describe: pixels a side (default: the parameters')")
     args = parser.parse_args(argv)
-    try:
-        cohorts = params.load(args.profile).cohorts
-        if args.command == "describe":
-            print(describe(load(args.cohort, cohorts, size=args.size)), end="")
-        else:
-            print(generate(cohorts.phantom, args.out, force=args.force))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cohorts = params.load(args.profile).cohorts
+    if args.command == "describe":
+        print(describe(load(args.cohort, cohorts, size=args.size)), end="")
+    else:
+        print(generate(cohorts.phantom, args.out, force=args.force))
     return 0
 
 

@@ -40,7 +40,7 @@ from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
 from medsec import params, paths, png
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 
 PIPELINES = paths.ROOT / "pipelines"
 VOLATILE = [
@@ -296,6 +296,7 @@ def execute(job: Job) -> None:
             shutil.rmtree(job.temporary, ignore_errors=True)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medsec.execute", description="Run one notebook for one cohort.")
     parser.add_argument("notebook", type=Path, help="e.g. notebooks/01_backdoor_fedgan.ipynb")
@@ -304,9 +305,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         execute(Job(args.notebook, args.cohort, args.profile, paths.out().resolve()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

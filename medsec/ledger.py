@@ -12,7 +12,7 @@ import pandas as pd
 
 from medsec import claims, paths, tables
 from medsec.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
 WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not reproduced"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
@@ -219,14 +219,11 @@ def update_readme(text: str) -> str:
     return replace_block(text, BEGIN, END, readme_block())
 
 
+@command
 def main() -> int:
     readme = paths.ROOT / "README.md"
-    try:
-        readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
-        tables.write(findings(), paths.CLAIMS / "findings.csv")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    tables.write(findings(), paths.CLAIMS / "findings.csv")
     return 0
 
 

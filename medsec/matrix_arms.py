@@ -135,14 +135,11 @@ def network(setup: Setup, row: Row, seed: int) -> nn.Module:
 
 def _attend(model: ConvNet, params: Params) -> None:
     """Put attention after the second convolution, and give back what its two gates take away when they are half open."""
-    size, body, convolutions = params.evasion.attention, [], 0
-    for layer in model.body:
-        body.append(layer)
-        convolutions += isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.GELU) and convolutions % 2 == 0:
-            body.append(CBAM(params.inversion.federation.width, reduction=size.reduction, kernel=size.kernel))
-            body.append(Times(GATES))
-    model.body = nn.Sequential(*body)
+    size = params.evasion.attention
+    attention = CBAM(params.inversion.federation.width, reduction=size.reduction, kernel=size.kernel)
+    model.body = nn.Sequential(
+        *model.body[:4], attention, Times(GATES), *model.body[4:]
+    )  # a GELU after each convolution
 
 
 class Times(nn.Module):

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medsec import paths
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -625,15 +625,12 @@ def _keys(loc: tuple) -> list[str]:
     return list(model.model_fields)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medsec.params", description="Check and print the parameters.")
     parser.add_argument("--profile", default="quick")
     args = parser.parse_args(argv)
-    try:
-        params = load(args.profile)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    params = load(args.profile)
     print(yaml.safe_dump(params.model_dump(), sort_keys=False), end="")
     return 0
 

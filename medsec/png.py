@@ -15,11 +15,16 @@ def compact(png: bytes) -> bytes:
     that this would change by more than `ERROR` (colour photographs) keeps all its colours. Done twice, it changes nothing.
     """
     drawn = Image.open(io.BytesIO(png))
-    if drawn.mode == "P" or (drawn.mode == "RGB" and _palette(drawn) is None):
+    if drawn.mode == "P":
         return png
-    plain = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn.convert("RGBA")).convert("RGB")
+    plain = drawn
+    if drawn.mode != "RGB":
+        plain = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn.convert("RGBA")).convert("RGB")
+    few = _palette(plain)
+    if few is None and plain is drawn:
+        return png
     smaller = io.BytesIO()
-    (_palette(plain) or plain).save(smaller, "PNG", optimize=True)
+    (few or plain).save(smaller, "PNG", optimize=True)
     return smaller.getvalue()
 
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from medsec import data, fedgan, parallel, params, paths, tables
-from medsec.errors import InputError
+from medsec.errors import InputError, command
 from medsec.execute import locked
 from medsec.params import Params
 
@@ -237,6 +237,7 @@ def _progress(results: Iterator[str], todo: list[Cell], cost: dict[str, float]) 
             yield name
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medsec.record", description="Make or resume a record.")
     parser.add_argument("notebook", choices=NOTEBOOKS)
@@ -249,11 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         # Ended from outside, take the worker processes along: they would go on writing cells.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:

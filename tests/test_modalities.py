@@ -40,7 +40,7 @@ ATTACKED = [variant for variant in inversion_clients.VARIANTS if variant != "non
 
 # Modules that never see an image: parameters, files, tables, claims, records, the text of the threats, and the pipeline.
 BLIND = {"check", "claims", "execute", "ledger", "ledger_plots", "panels", "parallel", "params", "paths", "record"}
-BLIND |= {"record_designs", "tables", "threats", "evasion_tables", "inversion_tables"}
+BLIND |= {"errors", "record_designs", "tables", "threats", "evasion_tables", "inversion_tables"}
 # What a fundus phantom cannot reach, and the test that shows it colour or three classes; or why there is nothing to show.
 ELSEWHERE = {
     "checkpoints.main": "test_evasion_eval: the command line",
