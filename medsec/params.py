@@ -524,11 +524,15 @@ class EvasionRecord(Section):
 
 
 class OtherModality(Section):
-    """What the record of a second modality has: headline rows only, of these scenarios and variants."""
+    """What the record of a second modality has: headline rows only, of these scenarios and variants.
+
+    ``change`` holds, by their section, parameters that are others there.
+    """
 
     feddetect: list[str]
     inversion: list[str]
     evasion: list[str]
+    change: dict[Literal["inversion", "evasion"], dict]
 
 
 class Records(Section):

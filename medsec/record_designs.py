@@ -1,5 +1,7 @@
 """What the records consist of: the cells of each notebook, and how one is run (`medsec.record` does the rest)."""
 
+import dataclasses
+
 import pandas as pd
 
 from medsec import (
@@ -20,7 +22,7 @@ from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
 
-# A modality of its own: the headline on every evaluation seed, no sweeps.
+# A modality of its own: the headline on every evaluation seed, no sweeps, in notebooks 03 and 04 with fewer attacks.
 HEADLINE_ONLY = ("fundus",)
 FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
 
@@ -29,6 +31,20 @@ def _partitions(cohort: str, p: Params, schemes: list[str]) -> list[str]:
     """Those of ``schemes`` that the cohort allows."""
     allowed = cohort_eval.schemes(data.load(cohort, p.cohorts))
     return [scheme for scheme in schemes if scheme in allowed]
+
+
+def _other_modality(p: Params, section: str) -> dict:
+    """What a cell changes there in one section of the parameters."""
+    return {section: p.record.other_modality.change[section]}
+
+
+def _changed(p: Params, cell: Cell) -> Params:
+    """The parameters with the change of a cell.
+
+    Raises:
+        InputError: they are not valid.
+    """
+    return params.validate(params.merge(p.model_dump(), cell.change), f"record cell {cell.name}")
 
 
 # Notebook 01 ---------------------------------------------------------------------------------------------------------
@@ -73,7 +89,7 @@ def _area(size: int, cohort: str, p: Params) -> str:
 
 def run_01(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     """The rows of a cell that are worth keeping."""
-    changed = params.validate(params.merge(p.model_dump(), {"fedgan": cell.change}), f"record cell {cell.name}")
+    changed = _changed(p, dataclasses.replace(cell, change={"fedgan": cell.change}))
     table, _ = fedgan_eval.run_cell(cohort, changed, cell.seed, cell.arm, size=cell.size)
     table = table.assign(**{key: str(value) for key, value in cell.keys.items()})
     # Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file.
@@ -185,8 +201,9 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
     trained, and have fewer seeds too.
     """
     if cohort in HEADLINE_ONLY:
+        change = _other_modality(p, "inversion")
         return [
-            Cell(arm, seed, group=variant, variants=(variant,))
+            Cell(arm, seed, change, group=variant, variants=(variant,))
             for seed in p.seeds.evaluation
             for variant in p.record.other_modality.inversion
             for arm in ("attack", "federation")
@@ -248,14 +265,15 @@ def _strengths(p: Params) -> list[tuple[str, float, dict]]:
 
 def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     (variant,) = cell.variants
+    if cell.arm != "rounds":  # whose shares are no parameter
+        p = _changed(p, cell)
     if cell.arm == "attack" and cell.keys:
         return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
     if cell.arm == "attack":
         return _worth_keeping(inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0])
     try:
         if cell.arm == "strength":
-            stronger = params.validate(params.merge(p.model_dump(), cell.change))
-            return inversion_eval.strength_cell(cohort, stronger, variant, cell.seed, cell.keys["strength"])
+            return inversion_eval.strength_cell(cohort, p, variant, cell.seed, cell.keys["strength"])
         if cell.arm == "federation":
             return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
         table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, cell.change["shares"])
@@ -294,7 +312,10 @@ def cells_04(cohort: str, p: Params) -> list[Cell]:
     """Every arm under every attack, seed by seed; then other shares of pruning."""
     sweep = p.record.evasion
     arms = p.record.other_modality.evasion if cohort in HEADLINE_ONLY else evasion_arms.VARIANTS
-    found = [Cell("arm", seed, group=variant, variants=(variant,)) for seed in p.seeds.evaluation for variant in arms]
+    change = _other_modality(p, "evasion") if cohort in HEADLINE_ONLY else {}
+    found = [
+        Cell("arm", seed, change, group=variant, variants=(variant,)) for seed in p.seeds.evaluation for variant in arms
+    ]
     if cohort in HEADLINE_ONLY:
         return found
     found += [
@@ -307,7 +328,7 @@ def cells_04(cohort: str, p: Params) -> list[Cell]:
 
 
 def run_04(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
-    (variant,) = cell.variants
+    (variant,), p = cell.variants, _changed(p, cell)
     if cell.arm == "prune":
         return evasion_eval.prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"])
     return evasion_eval.arm_cell(cohort, p, variant, cell.seed, retrained=True)

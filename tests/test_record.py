@@ -6,7 +6,17 @@ import json
 import pandas as pd
 import pytest
 
-from medsec import fedgan_eval, inversion_clients, params, paths, record, record_designs, tables
+from medsec import (
+    evasion_eval,
+    fedgan_eval,
+    inversion_clients,
+    inversion_eval,
+    params,
+    paths,
+    record,
+    record_designs,
+    tables,
+)
 from medsec.errors import InputError
 
 NOTEBOOK, COHORT = "01_backdoor_fedgan", "npz"
@@ -145,6 +155,37 @@ def test_a_record_that_is_cut_short_has_a_table_of_what_is_finished(small, monke
     assert about["cells_finished"] == 2 < about["cells_planned"]
     assert not record.is_finished(NOTEBOOK, COHORT)
     assert len(record.load(NOTEBOOK, COHORT))
+
+
+@pytest.mark.parametrize("section", ["inversion", "evasion"])
+def test_another_modality_has_headlines_with_fewer_attacks(section, monkeypatch):
+    """Every cell of it runs with the parameters' change, those of other cohorts without."""
+    p = params.load("full")
+    change = p.record.other_modality.change[section]
+    cells_of, run, module, called = {
+        "inversion": (
+            record_designs.cells_03,
+            record_designs.run_03,
+            inversion_eval,
+            ("federation_cell", "attack_cell"),
+        ),
+        "evasion": (record_designs.cells_04, record_designs.run_04, evasion_eval, ("arm_cell",)),
+    }[section]
+    used = []
+    for name in called:
+        monkeypatch.setattr(module, name, lambda cohort, p, *rest, **more: used.append(p) or (pd.DataFrame(),))
+    monkeypatch.setattr(record_designs, "_worth_keeping", lambda table: table)
+    cells = cells_of("fundus", p)
+    assert {cell.seed for cell in cells} == set(p.seeds.evaluation)
+    for cell in cells:
+        assert not cell.keys
+        run("fundus", p, cell)
+    changed = params.validate(params.merge(p.model_dump(), {section: change}))
+    assert changed != p
+    assert used == [changed] * len(cells)
+    used.clear()
+    run("phantom", p, next(cell for cell in cells_of("phantom", p) if not cell.keys))
+    assert used == [p]
 
 
 def test_no_record(small):
