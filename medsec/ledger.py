@@ -3,6 +3,7 @@
 ``python -m medsec.ledger`` writes it into the README and to ``claims/findings.csv``; a test fails where these are out of date.
 """
 
+import html
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,12 +195,17 @@ END = "<!-- end of results -->"
 
 
 def readme_block() -> str:
-    """The ledgers as Markdown between `BEGIN` and `END`; claims marked ``detail`` are left to the notebooks."""
-    parts = [BEGIN]
+    """How many claims have which verdict, then every ledger to unfold, as Markdown between `BEGIN` and `END`.
+
+    Claims marked ``detail`` are counted, and left to the notebooks.
+    """
+    parts = [BEGIN, "", tables.markdown(counts())]
     for name in claims.names():
         found = table(name, details=False)
         if len(found.columns) > 3:  # some cohort has been measured
-            parts += [f"\n**{claims.load(name)['paper']}** ([claims](claims/{name}.yaml))\n", tables.markdown(found)]
+            paper = claims.load(name)["paper"]
+            parts += [f"\n<details>\n<summary><b>{name}</b>: {html.escape(paper, quote=False)}</summary>\n"]
+            parts += [f"As data: [claims/{name}.yaml](claims/{name}.yaml)\n", tables.markdown(found), "\n</details>"]
     return "\n".join([*parts, "", END])
 
 

@@ -265,7 +265,9 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     assert text.startswith(f"before\n{ledger.BEGIN}\n")
     assert text.endswith(f"\n{ledger.END}\nafter\n")
     assert "stale rows" not in text
-    assert "| claim | by | verdict | phantom | alpha |" in text
+    assert "| 1-test | the paper's | 2 |" in text, "how many claims there are comes first"
+    assert text.count("<details>\n<summary>") == text.count("\n\n</details>\n") == 1
+    assert "| claim | by | verdict | phantom | alpha |" in text.split("</summary>\n\n")[1]
     assert (
         "| **partly** | [holds](results/phantom/01_test.csv#L2): 0.65 [0.60, 0.70] (n = 3, quick) "
         "| [does not hold](results/alpha/01_test.csv#L2): 0.15 [0.10, 0.20] (n = 3, quick) |"
