@@ -44,6 +44,81 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def recipes(p: EvasionParams) -> pd.DataFrame:
+    """How the arms are trained: one line a recipe."""
+    named = {
+        "base, finetune, prune, cbam, prune_cbam, retrain": (p.clean, p.prune),
+        "at, at_prune, at_cbam": (p.robust, p.prune),
+        "hardened, hardened_plain": (p.hardened, p.prune_hardened),
+    }
+    return pd.DataFrame(
+        {
+            "arms": arms,
+            "examples within": f"{recipe.eps:g}/255" if recipe.eps else "(plain training)",
+            "epochs": recipe.epochs,
+            "share pruned, where it is": pruned,
+            "mean of the weights": f"running, {recipe.ema:g}" if recipe.ema else "no",
+        }
+        for arms, (recipe, pruned) in named.items()
+    )
+
+
+def size(summary: pd.DataFrame) -> str:
+    """``5 seeds of 621 images (Square and AutoAttack: 256)``: on how much a table rests, besides its sweeps."""
+
+    def images(row: pd.Series) -> int:
+        return round(row["n_items"] / row["n"])
+
+    clean = tables.row(summary, variant="base", scenario="clean", metric="accuracy", norm="", prune="", map="")
+    slow = summary[summary["scenario"].isin(["square", "autoattack"]) & (summary["metric"] == "accuracy")]
+    fewer = {images(row) for _, row in slow.iterrows()} - {images(clean)}
+    aside = f" (Square and AutoAttack: {', '.join(map(str, sorted(fewer)))})" if fewer else ""
+    return f"{clean['n']} seeds of {images(clean)} images{aside}"
+
+
+def contributions(summary: pd.DataFrame) -> pd.DataFrame:
+    """What the robust arms cost and keep: one line an arm, AutoAttack at every eps of the table."""
+    lines = []
+    rates_ = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
+    for variant in ("base", "at", "hardened_plain", "hardened"):
+        clean = {"variant": variant, "scenario": "clean"}
+        line = {
+            "arm": variant,
+            "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
+            "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
+            "AUC": tables.cell(summary, 3, **clean, metric="auc"),
+        }
+        for eps in sorted(set(rates_["eps"]), key=float):
+            where = {"variant": variant, "scenario": "autoattack", "metric": "dr_whitebox", "eps": eps}
+            line[f"AutoAttack, {255 * float(eps):.3g}/255"] = tables.cell(summary, 3, **where)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def distances(summary: pd.DataFrame) -> pd.DataFrame:
+    """Median length of the change that turns an answer, by attacks without a cap: one line an arm."""
+    lines = []
+    for variant in ARMS:
+        line = {"arm": variant}
+        for name, scenario, norm, unit in (
+            ("DeepFool, L2", "deepfool", "l2", 1),
+            ("DeepFool, largest change (255ths)", "deepfool", "linf", 255),
+            ("Carlini–Wagner, L2", "cw_l2", "l2", 1),
+        ):
+            where = {"variant": variant, "scenario": scenario, "norm": norm}
+            median = tables.select(summary, {**where, "metric": "median_norm"})
+            line[name] = ""
+            if len(median):
+                scaled = median.iloc[0].copy()
+                scaled[["value", "low", "high"]] *= unit
+                line[name] = f"{tables.interval(scaled)} (n = {scaled['n']})"
+                left = tables.cell(summary, 2, **where, metric="accuracy")
+                line[name] += "" if left.startswith("0.00 ") else f"; {left} not turned"
+        lines.append(line)
+    found = pd.DataFrame(lines)
+    return found[(found.drop(columns="arm") != "").any(axis=1)]
+
+
 READINGS = {  # of a "defence rate": the metric, and what the attacker must know
     "white-box": ("dr_whitebox", "the defended network"),
     "transfer": ("dr_transfer", "the plain network only"),
@@ -94,6 +169,21 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
     return {"accuracy, clean": rows[rows["scenario"] == "clean"], f"accuracy, PGD {p.eps:g}/255": rows[attacked]}
 
 
+ASKED = {  # of a check: what is true where it passes
+    "iterative_beats_single_step": "PGD leaves no more right than FGSM",
+    "noise_weaker_than_fgsm": "noise of the same size leaves more right than FGSM",
+    "larger_eps_never_weaker": "a larger eps leaves no more right",
+    "whitebox_beats_transfer": "what withstands PGD does not fall to examples made for the plain network",
+    "gradient_free_weaker": "nor to Square, which uses no gradient",
+    "no_zero_gradients": "the gradient is nowhere exactly 0",
+    "more_steps_never_weaker": "five times as many steps leave no more right",
+    "converged": "nor many fewer: the steps are enough",
+    "large_eps_breaks_all": "where any image may become grey, nothing is left",
+    "undefended_breaks": "the same attack breaks the plain network",
+    "attack_unit_test": "an adversarial example that is there is found",
+}
+
+
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a check, one column an arm: in how many of the runs it passed."""
     rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
@@ -102,6 +192,7 @@ def checks(summary: pd.DataFrame) -> pd.DataFrame:
     order = [variant for variant in ARMS if variant in table.columns]
     names = list(dict.fromkeys(rows["metric"]))
     table = table.loc[names, order].fillna("not asked").reset_index()
+    table.insert(1, "it passes where", table["metric"].map(ASKED))
     table["metric"] = table["metric"].str.replace("_", " ")
     return table.rename(columns={"metric": "check"})
 

@@ -39,7 +39,7 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import params, paths, png
+from medsec import parallel, params, paths, png
 from medsec.errors import InputError, command
 
 PIPELINES = paths.ROOT / "pipelines"
@@ -152,6 +152,7 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "PYTHONPATH": str(paths.ROOT),  # this checkout's medsec, also where another one is installed (dvc exp --temp)
         "OMP_NUM_THREADS": "1",  # another number of threads gives other bits
         "PYTHONHASHSEED": "0",
+        **parallel.HEAP,
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
         "IPYTHONDIR": str(job.temporary / "ipython"),  # no start-up files of the user

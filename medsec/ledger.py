@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from medsec import claims, paths, tables
-from medsec.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN
+from medsec.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
 from medsec.errors import InputError, command
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
@@ -74,15 +74,21 @@ def finding(claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], 
 def overall(by: str, verdicts: Sequence[str]) -> str:
     """One word for what several cohorts say: that of `WORDS` if they agree, *partly* if some but not all hold.
 
-    Where none holds, one that does not is enough for *not reproduced* or *missed*; *not testable here* if none has a row.
+    Where none holds, one that does not is enough for *not reproduced* or *missed*; *not testable here* if none has a row,
+    *untested* where no row says anything.
     """
     judged = [verdict for verdict in verdicts if verdict in (HOLDS, FAILS, OPEN)]
     if not judged:
-        return NOT_YET if NOT_YET in verdicts else NOT_HERE
+        return next((word for word in (UNTESTED, NOT_YET) if word in verdicts), NOT_HERE)
     words = WORDS["medsec" if by == "medsec" else "paper"]
     if len(set(judged)) == 1:
         return words.get(judged[0], OPEN)
     return PARTLY if HOLDS in judged else words[FAILS]
+
+
+def contrary(those: Sequence[Finding]) -> str:
+    """"yes" if a claim holds on one cohort and does not on another."""
+    return "yes" if {HOLDS, FAILS} <= {each.verdict for each in those} else ""
 
 
 def entries(name: str) -> list[tuple[dict, list[Finding]]]:
@@ -184,7 +190,7 @@ def counts() -> pd.DataFrame:
             told = {word: str(words.count(word)) for word in dict.fromkeys(words)}
             lines.append({"ledger": name, "claims": by, "number": len(words)} | told)
     found = pd.DataFrame(lines).fillna("")
-    order = ["reproduced", "holds", PARTLY, OPEN, "not reproduced", "missed", NOT_HERE, NOT_YET]
+    order = ["reproduced", "holds", PARTLY, OPEN, "not reproduced", "missed", UNTESTED, NOT_HERE, NOT_YET]
     return found[["ledger", "claims", "number", *(word for word in order if word in found.columns)]]
 
 

@@ -126,7 +126,14 @@ READINGS = (
         "02.",
     ),
     Reading(
-        ("feddetect_released", "feddetect_described", "feddetect_hardened", "feddetect+shadow", "feddetect+shadow+at"),
+        ("feddetect_released",),
+        FEW,
+        ALIKE,
+        "The released check weighs a client down each time that it flags it, and it flags honest ones too "
+        "(notebook 02). Where another check of this column does stop the client, it can be told apart.",
+    ),
+    Reading(
+        ("feddetect_described", "feddetect_hardened", "feddetect+shadow", "feddetect+shadow+at"),
         FEW,
         ALIKE,
         "A client that poisons a little and boosts nothing does little that is peculiar; and where the undefended attack "
@@ -204,8 +211,9 @@ READINGS = (
         ROBUST,
         EVADED,
         ALIKE,
-        "What adversarial training wins under attack is not clear here: it also knows less to begin with (*nobody "
-        "attacks*), and three short trainings scatter. Notebook 04 trains longer, and its gain is clear.",
+        "What adversarial training wins under attack is not clear in these rows: the gain, or what lies above the one half "
+        "of a constant answer, reaches into what does not matter. Three short trainings scatter; notebook 04 trains longer, "
+        "and its gain is clear.",
     ),
     Reading(
         ("prune", "cbam", "prune_cbam"),

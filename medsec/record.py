@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}-{p.device}.lock"
-    with locked(lock), joblib.parallel_config("loky", inner_max_num_threads=1):
+    with locked(lock), parallel.workers():
         calls = (joblib.delayed(run_cell)(args.notebook, args.cohort, p, cell, names[cell.name]) for cell in todo)
         results = joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls)
         try:

@@ -202,6 +202,42 @@ def test_a_claim_about_other_images():
     assert (found["verdict"], found["measured"]) == ("not testable here", "about the images of fundus")
 
 
+@pytest.mark.parametrize(
+    ("bound", "low", "high", "measured"),
+    [
+        ({"above": -0.01}, -0.0118, -0.005, "-0.008 [-0.012, -0.005]"),
+        ({"below": 0.05}, 0.0207, 0.05004, "0.0354 [0.0207, 0.0500]"),  # four digits are the most
+        ({"below": 0.05}, 0.02, 0.05, "0.04 [0.02, 0.05]"),  # the bound itself, not beside it
+        ({"below": 0.0001}, 0.0, 0.0, "0.00 [0.00, 0.00]"),
+    ],
+)
+def test_an_interval_is_written_so_that_its_ends_can_be_told_from_the_bound(bound, low, high, measured):
+    assert claims.verdict(claim(where=WHERE, **bound), summary_of(low, high))["measured"] == measured
+
+
+@pytest.mark.parametrize(
+    ("works", "left", "verdict"),
+    [
+        (0.9, 0.01, "holds"),
+        (0.2, 0.01, "untested"),  # an attack that does not work without a defence cannot show that one stops it
+        (0.2, 0.10, "does not hold"),
+        (0.9, 0.10, "does not hold"),
+    ],
+)
+def test_a_stopped_attack_must_work_without_a_defence(ledgers, works, left, verdict):
+    undefended = summary_of(works, works + 0.05).assign(variant="none")
+    table = pd.concat([undefended, summary_of(left, left + 0.01)], ignore_index=True)
+    works_alone = claim(id="works", where={**WHERE, "variant": "none"}, above=0.5)
+    ledgers(claim(id="stops", where=WHERE, below=0.05, given="works"), works_alone)
+    assert claims.verdicts("1-test", table)["verdict"].tolist()[0] == verdict
+
+
+def test_a_claim_that_is_given_what_nobody_claims(ledgers):
+    ledgers(claim(id="stops", where=WHERE, below=0.05, given="works"))
+    with pytest.raises(InputError, match="'stops' is given 'works', which is no claim there"):
+        claims.load("1-test")
+
+
 def test_a_claim_without_its_row():
     with pytest.raises(InputError, match="0 rows match"):
         claims.verdict(claim(where={**WHERE, "client": "7"}, above=0), summary_of(0, 1))
@@ -312,6 +348,8 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
         ("paper", ["not testable here"], "not testable here"),
         ("paper", ["not testable here", "not measured yet"], "not measured yet"),
         ("paper", [], "not testable here"),
+        ("medsec", ["untested", "holds"], "holds"),
+        ("medsec", ["untested", "not testable here"], "untested"),
     ],
 )
 def test_one_word_for_several_cohorts(by, verdicts, word):
@@ -340,9 +378,18 @@ def test_the_ledgers_of_the_repository_are_well_formed(name):
     ids = [entry["id"] for entry in content["claims"]]
     assert len(set(ids)) == len(ids)
     for entry in content["claims"]:
-        assert set(entry) <= {"id", "by", "text", "where", "above", "below", "record_only", "cohorts", "detail"}, entry[
-            "id"
-        ]
+        assert set(entry) <= {
+            "id",
+            "by",
+            "text",
+            "where",
+            "above",
+            "below",
+            "record_only",
+            "cohorts",
+            "detail",
+            "given",
+        }, entry["id"]
         assert entry["by"]
         assert entry["text"]
         assert isinstance(entry.get("record_only", ""), str), entry["id"]
