@@ -22,9 +22,16 @@ from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
 from medsec.record import Cell, Design
 
-# A modality of its own: the headline on every evaluation seed, no sweeps, in notebooks 03 and 04 with fewer attacks.
-HEADLINE_ONLY = ("fundus",)
+SWEPT = ("phantom", "pneumoniamnist")
 FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
+
+
+def headline_only(cohort: str) -> bool:
+    """Whether a record has the headline on every evaluation seed and no sweeps, in notebooks 03 and 04 with fewer attacks.
+
+    So it is for all images but the chest radiographs that the companion is about: a second modality, and the reader's own.
+    """
+    return cohort not in SWEPT
 
 
 def _partitions(cohort: str, p: Params, schemes: list[str]) -> list[str]:
@@ -62,8 +69,10 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     found = [Cell(arm, seed) for seed in p.seeds.evaluation for arm in ("attack", "clean", "controls")]
     sweep = p.record.fedgan
     few = p.seeds.evaluation[: sweep.seeds]
-    if cohort in HEADLINE_ONLY:
+    if cohort == "fundus":  # can be drawn at another size
         return found + [Cell(arm, seed, *COLOUR_GRID) for seed in few for arm in ("attack", "clean", "controls")]
+    if headline_only(cohort):
+        return found
     if cohort == "phantom":  # can be drawn at another size
         arms = ("attack", "clean", "controls")
         found += [
@@ -119,7 +128,7 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     """
     sweep = p.record.feddetect
     few = p.seeds.evaluation[: sweep.seeds]
-    if cohort in HEADLINE_ONLY:
+    if headline_only(cohort):
         wanted = p.record.other_modality.feddetect
         return [Cell(s, seed, variants=("none", *CONTENDERS)) for seed in p.seeds.evaluation for s in wanted]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
@@ -200,7 +209,7 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
     conditions have the fewest. The described defence's controls, the dearest to attack, are there for privacy: they are not
     trained, and have fewer seeds too.
     """
-    if cohort in HEADLINE_ONLY:
+    if headline_only(cohort):
         change = _other_modality(p, "inversion")
         return [
             Cell(arm, seed, change, group=variant, variants=(variant,))
@@ -311,12 +320,12 @@ def rounds_03(p: Params, cell: Cell) -> float:
 def cells_04(cohort: str, p: Params) -> list[Cell]:
     """Every arm under every attack, seed by seed; then other shares of pruning."""
     sweep = p.record.evasion
-    arms = p.record.other_modality.evasion if cohort in HEADLINE_ONLY else evasion_arms.VARIANTS
-    change = _other_modality(p, "evasion") if cohort in HEADLINE_ONLY else {}
+    arms = p.record.other_modality.evasion if headline_only(cohort) else evasion_arms.VARIANTS
+    change = _other_modality(p, "evasion") if headline_only(cohort) else {}
     found = [
         Cell("arm", seed, change, group=variant, variants=(variant,)) for seed in p.seeds.evaluation for variant in arms
     ]
-    if cohort in HEADLINE_ONLY:
+    if headline_only(cohort):
         return found
     found += [
         Cell("prune", seed, keys={"prune": ratio}, group=variant, variants=(variant,))

@@ -52,6 +52,7 @@ def small(tiny_npz, tmp_path, monkeypatch):
     tree = params.merge(tree, {"cohorts": {"npz": {"path": str(tiny_npz(per_class=120))}}})
     p = params.validate(tree)
     monkeypatch.setattr(params, "load", lambda profile: p)
+    monkeypatch.setattr(record_designs, "SWEPT", (COHORT,))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "records", lambda cohort: tmp_path / "records" / cohort)
     monkeypatch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path / "checkpoints"))
@@ -155,6 +156,17 @@ def test_a_record_that_is_cut_short_has_a_table_of_what_is_finished(small, monke
     assert about["cells_finished"] == 2 < about["cells_planned"]
     assert not record.is_finished(NOTEBOOK, COHORT)
     assert len(record.load(NOTEBOOK, COHORT))
+
+
+def test_the_readers_own_images_have_headlines_only():
+    """A record of any other images is planned like that of the second modality, without what only drawn eyes can do."""
+    p = params.load("full")
+    for notebook in record.NOTEBOOKS:
+        plan = record_designs.DESIGNS[notebook].cells
+        own = [(cell.arm, cell.seed, cell.keys, cell.variants) for cell in plan("npz", p)]
+        eyes = [(c.arm, c.seed, c.keys, c.variants) for c in plan("fundus", p) if "size" not in c.keys]
+        assert own == eyes
+        assert all(not keys for _, _, keys, _ in own)
 
 
 @pytest.mark.parametrize("section", ["inversion", "evasion"])
