@@ -713,6 +713,12 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
 # --------------------------------------------------------------------------------------------------------------- record
 
 
+@pytest.fixture(autouse=True)
+def swept(monkeypatch):
+    """The small cohort of these tests is planned like those that the companion is about."""
+    monkeypatch.setattr(record_designs, "SWEPT", (COHORT,))
+
+
 def plan(p, profile=None):
     if profile is not None:
         tree = params.merge(params.load(profile).model_dump(), {"cohorts": {"npz": {"path": p.cohorts.npz.path}}})
