@@ -87,7 +87,7 @@ def overall(by: str, verdicts: Sequence[str]) -> str:
 
 
 def contrary(those: Sequence[Finding]) -> str:
-    """"yes" if a claim holds on one cohort and does not on another."""
+    """Whether a claim holds on one cohort and does not on another: ``yes``, or nothing."""
     return "yes" if {HOLDS, FAILS} <= {each.verdict for each in those} else ""
 
 

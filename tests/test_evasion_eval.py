@@ -447,10 +447,12 @@ def test_every_claim_asks_for_a_row_that_can_exist():
 
 def test_views_of_a_summary(p):
     """A small record, through every table and figure of the notebook."""
+    p = params.validate(params.merge(p.model_dump(), {"evasion": {"attacks": {"slow_images": 20}}}))
     runs = [ev.arm_cell("npz", p, variant, seed) for variant in ("base", "prune_cbam") for seed in (0, 1)]
     runs += [ev.prune_cell("npz", p, "prune", 0, ratio) for ratio in (0.0, 0.5)]
     summary = ev.summarise(pd.concat(runs), p)
     e = p.evasion
+    told_eps = ev.eps_key(e.eps / 255)
     rates = evasion_tables.rates(summary, e)
     assert rates["variant"].unique().tolist() == ["base", "prune_cbam"]
     assert set(rates.loc[rates["variant"] == "base", "metric"]) == {"dr_whitebox"}
@@ -475,8 +477,26 @@ def test_views_of_a_summary(p):
     assert set(told.loc["DeepFool, 0.0600"].index) == {(r, "4/255, cut to it") for r in evasion_tables.READINGS}
     assert (shown["retrain"] == "").all(), "no such arm in this table"
     checks = evasion_tables.checks(summary)
-    assert list(checks.columns) == ["check", "base", "prune_cbam"]
+    assert list(checks.columns) == ["check", "it passes where", "base", "prune_cbam"]
+    assert checks["it passes where"].notna().all(), "every check says what it asks"
+    assert set(checks["check"]) == {name.replace("_", " ") for name in evasion_tables.ASKED}
     assert checks.set_index("check").loc["undefended breaks", "prune_cbam"] == "not asked"
+    clean = tables.row(summary, variant="base", scenario="clean", metric="accuracy")
+    slow = tables.row(summary, variant="base", scenario="autoattack", metric="accuracy", eps=told_eps)
+    images, fewer = clean["n_items"] // 2, slow["n_items"] // 2
+    assert fewer < images, "or the next line shows nothing"
+    assert evasion_tables.size(summary) == f"2 seeds of {images} images (Square and AutoAttack: {fewer})"
+    kept = evasion_tables.contributions(summary).set_index("arm")
+    whole = {"variant": "base", "scenario": "autoattack", "metric": "dr_whitebox"}
+    assert kept.loc["base", "AutoAttack, 4/255"] == tables.cell(summary, 3, **whole, eps=told_eps)
+    assert kept.loc["at", "AUC"] == "", "no such arm in this table"
+    far = evasion_tables.distances(summary).set_index("arm")
+    length = {"variant": "base", "scenario": "deepfool", "metric": "median_norm"}
+    pixels = tables.row(summary, **length, norm="linf")
+    assert far.loc["base", "DeepFool, L2"].startswith(tables.cell(summary, 2, **length, norm="l2"))
+    assert far.loc["base", "DeepFool, largest change (255ths)"].startswith(f"{255 * pixels['value']:.2f} [")
+    assert list(far.index) == ["base", "prune_cbam"]
+    assert evasion_tables.recipes(e)["epochs"].tolist() == [e.clean.epochs, e.robust.epochs, e.hardened.epochs]
     assert evasion_tables.pointing(summary)[0].empty
     setup = evasion_arms.prepare("npz", p)
     x, y = (part[:3] for part in setup.splits["test"])
