@@ -58,6 +58,9 @@ def finding(claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], 
     """
     rows = {kind: tables.select(found, claim["where"]) for kind, found in read.items()}
     kind = max(rows, key=lambda name: rows[name]["n"].sum())
+    if rows[kind].empty and "quick" not in files:
+        # Images of which only headlines are recorded, and no notebook was run.
+        return Finding(cohort, NOT_HERE, "not among the headlines of these images", 0, kind, None, None)
     judged = claims.verdict(claim, read[kind], cohort)
     there = judged["n"] > 0
     return Finding(
