@@ -119,9 +119,8 @@ def pointing(table: pd.DataFrame, controls: Mapping[str, float], title: str):
         ax.plot(rows["value"], heights, marker, color=colour, markersize=4.5, linestyle="none", label=label or None)
     for (label, value), style in zip(controls.items(), (":", "--"), strict=False):
         ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
-    ax.set(
-        yticks=range(len(variants)), yticklabels=variants, xlabel="share of the images with a lesion", xlim=(0, 1.02)
-    )
+    label = "share of the images with a lesion in which the map's highest point lies in it"
+    ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel=label, xlim=(0, 1.02))
     ax.invert_yaxis()
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
     fig.legend(loc="outside lower center", ncols=2)
