@@ -108,7 +108,7 @@ def check(job: Job) -> None:
         raise InputError(f"notebook {name} cannot be read: {str(error).splitlines()[0]}") from None
     if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
         raise InputError(f"notebook {name} has no cell tagged 'parameters' to set cohort and profile in")
-    from medsec import data  # torch: slow to import, and not needed to report the mistakes above
+    from medsec import data  # here: not needed to report the mistakes above
 
     cohort = data.load(job.cohort, loaded.cohorts)
     pinned = PIPELINES / job.cohort / "cohort.json"

@@ -4,13 +4,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
-import torch
 from tqdm import tqdm
 
 from medsec.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 # The GNU C library gives large blocks of memory back at once and fetches them anew, page by page, in every training
 # step: a seventh of the time of networks this small. Told at a process's start, it keeps what it has, up to 1 GiB; no
@@ -18,12 +20,14 @@ from medsec.errors import InputError
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
-def device(name: str) -> torch.device:
+def device(name: str) -> "torch.device":
     """The device of that name (parameter ``device``: "cpu" or "cuda").
 
     Raises:
         InputError: a GPU is asked for and PyTorch finds none.
     """
+    import torch  # here: it is slow to import, and `medsec.execute` needs no device
+
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device: cuda, but PyTorch finds no CUDA GPU here; set device: cpu (the full profile instead of full-gpu)"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from medsec.errors import InputError
@@ -95,10 +96,10 @@ def select(table: pd.DataFrame, where: Mapping[str, str]) -> pd.DataFrame:
     """
     if unknown := set(where) - set(keys(table)):
         raise InputError(f"no column {sorted(unknown)[0]!r} in the table; it has {', '.join(keys(table))}")
-    chosen = pd.Series(True, index=table.index)
-    for column in keys(table):
-        chosen &= table[column] == str(where.get(column, ""))
-    return table[chosen]
+    places = np.arange(len(table))
+    for column in keys(table):  # each on what the former have left: comparing text is slow
+        places = places[np.asarray(table[column].array[places] == str(where.get(column, "")))]
+    return table.iloc[places]
 
 
 def row(table: pd.DataFrame, **where: str) -> pd.Series:

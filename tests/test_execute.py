@@ -234,3 +234,10 @@ def test_another_profile_may_not_write_into_the_repository(tmp_path, out, monkey
     monkeypatch.setattr(execute.params, "load", lambda profile: SimpleNamespace(cohorts=None))
     assert run(make_notebook(tmp_path / "07_toy.ipynb", WRITE), "toy", "--profile", "full") == 2
     assert "set MEDSEC_OUT" in capfd.readouterr().err
+
+
+def test_the_command_is_ready_before_pytorch_is_loaded():
+    """Every stage pays for what it imports, and the kernel loads PyTorch again."""
+    code = "import sys, medsec.execute, medsec.data; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    assert done.stdout == "False\n"
