@@ -794,32 +794,3 @@ def test_a_reference_split_too_small_for_a_distance_is_found_before_any_gan_is_t
     tree = parameters.merge(tiny().model_dump(), {"cohorts": {"npz": {"path": str(file)}}})
     with pytest.raises(InputError, match="reference"):
         fedgan_eval.run_cell("npz", parameters.validate(tree), SEED, "clean")
-
-
-# -------------------------------------------------------------------------------------------------------------- parallel
-
-
-def test_run_cells_keeps_the_order(processes):
-    cells = [(5, 2), (1, 1), (9, 9), (0, 3)]
-    expected = [math.comb(*cell) for cell in cells]
-    assert parallel.run_cells(math.comb, cells, processes=1) == expected
-    assert parallel.run_cells(math.comb, cells, processes=2) == expected
-
-
-def test_the_number_of_processes_comes_from_the_environment(monkeypatch):
-    seen = []
-
-    def parallel_(n_jobs, return_as):
-        seen.append(n_jobs)
-        return lambda calls: (f(*a, **k) for f, a, k in calls)
-
-    monkeypatch.setattr(parallel.joblib, "Parallel", parallel_)
-    monkeypatch.setattr(parallel.joblib, "cpu_count", lambda: 7)
-    cells = [(i, 1) for i in range(9)]
-    monkeypatch.setenv("MEDSEC_PROCESSES", "3")
-    assert parallel.run_cells(math.comb, cells) == list(range(9))
-    parallel.run_cells(math.comb, cells, processes=2)
-    monkeypatch.delenv("MEDSEC_PROCESSES")
-    parallel.run_cells(math.comb, cells)
-    parallel.run_cells(math.comb, cells[:4])
-    assert seen == [3, 2, 7, 4]
