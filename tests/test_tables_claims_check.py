@@ -474,6 +474,15 @@ def test_the_tolerance_is_the_metrics_plus_the_width_of_the_committed_interval(t
     assert len(check.compare(planted(table, 1, value=0.9, low=-9.0, high=9.0), table)) == 1
 
 
+def test_a_distance_in_the_space_of_a_trained_network_may_change_its_scale(table, ledgers):
+    ledgers()
+    table.loc[1, ["metric", "value", "low", "high"]] = ["frechet", 300.0, 290.0, 310.0]
+    slack = 1.0 + 20.0 + check.SCALED["frechet"] * 300
+    for sign in (1, -1):
+        assert check.compare(planted(table, 1, value=300 + sign * (slack - 0.01)), table) == []
+        assert len(check.compare(planted(table, 1, value=300 + sign * (slack + 0.01)), table)) == 1
+
+
 def test_the_ends_of_an_interval_may_lie_twice_as_far_off(table, ledgers):
     ledgers()
     slack = 0.05 + 0.2 + 1e-5 * 0.5
