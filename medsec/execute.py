@@ -22,6 +22,7 @@ import argparse
 import base64
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -31,7 +32,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import nbformat
 import papermill
 from ipykernel.kernelspec import write_kernel_spec
@@ -156,8 +156,13 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
         "IPYTHONDIR": str(job.temporary / "ipython"),  # no start-up files of the user
-        "MATPLOTLIBRC": str(Path(matplotlib.get_data_path()) / "matplotlibrc"),  # nor a figure style
+        "MATPLOTLIBRC": str(default_style()),  # nor a figure style
     }
+
+
+def default_style() -> Path:
+    """The file with Matplotlib's own defaults, found without loading Matplotlib."""
+    return Path(importlib.util.find_spec("matplotlib").origin).with_name("mpl-data") / "matplotlibrc"
 
 
 @contextlib.contextmanager
@@ -167,7 +172,8 @@ def own_kernel(job: Job) -> Iterator[None]:
     write_kernel_spec(
         share / "kernels" / "python3",
         overrides={"env": kernel_environment(job)},
-        extra_arguments=["--log-level=ERROR"],  # not: a warning, at every start, that the local connection is plain
+        # Not: a warning at every start that the local connection is plain, an error when a failed run ends its kernel.
+        extra_arguments=["--log-level=CRITICAL"],
     )
     change = {"JUPYTER_PATH": str(share), "JUPYTER_RUNTIME_DIR": str(share / "runtime")}
     before = {key: os.environ.get(key) for key in change}

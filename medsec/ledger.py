@@ -3,6 +3,7 @@
 ``python -m medsec.ledger`` writes it into the README and to ``claims/findings.csv``; a test fails where these are out of date.
 """
 
+import functools
 import html
 import sys
 from collections.abc import Sequence
@@ -96,11 +97,18 @@ def contrary(those: Sequence[Finding]) -> str:
 
 def entries(name: str) -> list[tuple[dict, list[Finding]]]:
     """Every claim of ``claims/<name>.yaml`` with the findings of the cohorts that have its table."""
+    places = {cohort: sources(claims.load(name)["table"], cohort) for cohort in cohorts()}
+    files = [paths.CLAIMS / f"{name}.yaml", *(file for found in places.values() for file in found.values())]
+    return _entries(name, tuple((file, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=16)  # a notebook shows the same claims in several ways
+def _entries(name: str, files: tuple) -> list[tuple[dict, list[Finding]]]:
     ledger, judged_by = claims.load(name), []
     for cohort in cohorts():
-        if files := sources(ledger["table"], cohort):
-            judged_by.append((files, {kind: tables.read(file) for kind, file in files.items()}, cohort))
-    return [(claim, [finding(claim, *found) for found in judged_by]) for claim in ledger["claims"]]
+        if found := sources(ledger["table"], cohort):
+            judged_by.append((found, {kind: tables.read(file) for kind, file in found.items()}, cohort))
+    return [(claim, [finding(claim, *each) for each in judged_by]) for claim in ledger["claims"]]
 
 
 def table(name: str, *, details: bool = True, root: str = "") -> pd.DataFrame:

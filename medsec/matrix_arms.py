@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from medsec import adversarial, feddetect, inversion_clients, pruning
+from medsec import adversarial, data, feddetect, inversion_clients, pruning
 from medsec import params as parameters
 from medsec.attention import CBAM
+from medsec.autoencoder import train_autoencoder
 from medsec.convnet import ConvNet
 from medsec.errors import InputError
 from medsec.federated import Aggregator, State, derive_seed, torch_generator
 from medsec.inversion_clients import Setup
-from medsec.params import EvasionParams, MatrixParams, Params
+from medsec.params import AutoencoderParams, Cohorts, EvasionParams, MatrixParams, Params
 from medsec.pruning import Masks
 
 
@@ -106,7 +107,22 @@ def prepare(cohort: str, params: Params) -> Setup:
         "shadow": {"steps": p.shadow_steps, "freeze": p.shadow_freeze},
     }
     changed = parameters.merge(params.model_dump(), {"inversion": own})
-    return inversion_clients.prepare(cohort, parameters.validate(changed, "section matrix"))
+    changed = parameters.validate(changed, "section matrix")
+    coder = changed.inversion.autoencoder.model_dump_json()
+    return Setup(changed, *_instruments(cohort, changed.seeds.tuning[0], changed.cohorts.model_dump_json(), coder))
+
+
+@functools.lru_cache(maxsize=2)
+def _instruments(name: str, seed: int, cohorts_json: str, autoencoder_json: str) -> tuple:
+    """As notebook 03's, without the attacker's generator, which no attacker here has a use for."""
+    p = AutoencoderParams.model_validate_json(autoencoder_json)
+    cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
+    splits = {
+        split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in cohort.splits.items()
+    }
+    own = derive_seed(seed, "defender")
+    trained = train_autoencoder(splits["public"][0], latent=p.latent, seed=own, epochs=p.epochs, lr=p.lr, batch=p.batch)
+    return cohort, splits, trained, nn.Identity()
 
 
 def network(setup: Setup, row: Row, seed: int) -> nn.Module:

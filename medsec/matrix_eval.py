@@ -22,8 +22,7 @@ adversarial ones.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,8 +132,8 @@ def missing(variant: str, scenario: str) -> str | None:
 # One row -------------------------------------------------------------------------------------------------------------
 
 
-def cell(cohort: str, params: Params, variant: str, seed: int) -> pd.DataFrame:
-    """One seed of one row of the matrix under every attack.
+def cell(cohort: str, params: Params, variants: str | Sequence[str], seed: int) -> pd.DataFrame:
+    """One seed of one row of the matrix under every attack; or of several rows, one after the other.
 
     Returns:
         Rows with the key column `KEYS`.
@@ -143,7 +142,15 @@ def cell(cohort: str, params: Params, variant: str, seed: int) -> pd.DataFrame:
         InputError: no such row, or a cohort that cannot be loaded or has too few images.
     """
     torch.set_num_threads(1)
-    row, setup = matrix_arms.row(variant), matrix_arms.prepare(cohort, params)
+    names = (variants,) if isinstance(variants, str) else variants
+    for name in names:
+        matrix_arms.row(name)  # a wrong name is told before anything is trained
+    setup = matrix_arms.prepare(cohort, params)
+    return pd.concat([_row(setup, name, seed) for name in names], ignore_index=True)
+
+
+def _row(setup: Setup, variant: str, seed: int) -> pd.DataFrame:
+    row, params = matrix_arms.row(variant), setup.params
     done = {
         scenario: matrix_federation.train(setup, row, scenario, params.matrix, seed)
         for scenario in ATTACKS
@@ -374,11 +381,17 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells(params: Params, cohort: str) -> list[tuple]:
-    """Arguments of every `cell` of the matrix, the dearest rows first."""
-    dear = functools.partial(sorted, key=lambda v: -_cost(ROWS[v]))
-    return [(cohort, params, variant, seed) for variant in dear(ROWS) for seed in params.seeds.evaluation]
+    """Arguments of every `cell` of the matrix, the dearest first.
+
+    Rows that begin alike are in one cell: local epochs that they have in common are then done once (`matrix_federation`).
+    """
+    alike: dict[tuple, list[str]] = {}
+    for name, row in ROWS.items():
+        alike.setdefault((row.images, row.trained_against, row.cbam, row.again), []).append(name)
+    dear = sorted(alike.values(), key=lambda names: -sum(_cost(ROWS[name]) for name in names))
+    return [(cohort, params, tuple(names), seed) for names in dear for seed in params.seeds.evaluation]
 
 
 def _cost(row: Row) -> int:
     described = row.images in ("shadow_released", "shadow_described")
-    return 4 * described + 2 * row.cbam + row.trained_against + (row.images != "none")
+    return 1 + 4 * described + 2 * row.cbam + row.trained_against + (row.images != "none")

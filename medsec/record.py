@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from medsec import data, fedgan, parallel, params, paths, tables
 from medsec.errors import InputError, command
-from medsec.execute import locked
 from medsec.params import Params
 
 
@@ -287,6 +286,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}-{p.device}.lock"
+    from medsec.execute import locked  # here: a notebook that only reads records need not load papermill
+
     with locked(lock), parallel.workers():
         calls = (joblib.delayed(run_cell)(args.notebook, args.cohort, p, cell, names[cell.name]) for cell in todo)
         results = joblib.Parallel(n_jobs=args.processes, return_as="generator_unordered")(calls)

@@ -72,7 +72,7 @@ def p(tmp_path_factory):
     np.savez(file, **arrays)
     tree = params.merge(params.load().model_dump(), SMALL)
     yield params.validate(params.merge(tree, {"cohorts": {"npz": {"path": str(file)}}}))
-    inversion_clients._prepare.cache_clear()
+    matrix_arms._instruments.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -549,9 +549,49 @@ def test_every_claim_asks_for_a_row_that_can_exist():
 
 def test_all_cells_are_planned_dearest_first(p):
     planned = ev.cells(p, "npz")
-    assert len(planned) == len(ROWS) * 2
-    assert {cell[2] for cell in planned} == set(ROWS)
-    assert planned[0][2] == "shadow_released"
+    rows = [(name, seed) for _, _, names, seed in planned for name in names]
+    assert sorted(rows) == sorted((name, seed) for name in ROWS for seed in p.seeds.evaluation)
+    assert {"none", "feddetect_hardened", "prune"} < set(planned[0][2]), "rows that begin alike are together"
+    assert planned[-1][2] == ("none_again",)
+
+
+def test_rows_of_one_cell_are_those_of_several(p):
+    both = ev.cell("npz", p, ("none", "prune"), 0)
+    apart = pd.concat([ev.cell("npz", p, name, 0) for name in ("none", "prune")], ignore_index=True)
+    pd.testing.assert_frame_equal(both, apart)
+
+
+@pytest.mark.parametrize("variant", ["feddetect_hardened", "prune", "feddetect+shadow", "shadow_described"])
+def test_local_epochs_in_common_are_done_once_and_nothing_changes(setup, p, variant, monkeypatch):
+    counted, epoch = [], matrix_federation.local_epoch
+    monkeypatch.setattr(matrix_federation, "local_epoch", lambda *a: (counted.append(1), epoch(*a))[1])
+
+    def train(row):
+        counted.clear()
+        done = matrix_federation.train(setup, ROWS[row], "backdoor", p.matrix, 0)
+        return done, len(counted)
+
+    monkeypatch.setattr(matrix_federation, "_done", {})
+    fresh, everything = train(variant)
+    assert everything == p.matrix.federation.rounds * p.matrix.federation.n_clients
+    monkeypatch.setattr(matrix_federation, "_done", {})
+    train({"feddetect+shadow": "shadow_hardened"}.get(variant, "none"))
+    again, some = train(variant)
+    if variant == "shadow_described":  # the attacker alone, who does not run it, in the first round
+        assert some == everything - 1
+    else:
+        assert some < everything - 2
+    for one, two in zip(fresh.states, again.states, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert fresh.diagnostics == again.diagnostics
+
+
+def test_few_local_epochs_are_kept(monkeypatch):
+    monkeypatch.setattr(matrix_federation, "_done", {})
+    monkeypatch.setattr(matrix_federation, "KEPT", 2)
+    for name in "abcb":
+        assert matrix_federation._once(name, lambda name=name: name) == name
+    assert list(matrix_federation._done) == ["b", "c"]
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
