@@ -94,7 +94,8 @@ def readme_block(result: dict) -> str:
             *lines,
             "",
             f"{total}. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on "
-            f"one core. The files of a clone: {result['tracked_mb']:.0f} MB. (`python benchmarks/speed.py` measures yours.)",
+            f"one core. Tracked files: {result['tracked_mb']:.0f} MB, besides git's history. "
+            "(`python benchmarks/speed.py` measures yours.)",
             END,
         ]
     )

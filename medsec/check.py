@@ -16,6 +16,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,11 @@ def tolerances() -> dict[str, float]:
     return yaml.safe_load((paths.CLAIMS / "tolerances.yaml").read_text(encoding="utf-8"))
 
 
-def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+def compare(fresh: pd.DataFrame, committed: pd.DataFrame, deciding: Sequence[dict] = ()) -> list[str]:
     """What differs between two summary tables, one line a row; an empty list if they agree.
+
+    Args:
+        deciding: rows (`claims`: ``where``) that are judged by themselves even if they are a single round of a curve.
 
     Raises:
         InputError: a metric without a tolerance, or tables with other columns.
@@ -51,6 +55,7 @@ def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     for name, table in (("fresh", fresh), ("committed", committed)):
         if table.duplicated(by).any():
             return [f"the {name} table holds a row twice: {_address(table[table.duplicated(by)].iloc[0], by)}"]
+    alone = {tuple(where.get(key, "") for key in by) for where in deciding}
     both = committed.merge(fresh, on=by, how="outer", suffixes=("_was", "_is"), indicator="where", sort=False)
     lines = []
     for row in both.to_dict("records"):
@@ -62,7 +67,8 @@ def compare(fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
             for column, room in (("n", 0), ("n_items", ITEMS if allowed[row["metric"]] else 0), ("unit", 0))
             if not _same(row[f"{column}_is"], row[f"{column}_was"], room)
         ]
-        if not (row.get("round", "").isdigit() and math.isfinite(row["value_is"])):
+        in_curve = row.get("round", "").isdigit() and math.isfinite(row["value_is"])
+        if not in_curve or tuple(row[key] for key in by) in alone:
             lines += _moved(row, allowed[row["metric"]], by)
     return lines + _moved_curves(both, allowed, by)
 
@@ -109,7 +115,14 @@ def against_reference(notebook: str, cohort: str) -> str:
     fresh, committed = (
         tables.read(paths.results(cohort, base) / f"{notebook}.csv") for base in (paths.out(), paths.reference())
     )
-    return report(compare(fresh, committed) + contradictions(notebook, cohort, fresh, committed))
+    return report(differences(notebook, cohort, fresh, committed))
+
+
+def differences(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+    """What differs between two summary tables of a notebook: rows, and claims that turn into their opposite."""
+    ledgers = [ledger for ledger in map(claims.load, claims.names()) if ledger["table"] == notebook]
+    deciding = [claim["where"] for ledger in ledgers for claim in ledger["claims"]]
+    return compare(fresh, committed, deciding) + contradictions(notebook, cohort, fresh, committed)
 
 
 def contradictions(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
@@ -148,7 +161,7 @@ def against_commit(cohort: str) -> dict[str, list[str]]:
             was = tables.read(committed)
             if "metric" in was:  # else it is no summary, but numbers for a plot
                 fresh = tables.read(paths.ROOT / name)
-                found[committed.stem] = compare(fresh, was) + contradictions(committed.stem, cohort, fresh, was)
+                found[committed.stem] = differences(committed.stem, cohort, fresh, was)
     if not found:
         raise InputError(f"no table is committed in {folder}; run the pipeline and commit its results first")
     return found

@@ -21,27 +21,49 @@ def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> p
 
 
 def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
-    """One line an arm: what it costs on clean images, and what attacks leave."""
+    """One line an arm: what it costs on clean images, and what is left when several attacks that know it are tried.
+
+    Rates have the arm's own right answers as their denominator; ``worst case, of all images`` has every image, so that arms can
+    be ranked by it: a network that is less often right without an attack has fewer answers to lose.
+    """
     at, lines = eps_key(p.eps / 255), []
-    for variant in ARMS:
+    for variant in _arms(summary):
         clean = {"variant": variant, "scenario": "clean"}
-        if tables.select(summary, {**clean, "metric": "accuracy"}).empty:
-            continue
-        line = {
-            "arm": variant,
-            "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
-            "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-            "AUC": tables.cell(summary, 3, **clean, metric="auc"),
+        worst = {"variant": variant, "scenario": "worst_case", "eps": at}
+        transfer = {"variant": variant, "scenario": "pgd20", "metric": "dr_transfer", "eps": at}
+        lines.append(
+            {
+                "arm": variant,
+                "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
+                "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
+                "AUC": tables.cell(summary, 3, **clean, metric="auc"),
+                "worst case, rate": tables.cell(summary, 2, **worst, metric="dr_whitebox"),
+                "worst case, of all images": tables.cell(summary, 2, **worst, metric="accuracy"),
+                "transfer": tables.cell(summary, 2, **transfer),
+                "n": tables.row(summary, **clean, metric="accuracy")["n"],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """One line an attack that knows the network, one column an arm: the defence rate at the headline's eps."""
+    at = eps_key(p.eps / 255)
+    rows = summary[(summary["metric"] == "dr_whitebox") & (summary["eps"] == at) & (summary["prune"] == "")]
+    return pd.DataFrame(
+        {"attack": scenario.replace("_", " ")}
+        | {
+            variant: tables.cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
+            for variant in _arms(summary)
         }
-        attacked = summary[
-            (summary["variant"] == variant) & (summary["metric"] == "dr_whitebox") & (summary["eps"] == at)
-        ]
-        for scenario in dict.fromkeys(attacked.loc[attacked["prune"] == "", "scenario"]):
-            line[scenario] = tables.cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
-        line["transfer"] = tables.cell(summary, 2, variant=variant, scenario="pgd20", metric="dr_transfer", eps=at)
-        line["n"] = tables.row(summary, **clean, metric="accuracy")["n"]
-        lines.append(line)
-    return pd.DataFrame(lines).fillna("")
+        for scenario in dict.fromkeys(rows["scenario"])
+    )
+
+
+def _arms(summary: pd.DataFrame) -> list[str]:
+    """The arms that a table has, other shares of pruning aside."""
+    there = summary[(summary["scenario"] == "clean") & (summary["prune"] == "")]["variant"]
+    return [variant for variant in ARMS if variant in set(there)]
 
 
 def recipes(p: EvasionParams) -> pd.DataFrame:
@@ -77,7 +99,10 @@ def size(summary: pd.DataFrame) -> str:
 
 
 def contributions(summary: pd.DataFrame) -> pd.DataFrame:
-    """What the robust arms cost and keep: one line an arm, AutoAttack at every eps of the table."""
+    """What the robust arms cost and keep: one line an arm, AutoAttack at every eps of the table.
+
+    A rate has the arm's own right answers as its denominator, the accuracy has all images.
+    """
     lines = []
     rates_ = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
     for variant in ("base", "at", "hardened_plain", "hardened"):
@@ -90,7 +115,9 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
         }
         for eps in sorted(set(rates_["eps"]), key=float):
             where = {"variant": variant, "scenario": "autoattack", "metric": "dr_whitebox", "eps": eps}
-            line[f"AutoAttack, {255 * float(eps):.3g}/255"] = tables.cell(summary, 3, **where)
+            name = f"AutoAttack, {255 * float(eps):.3g}/255"
+            line[f"{name}: rate"] = tables.cell(summary, 3, **where)
+            line[f"{name}: accuracy"] = tables.cell(summary, 3, **{**where, "metric": "accuracy"})
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -176,7 +203,7 @@ ASKED = {  # of a check: what is true where it passes
     "whitebox_beats_transfer": "what withstands PGD does not fall to examples made for the plain network",
     "gradient_free_weaker": "nor to Square, which uses no gradient",
     "no_zero_gradients": "the gradient is nowhere exactly 0",
-    "more_steps_never_weaker": "five times as many steps leave no more right",
+    "more_steps_never_weaker": "many more steps leave no more right",
     "converged": "nor many fewer: the steps are enough",
     "large_eps_breaks_all": "where any image may become grey, nothing is left",
     "undefended_breaks": "the same attack breaks the plain network",
@@ -185,16 +212,25 @@ ASKED = {  # of a check: what is true where it passes
 
 
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
-    """One line a check, one column an arm: in how many of the runs it passed."""
+    """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
     rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
-    passed = (rows["value"] * rows["n"]).round().astype(int).astype(str) + " of " + rows["n"].astype(str)
-    table = rows.assign(passed=passed).pivot(index="metric", columns="variant", values="passed")
-    order = [variant for variant in ARMS if variant in table.columns]
-    names = list(dict.fromkeys(rows["metric"]))
-    table = table.loc[names, order].fillna("not asked").reset_index()
-    table.insert(1, "it passes where", table["metric"].map(ASKED))
-    table["metric"] = table["metric"].str.replace("_", " ")
-    return table.rename(columns={"metric": "check"})
+    lines = []
+    for name, part in rows.groupby("metric", sort=False):
+        passed = (part["value"] * part["n"]).round().astype(int)
+        failing = [
+            f"`{variant}`, {k} of {n}"
+            for variant, k, n in zip(part["variant"], passed, part["n"], strict=True)
+            if k < n
+        ]
+        lines.append(
+            {
+                "check": name.replace("_", " "),
+                "it passes where": ASKED[name],
+                "passed": f"{passed.sum()} of {part['n'].sum()} runs",
+                "arms in which it failed": "; ".join(failing),
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:

@@ -31,10 +31,23 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
             tables.select(summary, {"variant": variant, "scenario": scenario, "metric": metric})["n"].sum()
             for scenario, metric in (("adaptive", "psnr"), ("utility", "auc"))
         ]
+        line["identified, by the best attack"] = identified(summary, variant)
         line["n"] = f"{runs[0]}; {runs[1]}{_lost(diverged(summary, variant))}"
         lines.append(line)
     found = pd.DataFrame(lines)
     return found[~found["n"].str.startswith("0; 0")].reset_index(drop=True)
+
+
+def identified(summary: pd.DataFrame, variant: str) -> str:
+    """Retrieval by the attack that identifies most, and its name: a reconstruction best by PSNR need not be the most telling."""
+    rows = summary[(summary["variant"] == variant) & (summary["metric"] == "retrieval")]
+    rows = rows[rows["scenario"].isin(["naive", "adaptive"])]
+    others = [key for key in tables.keys(rows)[3:] if key != "attack"]
+    rows = rows[(rows[others] == "").all(axis=1)]
+    if rows.empty:
+        return ""
+    best = rows.loc[rows["value"].idxmax()]
+    return f"{tables.interval(best)} ({best['attack'] or 'best by PSNR'})"
 
 
 def diverged(summary: pd.DataFrame, variant: str, strength: str = "") -> int:
@@ -115,7 +128,10 @@ def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
         wins, losses = any(better(point, own)), any(better(own, point))
         word = {(True, False): "ahead", (False, True): "behind", (True, True): "trade", (False, False): "alike"}
         shown = {
-            name: f"{point[axis]:.{digits}f} [{point[f'{axis}_low']:.{digits}f}, {point[f'{axis}_high']:.{digits}f}]"
+            name: tables.interval(
+                {"value": point[axis], "low": point[f"{axis}_low"], "high": point[f"{axis}_high"], "n": point["n"]},
+                digits,
+            )
             for name, axis, digits in (
                 ("PSNR, adaptive", "y", 1),
                 ("retrieval projected, adaptive", "z", 2),
@@ -153,9 +169,9 @@ def by_attack(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def sweeps(summary: pd.DataFrame, params: Params) -> dict[str, pd.DataFrame]:
-    """PSNR of the adaptive attacker over the batch size and over the rounds (`plots.curves`); empty without such rows."""
-    rows = summary[(summary["scenario"] == "adaptive") & (summary["metric"] == "psnr")]
+def sweeps(summary: pd.DataFrame, params: Params, metric: str = "psnr") -> dict[str, pd.DataFrame]:
+    """What the adaptive attacker gets over the batch size and over the rounds (`plots.curves`); empty without such rows."""
+    rows = summary[(summary["scenario"] == "adaptive") & (summary["metric"] == metric)]
     rows = rows[rows["variant"].isin(params.record.inversion.variants)]
     found = {}
     for key in ("batch", "round"):

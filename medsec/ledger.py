@@ -3,6 +3,7 @@
 ``python -m medsec.ledger`` writes it into the README and to ``claims/findings.csv``; a test fails where these are out of date.
 """
 
+import argparse
 import functools
 import html
 import sys
@@ -111,18 +112,20 @@ def _entries(name: str, files: tuple) -> list[tuple[dict, list[Finding]]]:
     return [(claim, [finding(claim, *each) for each in judged_by]) for claim in ledger["claims"]]
 
 
-def table(name: str, *, details: bool = True, root: str = "") -> pd.DataFrame:
+def table(name: str, *, details: bool = True, ids: bool = True, root: str = "") -> pd.DataFrame:
     """One line a claim: whose it is, the verdict over all cohorts, and one column a cohort, linked to the row that decides.
 
     Args:
         details: with the claims that are marked so.
+        ids: with their names in ``claims/``.
         root: where the repository lies, as seen from the page that shows the links.
     """
     lines = []
     for claim, those in entries(name):
         if details or not claim.get("detail", False):
             word = overall(claim["by"], [each.verdict for each in those])
-            line = {"claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
+            line = {"id": f"`{claim['id']}`"} if ids else {}
+            line |= {"claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
             lines.append(line | {each.cohort: shown(each, root) for each in those})
     return pd.DataFrame(lines)
 
@@ -135,7 +138,7 @@ def shown(found: Finding, root: str = "") -> str:
     return f"{link}: {found.measured} (n = {found.n}{', quick' * (found.kind == 'quick')})"
 
 
-CODES = {HOLDS: 1, OPEN: 0, FAILS: -1}
+CODES = {HOLDS: 1, OPEN: 0, FAILS: -1, UNTESTED: 2}
 KEYS = ("claim",)
 
 
@@ -167,7 +170,7 @@ def message(name: str, rows: pd.DataFrame) -> str:
         claim["id"]: "ours" if claim["by"] == "medsec" else "the paper's claims"
         for claim in claims.load(name)["claims"]
     }
-    mine = rows[rows["variant"] == name]
+    mine = rows[(rows["variant"] == name) & (rows["value"] != CODES[UNTESTED])]
     held = (mine["value"] == CODES[HOLDS]).groupby(mine["claim"].map(whose)).agg(["sum", "size"])
     return "holds: " + ", ".join(f"{row['sum']} of {row['size']} on {by}" for by, row in held.iloc[::-1].iterrows())
 
@@ -205,6 +208,18 @@ def counts() -> pd.DataFrame:
     return found[["ledger", "claims", "number", *(word for word in order if word in found.columns)]]
 
 
+def summary() -> str:
+    """`counts` over all ledgers, in a sentence for whose claims they are."""
+    found, told = counts(), []
+    for by, start in (("the paper's", "The papers' {} statements"), ("ours", "Our own {}")):
+        mine = found[found["claims"] == by].drop(columns=["ledger", "claims"])
+        words = {word: pd.to_numeric(mine[word]).sum() for word in mine.columns[1:]}
+        plural = {"holds": "hold"}
+        parts = [f"{n:.0f} {plural.get(word, word)}" for word, n in words.items() if n]
+        told.append(f"{start.format(mine['number'].sum())}: {', '.join(parts)}.")
+    return " ".join(told)
+
+
 # The README's table --------------------------------------------------------------------------------------------------
 
 BEGIN = "<!-- results: made by `python -m medsec.ledger`, do not edit -->"
@@ -217,8 +232,13 @@ def readme_block() -> str:
     Claims marked ``detail`` are counted, and left to the notebooks.
     """
     parts = [BEGIN, "", tables.markdown(counts())]
+    hidden = sum(claim.get("detail", False) for name in claims.names() for claim, _ in entries(name))
+    parts.append(
+        f"\nOf these, {hidden} claims that only add detail are not unfolded here: [notebook 99]"
+        "(executed/phantom/99_claims.ipynb) lists all, and so does [claims/findings.csv](claims/findings.csv)."
+    )
     for name in claims.names():
-        found = table(name, details=False)
+        found = table(name, details=False, ids=False)
         if len(found.columns) > 3:  # some cohort has been measured
             paper = claims.load(name)["paper"]
             parts += [f"\n<details>\n<summary><b>{name}</b>: {html.escape(paper, quote=False)}</summary>\n"]
@@ -243,7 +263,12 @@ def update_readme(text: str) -> str:
 
 
 @command
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m medsec.ledger",
+        description="Write the verdicts of all cohorts into README.md and claims/findings.csv, from the tables there are.",
+    )
+    parser.parse_args(argv)
     readme = paths.ROOT / "README.md"
     readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
     tables.write(findings(), paths.CLAIMS / "findings.csv")

@@ -10,6 +10,7 @@ LOOKS = {  # of a verdict: colour, marker, what the legend says
     1: ("#0072B2", "o", "holds"),
     0: ("#666666", "_", "undecided"),
     -1: ("#D55E00", "x", "does not hold"),
+    2: ("#666666", "$\\circ$", "untested"),
 }
 
 
@@ -31,5 +32,5 @@ def grid(rows: pd.DataFrame, title: str):
     ax.set(xlim=(-0.5, len(cohorts) - 0.5), ylim=(len(names) - 0.5, -0.5))
     ax.tick_params(axis="y", labelsize=7)
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    fig.legend(loc="outside lower center", ncols=3)
+    fig.legend(loc="outside lower center", ncols=4)
     return fig, ax

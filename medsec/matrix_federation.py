@@ -25,10 +25,7 @@ from medsec.threats import ThreatModel
 from medsec.triggers import Trigger
 
 ATTACKER = 0
-REMEMBERING = (
-    "shadow_released",
-    "shadow_described",
-)  # their generators learn from epoch to epoch: none may be left out
+FORGETFUL = ("none", "shadow_hardened", "public_only")  # image defences whose epochs depend on nothing that was before
 BACKDOOR = ThreatModel(
     name="Backdoor in a federated classifier",
     goal="Images that carry the trigger are taken for the target class; all others are called as before.",
@@ -46,7 +43,7 @@ class Attack:
 
     Attributes:
         poisons: "no", "few" or "many" of its images get a stamped copy.
-        boosts: it scales its update, so that the mean of all is its own.
+        boosts: it scales its update (`params.yaml`: ``matrix.boost``).
         lies: it reports the median of the honest losses.
         complies: it runs the defence that clients are to run; else it leaves it out.
     """
@@ -101,6 +98,61 @@ def poisoned(
     return torch.cat([images, stamped]), torch.cat([labels, torch.full_like(labels[chosen], target)])
 
 
+@dataclass(frozen=True)
+class Clients:
+    """What the clients of a federation have, by their number: images, labels, the row that they really follow, ``perturb``."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+    rows: list[Row]
+    perturb: list[Callable | None]
+
+
+def clients(setup: Setup, row: Row, attack: Attack, p: MatrixParams, seed: int) -> Clients:
+    """The clients of one run; the malicious one has its stamped copies already."""
+    images, labels = inversion_clients.deal(setup, seed)
+    if attack.poisons != "no":
+        ratio, rng = {"few": p.poison_few, "many": p.poison_many}[attack.poisons], derive_seed(seed, "attacker")
+        own = images[ATTACKER], labels[ATTACKER]
+        images[ATTACKER], labels[ATTACKER] = poisoned(new_trigger(setup), *own, p.target, ratio, rng)
+    rows = [row] * len(images)
+    if not attack.complies:
+        rows[ATTACKER] = matrix_arms.undefended(row)
+    perturb = [
+        matrix_arms.perturbation(setup, each, x, y, derive_seed(seed, "client", i))
+        for i, (each, x, y) in enumerate(zip(rows, images, labels, strict=True))
+    ]
+    return Clients(images, labels, rows, perturb)
+
+
+def trainer(setup: Setup, row: Row, them: Clients, model: nn.Module, p: MatrixParams, seed: int) -> Callable:
+    """``(client, state, round, keep) -> Update``: one local epoch, done once where several federations have it in common.
+
+    Args:
+        model: which network it is; a copy is trained.
+    """
+    order, local = derive_seed(seed, "again") if row.again else seed, copy.deepcopy(model)
+    settings = setup.params.model_dump_json() + p.model_dump_json()
+    fixed = [
+        _digest(settings, i, each.images, each.trained_against, seed, order, them.images[i], them.labels[i])
+        for i, each in enumerate(them.rows)
+    ]
+
+    def train_client(i: int, state: State, round: int, keep: Masks | None) -> Update:
+        def epoch() -> tuple[State, list[float]]:
+            local.load_state_dict(state)
+            rng, images, labels = torch_generator(order, "local", i, round), them.images[i], them.labels[i]
+            return local_epoch(local, images, labels, them.perturb[i], p.federation, round, rng, keep)
+
+        if them.rows[i].images in FORGETFUL:
+            sent, losses = _once(_digest(fixed[i], round, *state.values(), *(keep or {}).values()), epoch)
+        else:
+            sent, losses = epoch()
+        return Update(i, dict(sent), len(them.images[i]), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
+
+    return train_client
+
+
 def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> Federation:
     """One federation of a row under one attack, from the first round to the last.
 
@@ -111,47 +163,22 @@ def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> 
         raise InputError(f"scenario {scenario!r}: choose one of {', '.join(ATTACKS)}")
     if p.target >= setup.cohort.n_classes:
         raise InputError(f"matrix.target {p.target}: {setup.cohort.name} has classes 0 to {setup.cohort.n_classes - 1}")
-    attack, f = ATTACKS[scenario], p.federation
-    images, labels = inversion_clients.deal(setup, seed)
-    if attack.poisons != "no":
-        ratio, rng = {"few": p.poison_few, "many": p.poison_many}[attack.poisons], derive_seed(seed, "attacker")
-        own = images[ATTACKER], labels[ATTACKER]
-        images[ATTACKER], labels[ATTACKER] = poisoned(new_trigger(setup), *own, p.target, ratio, rng)
-    own = [row if attack.complies or i != ATTACKER else matrix_arms.undefended(row) for i in range(f.n_clients)]
-    perturb = [
-        matrix_arms.perturbation(setup, each, x, y, derive_seed(seed, "client", i))
-        for i, (each, x, y) in enumerate(zip(own, images, labels, strict=True))
-    ]
+    attack, rounds = ATTACKS[scenario], p.federation.rounds
+    them = clients(setup, row, attack, p, seed)
     model = matrix_arms.network(setup, row, seed)
+    train_client = trainer(setup, row, them, model, p, seed)
     aggregate = matrix_arms.aggregator(setup, row, p, model, seed)
-    boost_from = matrix_arms.first_round(p.warm_up, f.rounds)
-    prune_at = matrix_arms.first_round(p.prune_after, f.rounds)
+    boost_from, prune_at = (matrix_arms.first_round(share, rounds) for share in (p.warm_up, p.prune_after))
     states, keep, found = [{k: v.clone() for k, v in model.state_dict().items()}], None, []
-    order = derive_seed(seed, "again") if row.again else seed
-    local = copy.deepcopy(model)
-
-    fixed = [
-        _digest(setup.params.model_dump_json(), each.images, each.trained_against, seed, order, x, y)
-        for each, x, y in zip(own, images, labels, strict=True)
-    ]
 
     def client(i: int, state: State, round: int) -> Update:
-        def epoch() -> tuple[State, list[float]]:
-            local.load_state_dict(state)
-            rng = torch_generator(order, "local", i, round)
-            return local_epoch(local, images[i], labels[i], perturb[i], f, round, rng, keep)
-
-        if own[i].images in REMEMBERING:
-            sent, losses = epoch()
-        else:
-            sent, losses = _once(_digest(fixed[i], round, *state.values(), *(keep or {}).values()), epoch)
-        return Update(i, dict(sent), len(images[i]), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
+        return train_client(i, state, round, keep)
 
     def server(updates: Sequence[Update], round: int) -> tuple[State, dict]:
         return aggregate(tampered(updates, states[-1], attack, p.boost if round >= boost_from else 1.0), round)
 
-    for round in range(f.rounds):
-        state, _, diagnostics = run_round(states[-1], range(f.n_clients), client, server, round)
+    for round in range(rounds):
+        state, _, diagnostics = run_round(states[-1], range(len(them.rows)), client, server, round)
         found.append(diagnostics)
         model.load_state_dict(state)
         if round + 1 == prune_at:
@@ -159,7 +186,7 @@ def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> 
         if keep is not None:  # a client that does not keep to the masks gains nothing
             pruning.apply(model, keep)
         states.append({k: v.clone() for k, v in model.state_dict().items()})
-    return Federation(model, states, keep, found, perturb)
+    return Federation(model, states, keep, found, them.perturb)
 
 
 # Several attacks, and several rows, have local epochs in common: the first round of the honest clients, the rounds in which
@@ -177,10 +204,11 @@ def _once(what: str, epoch: Callable) -> tuple[State, list[float]]:
 
 
 def _digest(*parts: object) -> str:
-    """Hash of tensors and of what has a representation."""
+    """Hash of tensors and of what has a representation, one after the other."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+        content = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+        found.update(f"{len(content)}:".encode() + content)
     return found.hexdigest()
 
 

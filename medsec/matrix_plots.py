@@ -21,24 +21,25 @@ NOTE = (
 GAP = 0.35  # of a cell, between groups
 
 
-def heat_map(cells: pd.DataFrame, title: str):
+def heat_map(cells: pd.DataFrame, title: str, items: str = ""):
     """Every defence against every attack: dark is bad for whoever defends; value, interval, and a sign where it differs.
 
     Args:
         cells: see `medsec.matrix_tables.grid`.
         title: of the figure.
+        items: on how many images its columns rest, for the note below.
     """
     across = _places([column.threat for column in COLUMNS])
     family = {variant: name for name, members in FAMILIES.items() for variant in members}
     down = dict(zip(ROWS, _places([family[variant] for variant in ROWS]), strict=True))
-    height = 0.33 * (max(down.values()) + 1) + 1.65
+    height = 0.33 * (max(down.values()) + 1) + 1.75
     fig, ax = plt.subplots(figsize=(WIDTH, height))
     for cell in cells.to_dict("records"):
         _cell(ax, across[cell["column"]], down[cell["variant"]], cell)
     for name, group in itertools.groupby(zip(across, COLUMNS, strict=True), key=lambda pair: pair[1].threat):
         middle = [x for x, _ in group]
         ax.text(
-            (middle[0] + middle[-1]) / 2, -1.8, _wrapped(name), ha="center", va="bottom", weight="bold", fontsize=7.5
+            (middle[0] + middle[-1]) / 2, -2.1, _wrapped(name), ha="center", va="bottom", weight="bold", fontsize=7.5
         )
     for x, column in zip(across, COLUMNS, strict=True):
         ax.text(x, -0.65, "\n".join(textwrap.wrap(column.name, 10)), ha="center", va="bottom", fontsize=7)
@@ -49,8 +50,8 @@ def heat_map(cells: pd.DataFrame, title: str):
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    ax.set_title(title, loc="left", x=-0.42, pad=58)
-    ax.text(-0.42, -0.012, NOTE, transform=ax.transAxes, ha="left", va="top", fontsize=7)
+    ax.set_title(title, loc="left", x=-0.42, pad=64)
+    ax.text(-0.42, -0.012, f"{NOTE}\n{items}".strip(), transform=ax.transAxes, ha="left", va="top", fontsize=7)
     return fig, ax
 
 
@@ -76,7 +77,7 @@ def _cell(ax: Axes, x: float, y: float, cell: dict) -> None:
     value, low, high = (f"{cell[name]:.{digits}f}" for name in ("value", "low", "high"))
     shown = f"{value}{'*' if cell['why'] else ''} {SIGNS.get(cell['judged'], '')}".strip()
     ax.text(x, y - 0.17, shown, ha="center", va="center", fontsize=7.5, color=ink, weight="bold")
-    ax.text(x, y + 0.24, f"[{low}, {high}]", ha="center", va="center", fontsize=5.6, color=ink)
+    ax.text(x, y + 0.24, f"[{low}, {high}]", ha="center", va="center", fontsize=6.2, color=ink)
 
 
 def _wrapped(name: str) -> str:

@@ -93,7 +93,7 @@ READINGS = (
         FEW,
         WORSE,
         "Attention is a gate that opens at places, and a trigger is a pattern at one place: such a network may learn it "
-        "from fewer images. It was not tested further, and three seeds are few.",
+        "from fewer images. It was not tested further, and the seeds are few.",
     ),
     Reading(
         ("shadow_released", "shadow_described", "shadow_hardened", "public_only", "feddetect+shadow"),
@@ -137,7 +137,7 @@ READINGS = (
         FEW,
         ALIKE,
         "A client that poisons a little and boosts nothing does little that is peculiar; and where the undefended attack "
-        "itself succeeds now and then only, three pairs do not make a clear difference.",
+        "itself succeeds now and then only, a few pairs do not make a clear difference.",
     ),
     Reading(
         ("feddetect_hardened", "feddetect+shadow", "feddetect+shadow+at"),
@@ -178,7 +178,7 @@ READINGS = (
         PSNR,
         WORSE,
         "A robust network's gradient shows more of the image; but so does that of any network that has learnt little. "
-        "*Minus matched* in section 3 tells the two apart, as far as three seeds can.",
+        "*Minus matched* in section 3 tells the two apart, as far as so few seeds can.",
     ),
     Reading(
         PRUNED,
@@ -212,7 +212,7 @@ READINGS = (
         EVADED,
         ALIKE,
         "What adversarial training wins under attack is not clear in these rows: the gain, or what lies above the one half "
-        "of a constant answer, reaches into what does not matter. Three short trainings scatter; notebook 04 trains longer, "
+        "of a constant answer, reaches into what does not matter. Short trainings scatter; notebook 04 trains longer, "
         "and its gain is clear.",
     ),
     Reading(

@@ -22,7 +22,7 @@ def judged(difference: pd.Series, least: float, *, high_is_bad: bool) -> str:
 
 
 def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: Column, scenario: str = "") -> str:
-    """What a row's cell is beside that of ``none``: see `judged`, and `Column.chance`; alike where there is no such pair.
+    """What a row's cell is beside that of ``none``: see `judged`, `Column.beats_constant`; alike where there is no such pair.
 
     Args:
         scenario: another one than the column's, in which the same is measured.
@@ -32,8 +32,9 @@ def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: C
     if difference.empty:
         return ALIKE
     word = judged(difference.iloc[0], p.matters[column.metric], high_is_bad=column.high_is_bad)
-    if word == BETTER and column.chance is not None:
-        return word if tables.row(summary, **where, metric=column.metric)["low"] > column.chance else ALIKE
+    if word == BETTER and column.beats_constant:
+        constant = tables.row(summary, variant="none", scenario="constant", metric=column.metric)["value"]
+        return word if tables.row(summary, **where, metric=column.metric)["low"] > constant else ALIKE
     return word
 
 
@@ -56,10 +57,32 @@ def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
                 continue
             row = found.iloc[0]
             best, worst = column.scale
+            if column.metric == "psnr":
+                best = floor(summary)
             line["badness"] = min(1.0, max(0.0, (row["value"] - best) / (worst - best)))
             line["judged"] = against_none(summary, p, variant, column)
             line["why"] = NOTHING_RIGHT if row["n"] < most else ""
             lines.append({**line, **row[["value", "low", "high", "n"]].to_dict()})
+    return pd.DataFrame(lines)
+
+
+def floor(summary: pd.DataFrame) -> float:
+    """The PSNR that needs no gradient, in dB: of the mean image of the class."""
+    return float(tables.row(summary, variant="none", scenario="prior_only", metric="psnr")["value"])
+
+
+def rows() -> pd.DataFrame:
+    """One line a row of the matrix: its name, what the figure calls it, and what it is made of."""
+    lines = []
+    for variant, row in ROWS.items():
+        parts = {
+            "server": "" if row.server == "mean" else row.server,
+            "images of the clients": "" if row.images == "none" else row.images,
+            "trained against attacks": "yes" * row.trained_against,
+            "pruned weights": {"no": "", "small": "the smallest", "random": "at random"}[row.prune],
+            "attention": "yes" * row.cbam,
+        }
+        lines.append({"row": f"`{variant}`", "in the figure": row.title, **parts})
     return pd.DataFrame(lines)
 
 

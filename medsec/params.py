@@ -360,6 +360,14 @@ class Recipe(Section):
     beta: float = Field(ge=0, allow_inf_nan=False)
     ema: float = Field(ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _pruned_before_the_mean(self):
+        if self.ema and not self.finetune_epochs:
+            raise ValueError(
+                "ema > 0 with finetune_epochs 0: what is pruned would have no step to enter the mean; set one of them"
+            )
+        return self
+
 
 class AttentionParams(Section):
     reduction: Count
@@ -414,7 +422,7 @@ class EvasionChecks(Section):
     more_steps: Count
     large_eps: Eps255
     planted: Count
-    inner: int = Field(ge=2)
+    inner: int = Field(ge=2, lt=64)  # fewer than features (`medsec.models.SmallResNet`)
 
 
 class EvasionParams(Section):
@@ -431,6 +439,15 @@ class EvasionParams(Section):
     attacks: EvasionAttacks
     checks: EvasionChecks
     checkpoint_seeds: list[Seed]
+
+    @model_validator(mode="after")
+    def _each_eps_once(self):
+        for name, listed in (("sweep", self.sweep), ("attacks.autoattack_more", self.attacks.autoattack_more)):
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"{name} {listed} names an eps twice")
+        if self.eps in self.attacks.autoattack_more:
+            raise ValueError(f"attacks.autoattack_more names {self.eps:g}, the headline's eps, which is run anyway")
+        return self
 
 
 class MatrixParams(Section):
@@ -461,6 +478,10 @@ class MatrixParams(Section):
             raise ValueError(
                 f"{self.federation.n_clients} clients: FedDetect compares clients with each other and needs 3; "
                 "raise federation.n_clients"
+            )
+        if self.prune_after * self.federation.rounds < 0.5:
+            raise ValueError(
+                f"prune_after {self.prune_after:g} of {self.federation.rounds} rounds is before the first: nothing is pruned"
             )
         if self.leak_after < self.prune_after:
             raise ValueError(

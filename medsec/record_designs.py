@@ -343,6 +343,16 @@ def run_04(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
     return evasion_eval.arm_cell(cohort, p, variant, cell.seed, retrained=True)
 
 
+def summarise_04(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
+    """With ``dr_whitebox_minus_plain``: `hardened` less the same recipe without pruning and attention, on the same seed."""
+    rates = runs[(runs["metric"] == "dr_whitebox") & (runs["prune"] == "")]
+    by = ["seed", "scenario", "eps", "norm"]
+    plain = rates[rates["variant"] == "hardened_plain"].set_index(by)["value"].rename("plain")
+    paired = rates[rates["variant"] == "hardened"].join(plain, on=by).dropna(subset="plain")
+    paired = paired.assign(value=paired["value"] - paired["plain"], metric="dr_whitebox_minus_plain")
+    return evasion_eval.summarise(pd.concat([runs, paired[runs.columns]], ignore_index=True), p)
+
+
 def rounds_04(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured on two cores."""
     if cell.arm == "prune":
@@ -389,7 +399,7 @@ DESIGNS = {
     "04_adversarial_pruning_defense": Design(
         cells_04,
         run_04,
-        evasion_eval.summarise,
+        summarise_04,
         (
             "adversarial",
             "attention",

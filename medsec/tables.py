@@ -133,7 +133,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def interval(record: pd.Series, digits: int = 2) -> str:
-    """``value [low, high]`` of a summary row."""
+    """``value [low, high]`` of a summary row; of a single run the value only, since it has no interval."""
+    if record.get("n") == 1:
+        return f"{record['value']:.{digits}f}"
     return f"{record['value']:.{digits}f} [{record['low']:.{digits}f}, {record['high']:.{digits}f}]"
 
 

@@ -436,14 +436,15 @@ def test_no_checkpoints_of_an_unknown_cohort(capsys):
 def test_every_claim_asks_for_a_row_that_can_exist():
     ledger, p = claims.load("3-pruning"), params.load("full").evasion
     assert ledger["table"] == "04_adversarial_pruning_defense"
-    at = ev.eps_key(p.eps / 255)
+    at, attacked = ev.eps_key(p.eps / 255), {ev.eps_key(eps / 255) for eps in p.sweep}
     for claim in ledger["claims"]:
         where = claim["where"]
         known = evasion_arms.VARIANTS if "record_only" in claim else evasion_arms.QUICK
         assert where["variant"] in known, claim["id"]
         assert where["scenario"] in {"clean", *p.attacks.scenarios}, claim["id"]
-        assert where["metric"].removesuffix("_minus_base") in ev.UNITS, claim["id"]
-        assert where.get("eps", "") == ("" if where["scenario"] == "clean" else at), claim["id"]
+        assert where["metric"].removesuffix("_minus_base").removesuffix("_minus_plain") in ev.UNITS, claim["id"]
+        elsewhere = attacked if "record_only" in claim else {at}
+        assert where.get("eps", "") in ({""} if where["scenario"] == "clean" else elsewhere), claim["id"]
 
 
 def test_views_of_a_summary(p):
@@ -461,8 +462,14 @@ def test_views_of_a_summary(p):
     plt.close(fig)
     table = evasion_tables.headline(summary, e)
     assert table["arm"].tolist() == ["base", "prune_cbam"]
-    assert {"pgd20", "autoattack", "worst_case", "transfer"} <= set(table.columns)
+    worst = {"variant": "base", "scenario": "worst_case", "eps": told_eps}
+    assert table.loc[0, "worst case, rate"] == tables.cell(summary, 2, **worst, metric="dr_whitebox")
+    assert table.loc[0, "worst case, of all images"] == tables.cell(summary, 2, **worst, metric="accuracy")
     assert table.loc[0, "transfer"] == ""
+    known = evasion_tables.whitebox(summary, e)
+    assert list(known.columns) == ["attack", "base", "prune_cbam"]
+    assert {"noise", "pgd20", "autoattack", "worst case"} <= set(known["attack"])
+    assert known.loc[(known == "").any(axis=1), "attack"].tolist() == ["pgd detached"], "the plain network has no gates"
     curve = evasion_tables.over_eps(summary, ["base"])
     assert curve["x"].tolist() == pytest.approx([0, 4, 2, 8], abs=1e-3)
     assert {k: v["x"].tolist() for k, v in evasion_tables.over_pruning(summary, e, ["prune"]).items()} == {
@@ -478,10 +485,11 @@ def test_views_of_a_summary(p):
     assert set(told.loc["DeepFool, 0.0600"].index) == {(r, "4/255, cut to it") for r in evasion_tables.READINGS}
     assert (shown["retrain"] == "").all(), "no such arm in this table"
     checks = evasion_tables.checks(summary)
-    assert list(checks.columns) == ["check", "it passes where", "base", "prune_cbam"]
-    assert checks["it passes where"].notna().all(), "every check says what it asks"
+    assert list(checks.columns) == ["check", "it passes where", "passed", "arms in which it failed"]
     assert set(checks["check"]) == {name.replace("_", " ") for name in evasion_tables.ASKED}
-    assert checks.set_index("check").loc["undefended breaks", "prune_cbam"] == "not asked"
+    checks = checks.set_index("check")
+    assert checks.loc["undefended breaks", "passed"].endswith("of 2 runs"), "asked of the plain network only"
+    assert checks.loc["no zero gradients"].tolist()[1:] == ["4 of 4 runs", ""]
     clean = tables.row(summary, variant="base", scenario="clean", metric="accuracy")
     slow = tables.row(summary, variant="base", scenario="autoattack", metric="accuracy", eps=told_eps)
     images, fewer = clean["n_items"] // 2, slow["n_items"] // 2
@@ -489,7 +497,9 @@ def test_views_of_a_summary(p):
     assert evasion_tables.size(summary) == f"2 seeds of {images} images (Square and AutoAttack: {fewer})"
     kept = evasion_tables.contributions(summary).set_index("arm")
     whole = {"variant": "base", "scenario": "autoattack", "metric": "dr_whitebox"}
-    assert kept.loc["base", "AutoAttack, 4/255"] == tables.cell(summary, 3, **whole, eps=told_eps)
+    assert kept.loc["base", "AutoAttack, 4/255: rate"] == tables.cell(summary, 3, **whole, eps=told_eps)
+    right = {**whole, "metric": "accuracy"}
+    assert kept.loc["base", "AutoAttack, 4/255: accuracy"] == tables.cell(summary, 3, **right, eps=told_eps)
     assert kept.loc["at", "AUC"] == "", "no such arm in this table"
     far = evasion_tables.distances(summary).set_index("arm")
     length = {"variant": "base", "scenario": "deepfool", "metric": "median_norm"}
@@ -507,6 +517,14 @@ def test_views_of_a_summary(p):
     fig, axes = evasion_plots.looks(x, {"a": x[:, 0], "flat\nb": torch.zeros(3, 28, 28)}, None, "")
     assert axes.shape == (3, 3)
     plt.close(fig)
+
+
+def test_a_check_that_fails_names_its_arm():
+    rows = [("base", 1.0), ("cbam", 0.6), ("prune", 0.0)]
+    summary = pd.DataFrame([{"variant": v, "value": x, "n": 5} for v, x in rows])
+    told = evasion_tables.checks(summary.assign(scenario="check", metric="converged"))
+    assert told["passed"].tolist() == ["8 of 15 runs"]
+    assert told["arms in which it failed"].tolist() == ["`cbam`, 3 of 5; `prune`, 0 of 5"]
 
 
 def test_pointing_in_the_order_of_the_arms_with_its_controls_apart():

@@ -520,6 +520,15 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         assert where.get("attack", "known") in ev.ADAPTIVE, claim["id"]
 
 
+def test_the_attack_that_identifies_most_need_not_be_the_best_by_psnr():
+    rows = [("", 0.5), ("joint", 0.9), ("ig", 0.2)]
+    columns = {"variant": "gradient_noise", "scenario": "adaptive", "metric": "retrieval", "unit": "share", "n": 5}
+    table = pd.DataFrame([{**columns, "attack": a, "value": v, "low": v, "high": v, "batch": ""} for a, v in rows])
+    assert inversion_tables.identified(table, "gradient_noise") == "0.90 [0.90, 0.90] (joint)"
+    assert inversion_tables.identified(table[table["attack"] != "joint"], "gradient_noise").endswith("(best by PSNR)")
+    assert inversion_tables.identified(table, "topk") == ""
+
+
 def test_views_of_a_summary(p):
     """A small record, through every table and figure of the notebook."""
     runs = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "shadow_hardened")]
@@ -541,6 +550,8 @@ def test_views_of_a_summary(p):
     assert inversion_tables.conditions(summary)["images in a batch"].tolist() == ["1", "2"]
     assert list(inversion_tables.headline(summary)["defence"]) == ["none", "shadow_hardened"]
     assert list(inversion_tables.by_attack(summary).columns) == ["defence", "joint", "generator", "purified"]
+    told = inversion_tables.headline(summary).set_index("defence")["identified, by the best attack"]
+    assert told.str.fullmatch(r"\d\.\d\d( \[.*\])? \(.+\)").all()
     curves = inversion_tables.sweeps(summary, p)
     assert curves["batch"].groupby("name")["x"].apply(list).to_dict() == {"none": [1, 2]}, (
         "not the headline's other design"

@@ -1,6 +1,7 @@
 """Notebook 05: its federation does what it says on a task that can be learnt in seconds, and its bookkeeping by hand."""
 
 import dataclasses
+import math
 import re
 
 import matplotlib.pyplot as plt
@@ -368,6 +369,8 @@ def test_a_cell_has_the_rows_that_it_promises(runs):
         }
         if ev.missing(variant, "compliant") is None:
             scenarios.add("compliant")
+        if variant == "none":
+            scenarios.add("constant")
         assert set(part["scenario"]) == scenarios
         for column in ev.COLUMNS:
             if column.scenario in scenarios and column.metric != "attack_success":
@@ -415,8 +418,11 @@ def test_differences_are_paired_by_seed(runs):
         else:
             continue
         seen.add((base, scenario))
-        mine = value[seed, variant, scenario, name, round]
-        assert difference == mine - value[seed, *other], (variant, scenario, metric)
+        least = value[seed, "none", "prior_only", "psnr", ""] if name == "psnr" else -math.inf
+        mine, theirs = (
+            max(least, found) for found in (value[seed, variant, scenario, name, round], value[seed, *other])
+        )
+        assert difference == mine - theirs, (variant, scenario, metric)
         assert not (base == "none" and variant == "none")
     assert {
         ("none", "compliant"),
@@ -425,6 +431,30 @@ def test_differences_are_paired_by_seed(runs):
         ("noise", "pgd20"),
         ("matched", "naive"),
     } <= seen
+
+
+def test_a_reconstruction_worse_than_none_is_not_counted_twice(runs):
+    """Below what the mean image has, less is no more privacy: both sides of a difference end there."""
+    floor = runs[(runs["scenario"] == "prior_only") & (runs["metric"] == "psnr")].groupby("seed")["value"].first()
+    bad = (runs["variant"] == "prune") & (runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")
+    spoiled = runs.copy()
+    spoiled.loc[bad, "value"] = -40.0
+    whole = ev.complete(spoiled)
+    where = (whole["variant"] == "prune") & (whole["scenario"] == "adaptive") & (whole["round"] == "")
+    found = whole[where & (whole["metric"] == "psnr_minus_none")].set_index("seed")["value"]
+    none = runs[(runs["variant"] == "none") & (runs["scenario"] == "adaptive") & (runs["metric"] == "psnr")]
+    none = none[none["round"] == ""].set_index("seed")["value"]
+    assert len(found) == 2
+    for seed, value in found.items():
+        assert value == floor[seed] - max(floor[seed], none[seed]) > -40
+    assert (whole[where & (whole["metric"] == "psnr")]["value"] == -40).all(), "the table itself says what was measured"
+
+
+def test_a_constant_answer_has_its_row(runs):
+    rows = runs[runs["scenario"] == "constant"]
+    assert rows[["variant", "metric", "value"]].drop_duplicates().values.tolist() == [
+        ["none", "balanced_accuracy", 0.5]
+    ]
 
 
 def test_every_empty_cell_has_a_reason_and_every_other_a_value(runs, p):
@@ -452,18 +482,20 @@ def test_a_run_in_which_there_is_nothing_to_turn_is_told(runs, p):
     assert rows.str.contains(r"`at` \(n = [01]\)").any()
 
 
-def test_who_always_answers_the_same_is_not_robust(p):
-    """Half of the answers are right whatever the attacker does: that is no defence, although ``none`` has less."""
+@pytest.mark.parametrize("chance", [0.5, 1 / 3])
+def test_who_always_answers_the_same_is_not_robust(p, chance):
+    """So many answers are right whatever the attacker does: that is no defence, although ``none`` has less."""
     column = next(c for c in ev.COLUMNS if c.scenario == "pgd20")
     where = {"variant": "at", "scenario": "pgd20", "round": "", "n": 3, "n_items": 3, "unit": "share"}
 
     def said(low):
         value = {**where, "metric": "balanced_accuracy", "value": low, "low": low, "high": low}
         change = {**where, "metric": "balanced_accuracy_minus_none", "value": 0.2, "low": 0.2, "high": 0.2}
-        return matrix_tables.against_none(pd.DataFrame([value, change]), p.matrix, "at", column)
+        constant = {**value, "variant": "none", "scenario": "constant", "value": chance}
+        return matrix_tables.against_none(pd.DataFrame([value, change, constant]), p.matrix, "at", column)
 
-    assert said(0.5) == matrix_tables.ALIKE
-    assert said(0.6) == matrix_tables.BETTER
+    assert said(chance) == matrix_tables.ALIKE
+    assert said(chance + 0.1) == matrix_tables.BETTER
 
 
 def test_better_and_worse_by_hand():
@@ -584,6 +616,26 @@ def test_local_epochs_in_common_are_done_once_and_nothing_changes(setup, p, vari
     for one, two in zip(fresh.states, again.states, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert fresh.diagnostics == again.diagnostics
+
+
+def test_other_settings_are_another_local_epoch(setup, p, monkeypatch):
+    monkeypatch.setattr(matrix_federation, "_done", {})
+    slow = p.matrix.model_copy(update={"federation": p.matrix.federation.model_copy(update={"lr": 1e-4})})
+    first, second = (matrix_federation.train(setup, ROWS["none"], "no_attack", each, 0) for each in (p.matrix, slow))
+    assert not torch.equal(first.states[1]["head.weight"], second.states[1]["head.weight"])
+
+
+def test_a_defence_that_remembers_is_never_left_out(setup, p, monkeypatch):
+    """Whatever is not known to forget: a control around the shadow generator, which no row has today."""
+    row = dataclasses.replace(ROWS["none"], images="gaussian")
+    federations = []
+    for before in ((), (dataclasses.replace(row, server="norm_clip"),)):
+        monkeypatch.setattr(matrix_federation, "_done", {})
+        for each in (*before, row):
+            last = matrix_federation.train(setup, each, "no_attack", p.matrix, 0)
+        federations.append(last)
+    for one, two in zip(federations[0].states, federations[1].states, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_few_local_epochs_are_kept(monkeypatch):

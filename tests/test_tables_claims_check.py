@@ -208,7 +208,7 @@ def test_a_claim_about_other_images():
         ({"above": -0.01}, -0.0118, -0.005, "-0.008 [-0.012, -0.005]"),
         ({"below": 0.05}, 0.0207, 0.05004, "0.0354 [0.0207, 0.0500]"),  # four digits are the most
         ({"below": 0.05}, 0.02, 0.05, "0.04 [0.02, 0.05]"),  # the bound itself, not beside it
-        ({"below": 0.0001}, 0.0, 0.0, "0.00 [0.00, 0.00]"),
+        ({"below": 0.0001}, 0.0, 0.0, "0.00 in every run (30 items)"),
     ],
 )
 def test_an_interval_is_written_so_that_its_ends_can_be_told_from_the_bound(bound, low, high, measured):
@@ -234,8 +234,51 @@ def test_a_stopped_attack_must_work_without_a_defence(ledgers, works, left, verd
 
 def test_a_claim_that_is_given_what_nobody_claims(ledgers):
     ledgers(claim(id="stops", where=WHERE, below=0.05, given="works"))
-    with pytest.raises(InputError, match="'stops' is given 'works', which is no claim there"):
+    with pytest.raises(InputError, match="'stops' given 'works', which is no claim there"):
         claims.load("1-test")
+
+
+@pytest.mark.parametrize(("left", "verdict"), [(0.2, "does not hold"), (0.0, "untested")])
+def test_where_nothing_is_left_nothing_can_be_raised(ledgers, left, verdict):
+    """A difference between two networks that both keep nothing is 0: it says nothing of the defence."""
+    base = summary_of(left, left).assign(variant="base")
+    table = pd.concat([base, summary_of(0.0, 0.0)], ignore_index=True)
+    some_left = claim(id="left", where={**WHERE, "variant": "base"}, above=0.1)
+    ledgers(claim(id="raises", where=WHERE, above=0.0, needs="left"), some_left)
+    assert claims.verdicts("1-test", table)["verdict"].tolist()[0] == verdict
+
+
+def test_an_unfinished_record_may_lack_what_a_claim_is_given(ledgers):
+    ledgers(
+        claim(id="stops", where=WHERE, below=0.5, given="works"), claim(id="works", where=NOT_HERE["where"], above=0)
+    )
+    found = claims.verdicts("1-test", summary_of(0.1, 0.2), unfinished=True)
+    assert found["verdict"].tolist() == ["untested", "not measured yet"]
+
+
+def test_a_claim_at_an_eps_that_was_not_attacked():
+    """Somebody has another headline in `params.yaml`: that is no error."""
+    at = {**WHERE, "eps": "0.0156863"}
+    elsewhere = summary_of(0.6, 0.7).assign(eps="0.0313725")
+    found = claims.verdict(claim(where=at, above=0.5), elsewhere)
+    assert (found["verdict"], found["n"], found["measured"]) == ("not testable here", 0, "only at 8/255")
+    assert claims.verdict(claim(where=at, above=0.5), elsewhere.assign(eps="0.0156863"))["verdict"] == "holds"
+    with pytest.raises(InputError, match="0 rows match"):
+        claims.verdict(claim(where={**at, "variant": "shield"}, above=0.5), elsewhere)
+
+
+def test_what_decides_is_told():
+    found = claims.verdict(claim(where=WHERE, below=0.05), summary_of(0.01, 0.02))
+    assert found["decides"] == "`trigger_rate` < 0.05"
+    assert claims.decides(claim(where=WHERE, above=-3)) == "`trigger_rate` > -3"
+
+
+def test_a_record_beside_a_quick_table(ledgers):
+    ledgers(claim(where=WHERE, above=0.5))
+    quick, long = summary_of(0.4, 0.6), summary_of(0.6, 0.7, n=5)
+    assert claims.beside("1-test", quick, None, "phantom")["record"].tolist() == ["no record"]
+    (line,) = claims.beside("1-test", quick, long, "phantom").to_dict("records")
+    assert (line["verdict"], line["record"]) == ("undecided", "holds: 0.65 [0.60, 0.70] (n = 5)")
 
 
 def test_a_claim_without_its_row():
@@ -296,7 +339,7 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{ledger.BEGIN}\nstale rows\n{ledger.END}\nafter\n", encoding="utf-8")
-    assert ledger.main() == 0
+    assert ledger.main([]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{ledger.BEGIN}\n")
     assert text.endswith(f"\n{ledger.END}\nafter\n")
@@ -309,7 +352,7 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
         "| [does not hold](results/alpha/01_test.csv#L2): 0.15 [0.10, 0.20] (n = 3, quick) |"
     ) in text
     assert "| **not testable here** | not testable here | not testable here |" in text
-    assert ledger.main() == 0
+    assert ledger.main([]) == 0
     assert readme.read_text(encoding="utf-8") == text
     # A record's row takes the place of the quick one, unless it rests on fewer runs.
     record = summary_of(0.8, 0.9)
@@ -328,7 +371,7 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
     readme.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="lacks the marks"):
         ledger.update_readme("no marks")
-    assert ledger.main() == 2
+    assert ledger.main([]) == 2
     assert readme.read_text(encoding="utf-8") == "no marks"
 
 
@@ -389,6 +432,7 @@ def test_the_ledgers_of_the_repository_are_well_formed(name):
             "cohorts",
             "detail",
             "given",
+            "needs",
         }, entry["id"]
         assert entry["by"]
         assert entry["text"]
@@ -512,6 +556,16 @@ def test_a_curve_over_rounds_is_judged_by_its_mean(table, ledgers):
     (line,) = check.compare(planted(whole, last, value=float("nan")), whole)
     assert line.startswith(ADDRESS.replace("12", "13") + ": value nan")
     assert len(check.compare(whole.drop(index=last), whole)) == 1
+
+
+def test_a_single_round_that_decides_a_claim_is_judged_by_itself(table, ledgers):
+    where = {key: table.loc[1, key] for key in tables.keys(table)}
+    ledgers(claim(where={key: value for key, value in where.items() if value}, above=0.1))
+    later = planted(table.iloc[[1]], 1, round="13")
+    whole = pd.concat([table, later], ignore_index=True)
+    moved = planted(planted(whole, 1, value=0.1), len(whole) - 1, value=0.9)
+    assert check.compare(moved, whole) == []
+    assert [line.partition(":")[0] for line in check.differences("01_test", "phantom", moved, whole)] == [ADDRESS]
 
 
 def test_a_claim_that_turns_into_its_opposite_is_named(ledgers):
