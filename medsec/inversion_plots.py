@@ -11,7 +11,7 @@ from medsec.plots import WIDTH
 FAMILIES = {  # look of a defence in the plane: colour, marker, and what the legend says
     "none": ("#000000", "*", "no defence"),
     "gradient": ("#0072B2", "o", "on the gradient"),
-    "noise": ("#D55E00", "^", "noise on the image: shadow defence, and controls of the same strength"),
+    "noise": ("#D55E00", "^", "noise on the image, the shadow defence among it"),
     "substitute": ("#009E73", "s", "another image: suppression, and its controls"),
 }
 
