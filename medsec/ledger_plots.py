@@ -6,11 +6,11 @@ import pandas as pd
 from medsec.ledger import CODES
 from medsec.plots import WIDTH
 
-LOOKS = {  # of a verdict: colour, marker, what the legend says
-    1: ("#0072B2", "o", "holds"),
-    0: ("#666666", "_", "undecided"),
-    -1: ("#D55E00", "x", "does not hold"),
-    2: ("#666666", "$\\circ$", "untested"),
+LOOKS = {  # of a verdict: colour, marker, how it is filled, what the legend says
+    1: ("#0072B2", "o", "full", "holds"),
+    0: ("#666666", "_", "full", "undecided"),
+    -1: ("#D55E00", "x", "full", "does not hold"),
+    2: ("#666666", "o", "none", "untested"),
 }
 
 
@@ -24,10 +24,11 @@ def grid(rows: pd.DataFrame, title: str):
     assert set(LOOKS) == set(CODES.values())
     names, cohorts = (list(dict.fromkeys(rows[column])) for column in ("claim", "scenario"))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.2 * len(names) + 1.1), layout="constrained")
-    for code, (colour, marker, label) in LOOKS.items():
+    for code, (colour, marker, fill, label) in LOOKS.items():
         mine = rows[rows["value"] == code]
         x, y = ([order.index(v) for v in mine[column]] for order, column in ((cohorts, "scenario"), (names, "claim")))
-        ax.plot(x, y, marker, color=colour, markersize=6, markeredgewidth=1.8, linestyle="none", label=label)
+        size = {"markersize": 6, "markeredgewidth": 1.8, "fillstyle": fill}
+        ax.plot(x, y, marker, color=colour, linestyle="none", label=label, **size)
     ax.set(xticks=range(len(cohorts)), xticklabels=cohorts, yticks=range(len(names)), yticklabels=names)
     ax.set(xlim=(-0.5, len(cohorts) - 0.5), ylim=(len(names) - 0.5, -0.5))
     ax.tick_params(axis="y", labelsize=7)
