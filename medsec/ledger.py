@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medsec import claims, paths, tables
+from medsec import claims, paths, record, tables
 from medsec.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
 from medsec.errors import InputError, command
 
@@ -51,19 +51,22 @@ def sources(table: str, cohort: str) -> dict[str, Path]:
     return {kind: place / f"{table}.csv" for kind, place in places.items() if (place / f"{table}.csv").is_file()}
 
 
-def finding(claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], cohort: str) -> Finding:
+def finding(
+    claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], cohort: str, *, unfinished: bool = False
+) -> Finding:
     """One claim on one cohort, judged by the table with the most runs (the record, at equality).
 
     Args:
         files: `sources` of the claim's table, at least one.
         read: what they hold.
+        unfinished: the record has not all of its cells.
     """
     rows = {kind: tables.select(found, claim["where"]) for kind, found in read.items()}
     kind = max(rows, key=lambda name: rows[name]["n"].sum())
-    if rows[kind].empty and "quick" not in files:
+    if rows[kind].empty and "quick" not in files and not unfinished:
         # Images of which only headlines are recorded, and no notebook was run.
         return Finding(cohort, NOT_HERE, "not among the headlines of these images", 0, kind, None, None)
-    judged = claims.verdict(claim, read[kind], cohort)
+    judged = claims.verdict(claim, read[kind], cohort, unfinished=unfinished and kind == "record")
     there = judged["n"] > 0
     return Finding(
         cohort,
@@ -108,8 +111,12 @@ def _entries(name: str, files: tuple) -> list[tuple[dict, list[Finding]]]:
     ledger, judged_by = claims.load(name), []
     for cohort in cohorts():
         if found := sources(ledger["table"], cohort):
-            judged_by.append((found, {kind: tables.read(file) for kind, file in found.items()}, cohort))
-    return [(claim, [finding(claim, *each) for each in judged_by]) for claim in ledger["claims"]]
+            unfinished = "record" in found and not record.is_finished(ledger["table"], cohort)
+            judged_by.append((found, {kind: tables.read(file) for kind, file in found.items()}, cohort, unfinished))
+    return [
+        (claim, [finding(claim, *each, unfinished=unfinished) for *each, unfinished in judged_by])
+        for claim in ledger["claims"]
+    ]
 
 
 def table(name: str, *, details: bool = True, ids: bool = True, root: str = "") -> pd.DataFrame:

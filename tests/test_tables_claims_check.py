@@ -376,6 +376,27 @@ def test_the_readme_block(ledgers, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("unfinished", "word"), [(False, "not testable here"), (True, "not measured yet")], ids=["complete", "in part"]
+)
+def test_what_a_record_in_part_lacks_is_not_measured_yet(unfinished, word):
+    """Images with a record only: the row is no headline of theirs, or its cell is still to come."""
+    read, files = {"record": summary_of(0.6, 0.7)}, {"record": paths.ROOT / "x.csv"}
+    found = ledger.finding(claim(**NOT_HERE), files, read, "fundus", unfinished=unfinished)
+    assert (found.verdict, found.file) == (word, None)
+
+
+def test_the_ledger_in_a_sentence(ledgers, tmp_path, monkeypatch):
+    ours = claim(id="b", where=WHERE, below=0.5)
+    ledgers(
+        claim(id="a", where=WHERE, above=0.5), ours | {"by": "medsec"}, claim(id="c", **NOT_HERE) | {"by": "medsec"}
+    )
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
+    assert ledger.summary() == "The papers' 1 statements: 1 reproduced. Our own 2: 1 missed, 1 not testable here."
+    assert list(ledger.table("1-test").columns) == ["id", "claim", "by", "verdict", "phantom"]
+
+
+@pytest.mark.parametrize(
     ("by", "verdicts", "word"),
     [
         ("paper", ["holds", "holds"], "reproduced"),
