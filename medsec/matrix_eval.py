@@ -14,8 +14,9 @@ Metrics that are new here: ``attack_success``, of the test images of other class
 trigger turns into the target class (without an attack: the control); ``called_target``, of the same images without a trigger
 the share that is called the target class; ``<metric>_minus_none``, paired on the same seed and scenario;
 ``<metric>_minus_matched``, to the undefended network of the same seed after the number of rounds at which its AUC is nearest (a
-network that has learnt less may give more away, whatever keeps it from learning); ``<metric>_minus_part``, of a stack to the part of
-it that is made for that threat (`PARTS`). Differences of the PSNR count what lies below ``prior_only``, the floor, as the floor.
+network that has learnt less may give more away, whatever keeps it from learning); ``<metric>_minus_part``, of a stack to the
+part of it that is made for that threat (`PARTS`). Differences of the PSNR count what lies below ``prior_only``, the floor, as
+the floor.
 
 Key column: ``round``, of gradient inversion: empty for gradients in the middle of the training (``matrix.leak_after``), a number
 for those after so many rounds (of ``none`` only), ``network`` for those of plain images on a network that is trained on
