@@ -445,8 +445,10 @@ class EvasionParams(Section):
         for name, listed in (("sweep", self.sweep), ("attacks.autoattack_more", self.attacks.autoattack_more)):
             if len(set(listed)) < len(listed):
                 raise ValueError(f"{name} {listed} names an eps twice")
-        if self.eps in self.attacks.autoattack_more:
-            raise ValueError(f"attacks.autoattack_more names {self.eps:g}, the headline's eps, which is run anyway")
+        if "autoattack" in self.attacks.scenarios and self.eps in self.attacks.autoattack_more:
+            raise ValueError(
+                f"attacks.autoattack_more names {self.eps:g}, the headline's eps, which is run anyway; take it out"
+            )
         return self
 
 

@@ -113,7 +113,6 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("cohorts.folder.patient_pattern", "(", "cohorts.folder.patient_pattern: '(' is no regular expression"),
         ("fedgan.malicious", [0, 0], "fedgan: malicious names a client twice"),
         ("evasion.sweep", [2.0, 2.0], "evasion: sweep [2.0, 2.0] names an eps twice"),
-        ("evasion.attacks.autoattack_more", [4.0], "evasion: attacks.autoattack_more names 4, the headline's eps"),
         ("evasion.hardened.finetune_epochs", 0, "evasion.hardened: ema > 0 with finetune_epochs 0"),
         ("matrix.prune_after", 0.05, "matrix: prune_after 0.05 of 8 rounds is before the first: nothing is pruned"),
         ("fedgan.malicious", [99], "fedgan: malicious client 99 does not exist"),
@@ -122,6 +121,14 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
 )
 def test_values_that_do_not_fit_together(dotted, value, expected):
     assert expected in message(change(dotted, value))
+
+
+def test_autoattack_runs_at_an_eps_once():
+    """The quick profile does not run it, and may have any headline."""
+    tree = change("evasion.eps", 8.0)
+    assert params.validate(tree).evasion.eps in tree["evasion"]["attacks"]["autoattack_more"]
+    tree["evasion"]["attacks"]["scenarios"].append("autoattack")
+    assert "evasion: attacks.autoattack_more names 8, the headline's eps, which is run anyway" in message(tree)
 
 
 def test_a_number_that_yaml_reads_as_text_is_explained():
