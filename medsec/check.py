@@ -120,20 +120,23 @@ def against_reference(notebook: str, cohort: str) -> str:
 
 def differences(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     """What differs between two summary tables of a notebook: rows, and claims that turn into their opposite."""
-    ledgers = [ledger for ledger in map(claims.load, claims.names()) if ledger["table"] == notebook]
-    deciding = [claim["where"] for ledger in ledgers for claim in ledger["claims"]]
+    deciding = [claim["where"] for name in _ledgers(notebook) for claim in claims.load(name)["claims"]]
     return compare(fresh, committed, deciding) + contradictions(notebook, cohort, fresh, committed)
 
 
 def contradictions(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     """Claims that hold in one of two summary tables of a notebook and do not hold in the other."""
     opposite, lines = {claims.HOLDS: claims.FAILS, claims.FAILS: claims.HOLDS}, []
-    for name in (name for name in claims.names() if claims.load(name)["table"] == notebook):
+    for name in _ledgers(notebook):
         judged = [claims.verdicts(name, table, cohort).to_dict("records") for table in (committed, fresh)]
         was, now = ({row["id"]: row["verdict"] for row in rows} for rows in judged)
         changed = [id_ for id_ in was if opposite.get(was[id_]) == now[id_]]
         lines += [f"claim {id_}: {now[id_]}, committed: {was[id_]}" for id_ in changed]
     return lines
+
+
+def _ledgers(notebook: str) -> list[str]:
+    return [name for name in claims.names() if claims.load(name)["table"] == notebook]
 
 
 def report(lines: list[str]) -> str:

@@ -34,10 +34,11 @@ def load(name: str) -> dict:
             raise InputError(f"{file.name}: claim {claim.get('id')!r} needs `where` and one of above, below")
     by_id = {claim["id"]: claim for claim in ledger["claims"]}
     for claim in ledger["claims"]:
-        for key in {"given", "needs"} & set(claim):
-            if claim[key] not in by_id:
-                raise InputError(f"{file.name}: claim {claim['id']!r} {key} {claim[key]!r}, which is no claim there")
-            claim[key] = by_id[claim[key]]
+        for key, verb in (("given", "is given"), ("needs", "needs")):
+            if key in claim and claim[key] not in by_id:
+                raise InputError(f"{file.name}: claim {claim['id']!r} {verb} {claim[key]!r}, which is no claim there")
+            if key in claim:
+                claim[key] = by_id[claim[key]]
     return ledger
 
 
@@ -71,10 +72,9 @@ def verdict(claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: b
         holds, fails = row["high"] < claim["below"], row["low"] >= claim["below"]
     enough = row["n"] >= LEAST_RUNS  # fewer give an interval of next to no width, which would decide anything
     word = HOLDS if holds and enough else FAILS if fails and enough else OPEN
-    for key, judged in (("given", (HOLDS,)), ("needs", (HOLDS, FAILS, OPEN))):
-        if key in claim and word in judged:
-            other = verdict(claim[key], table, cohort, unfinished=unfinished)
-            word = word if other["verdict"] == HOLDS else UNTESTED
+    others = [claim[key] for key in ("needs", *["given"] * (word == HOLDS)) if key in claim]
+    if any(verdict(other, table, cohort, unfinished=unfinished)["verdict"] != HOLDS for other in others):
+        word = UNTESTED
     measured = _measured(row, claim.get("above", claim.get("below")))
     return {**base, "verdict": word, "n": int(row["n"]), "measured": measured}
 

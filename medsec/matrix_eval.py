@@ -338,23 +338,27 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
     """
     compared = runs[runs["metric"].isin(["auc", "balanced_accuracy", "attack_success", "psnr", "retrieval"])]
     compared = _not_below_floor(compared[compared["scenario"] != "prior_only"], runs)
+    defended = compared[compared["variant"] != "none"]
     base = compared[(compared["variant"] == "none") & (compared["round"] != NETWORK)]
     network = base[base["round"] == ""].assign(round=NETWORK)  # robust and plain network, images as they are
-    parts = [_minus(compared, pd.concat([base, network]), ["scenario", "round"], "none"), _minus_matched(compared)]
+    parts = [
+        tables.minus(defended, pd.concat([base, network]), ["scenario", "round"], "none"),
+        _minus_matched(compared),
+    ]
     success = compared[compared["metric"] == "attack_success"]
     quiet = success["scenario"] == "no_attack"
-    parts.append(_minus(success[~quiet], success[quiet], ["variant"], "control"))
+    parts.append(tables.minus(success[~quiet], success[quiet], ["variant"], "control"))
     noise, hit = (compared[compared["scenario"] == name] for name in ("noise", "pgd20"))
-    parts.append(_minus(hit, noise, ["variant"], "noise"))
+    parts.append(tables.minus(hit, noise, ["variant"], "noise"))
     # A compliant attacker does what only rows with a clients' defence have: beside ``none``, it is the plain one.
     plain = base[base["scenario"] == "backdoor"].assign(scenario="compliant")
-    parts.append(_minus(compared, plain, ["scenario", "round"], "none"))
+    parts.append(tables.minus(defended, plain, ["scenario", "round"], "none"))
     for stack, by_scenario in PARTS.items():
         for scenario, part in by_scenario.items():
             mine, other = (
                 compared[(compared["variant"] == v) & (compared["scenario"] == scenario)] for v in (stack, part)
             )
-            parts.append(_minus(mine, other, ["scenario", "round"], "part"))
+            parts.append(tables.minus(mine, other, ["scenario", "round"], "part"))
     return pd.concat([runs, *parts], ignore_index=True)
 
 
@@ -381,16 +385,6 @@ def _minus_matched(compared: pd.DataFrame) -> pd.DataFrame:
         )
     ]
     return found.assign(metric=found["metric"] + "_minus_matched")
-
-
-def _minus(rows: pd.DataFrame, base: pd.DataFrame, by: list[str], name: str) -> pd.DataFrame:
-    by = ["seed", "metric", *by]
-    joined = rows.join(base.set_index(by)["value"].rename("base"), on=by).dropna(subset="base")
-    if name == "none":
-        joined = joined[joined["variant"] != "none"]
-    joined["value"] -= joined["base"]
-    joined["metric"] += f"_minus_{name}"
-    return joined[rows.columns]
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:

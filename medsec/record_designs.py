@@ -346,11 +346,9 @@ def run_04(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
 def summarise_04(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
     """With ``dr_whitebox_minus_plain``: `hardened` less the same recipe without pruning and attention, on the same seed."""
     rates = runs[(runs["metric"] == "dr_whitebox") & (runs["prune"] == "")]
-    by = ["seed", "scenario", "eps", "norm"]
-    plain = rates[rates["variant"] == "hardened_plain"].set_index(by)["value"].rename("plain")
-    paired = rates[rates["variant"] == "hardened"].join(plain, on=by).dropna(subset="plain")
-    paired = paired.assign(value=paired["value"] - paired["plain"], metric="dr_whitebox_minus_plain")
-    return evasion_eval.summarise(pd.concat([runs, paired[runs.columns]], ignore_index=True), p)
+    own, plain = (rates[rates["variant"] == variant] for variant in ("hardened", "hardened_plain"))
+    paired = tables.minus(own, plain, ["scenario", "eps", "norm"], "plain")
+    return evasion_eval.summarise(pd.concat([runs, paired], ignore_index=True), p)
 
 
 def rounds_04(p: Params, cell: Cell) -> float:

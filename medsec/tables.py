@@ -114,6 +114,18 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
     return found.iloc[0]
 
 
+def minus(rows: pd.DataFrame, base: pd.DataFrame, by: Sequence[str], name: str) -> pd.DataFrame:
+    """Rows of a runs table less those of ``base`` with the same seed, metric and ``by``: ``<metric>_minus_<name>``.
+
+    A row without its counterpart is left out.
+    """
+    by = ["seed", "metric", *by]
+    joined = rows.join(base.set_index(by)["value"].rename("base"), on=by).dropna(subset="base")
+    joined["value"] -= joined["base"]
+    joined["metric"] += f"_minus_{name}"
+    return joined[rows.columns]
+
+
 def headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The rows of a metric that have no key column set, one a variant and scenario."""
     rows = without_keys(table)

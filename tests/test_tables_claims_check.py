@@ -234,7 +234,7 @@ def test_a_stopped_attack_must_work_without_a_defence(ledgers, works, left, verd
 
 def test_a_claim_that_is_given_what_nobody_claims(ledgers):
     ledgers(claim(id="stops", where=WHERE, below=0.05, given="works"))
-    with pytest.raises(InputError, match="'stops' given 'works', which is no claim there"):
+    with pytest.raises(InputError, match="'stops' is given 'works', which is no claim there"):
         claims.load("1-test")
 
 
