@@ -75,7 +75,7 @@ record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only s
 	$(PY) -m medsec.record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab, with sliders
-	MEDSEC_LIVE=1 $(PY) -m jupyterlab .
+	MEDSEC_LIVE=1 $(PY) -c "import medsec; from jupyterlab.labapp import main; main()" .
 
 book: $(READY) ## build this companion as a web site from the executed notebooks: _build/book/html
 	$(PY) book/build.py

@@ -1,3 +1,19 @@
 """medsec: attacks on medical-imaging AI and their defences, as published, repaired and tested."""
 
+import os
+import platform
+
 __version__ = "0.1.0"
+
+# Libraries choose their code by the processor: with AVX-512 a sum has other bits than with AVX2, and a network that is
+# trained on them takes another path. All use the set that nearly every x86-64 processor has, so that a laptop and a
+# server give the same tables. These are read when numpy and torch are first imported or used: import medsec before them.
+PINNED = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
+}
+if platform.machine() in ("x86_64", "AMD64") and os.environ.get("MEDSEC_INSTRUCTIONS") != "native":
+    os.environ.update(PINNED)

@@ -39,7 +39,7 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import parallel, params, paths, png
+from medsec import PINNED, parallel, params, paths, png
 from medsec.errors import InputError, command
 
 PIPELINES = paths.ROOT / "pipelines"
@@ -151,6 +151,7 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "MEDSEC_REFERENCE": str(job.temporary),  # a fresh table is not judged by the one that it replaces
         "PYTHONPATH": str(paths.ROOT),  # this checkout's medsec, also where another one is installed (dvc exp --temp)
         "OMP_NUM_THREADS": "1",  # another number of threads gives other bits
+        **{key: os.environ[key] for key in PINNED if key in os.environ},  # before numpy is imported there
         "PYTHONHASHSEED": "0",
         **parallel.HEAP,
         "TQDM_DISABLE": "1",  # bars are made of times

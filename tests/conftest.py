@@ -6,6 +6,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported: resu
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import medsec  # noqa: F401  (pins the instruction set, also before numpy and torch)
+
+# isort: split
+
 import json
 import subprocess
 import sys
