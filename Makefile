@@ -48,7 +48,7 @@ data: $(READY) ## fetch the default cohort (from this repository)
 repro: $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
 	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
 	$(PY) -m dvc pull
-	$(PY) -m dvc repro -f $(PIPELINE)
+	MEDSEC_FRESH=1 $(PY) -m dvc repro -f $(PIPELINE)
 	$(PY) -m medsec.check --cohort $(COHORT)
 
 test: $(READY) ## everything that CI runs: style, tests, and a replay of the executed notebooks
@@ -63,7 +63,7 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
 define REPLAY
 @scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-MEDSEC_OUT="$$scratch" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 MEDSEC_LIVE=0 \
+MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 MEDSEC_LIVE=0 \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef

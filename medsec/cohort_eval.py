@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medsec import classifier, data, tables
+from medsec import cells, classifier, data, tables
 from medsec.federated import derive_seed
 from medsec.params import Params
 
@@ -90,3 +90,17 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
         keys = {"train_site": cohort.sites[site], "test_site": letter}
         rows.append(_row("classifier", "style_shift", value, len(held), "balanced accuracy", seed, **keys))
     return rows
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: a classifier of one hospital, tested on all."""
+    return pd.DataFrame(shift_rows(cohort, p, cell.seed, cell.keys["site"])), {}
+
+
+EXPERIMENT = cells.Experiment("00_data_and_threats", 1, ("threats", "classifier"), run)
+
+
+def quick(p: Params, cohort: data.Cohort) -> list[cells.Cell]:
+    """What the notebook trains: nothing for a cohort without hospitals."""
+    sites = range(len(cohort.sites))
+    return [cells.Cell("shift", seed, keys={"site": site}) for seed in p.seeds.evaluation for site in sites]

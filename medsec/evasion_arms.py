@@ -1,15 +1,18 @@
 """The classifiers that notebook 04 compares: with and without pruning, attention and adversarial training."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -51,7 +54,7 @@ ARMS = {
 }
 VARIANTS = tuple(ARMS)
 QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
-EXPENSIVE = ("base", "hardened")  # of these, what takes minutes to train, and what every other arm is compared with
+GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
 
 
 @dataclass(frozen=True)
@@ -175,16 +178,22 @@ def _arm(variant: str) -> Arm:
 
 def checkpoint(cohort: str, variant: str, seed: int) -> Path:
     """Where a record leaves a trained network."""
-    return paths.records(cohort) / "04_checkpoints" / f"{variant}-seed{seed}.safetensors"
+    return paths.networks(cohort) / f"{variant}-seed{seed}.safetensors"
 
 
 def identity(setup: Setup, variant: str) -> str:
-    """Hash of what a network depends on besides its seed: recipe, images, code."""
+    """Hash of what a network depends on besides its seed: generation, recipe, images."""
     p, arm = setup.params.evasion, _arm(variant)
-    parts = [getattr(p, arm.recipe).model_dump_json(), p.attention.model_dump_json(), repr(arm), repr(ratio(arm, p))]
-    parts += [",".join(p.train), setup.cohort.fingerprint]
-    parts += [(paths.PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in ("attention", "models", "robust")]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    what = {
+        "generation": GENERATION,
+        "recipe": getattr(p, arm.recipe).model_dump(),
+        "attention": p.attention.model_dump() if arm.cbam else None,
+        "arm": dataclasses.asdict(arm),
+        "prune": ratio(arm, p),
+        "train": p.train,
+        "cohort": setup.cohort.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
@@ -199,14 +208,21 @@ def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
 
 
 def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
-    """The committed network of an arm and seed; None if there is none that today's parameters, images and code would give."""
+    """The stored network of an arm and seed; None if there is none of today's generation, parameters and images.
+
+    One that cannot be read is said on stderr, and counts as missing.
+    """
     file = checkpoint(setup.cohort.name, variant, seed)
     if not file.is_file():
         return None
-    with safe_open(file, framework="pt") as stored:
-        if stored.metadata()["identity"] != identity(setup, variant):
-            return None
-        state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+    try:
+        with safe_open(file, framework="pt") as stored:
+            if (stored.metadata() or {}).get("identity") != identity(setup, variant):
+                return None
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        print(f"{file.name} cannot be read ({type(error).__name__}); the network is trained anew", file=sys.stderr)
+        return None
     p, arm = setup.params.evasion, _arm(variant)
     model = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if arm.cbam else None)
     model.load_state_dict(state)  # into single precision

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from medsec import (
     adversarial,
     attention,
+    cells,
     classifier,
     evasion_arms,
     evasion_checks,
@@ -158,13 +159,13 @@ def arm_cell(cohort: str, params: Params, variant: str, seed: int, *, retrained:
     """One arm of one run under every attack, and the reviewer's checks.
 
     Args:
-        retrained: train it in any case, and leave a checkpoint of an expensive arm (for records).
+        retrained: train it in any case, and leave the network for the notebook where it attacks it (for records).
     """
     torch.set_num_threads(1)
     setup = prepare(cohort, params)
     if retrained:
         model = evasion_arms.train(setup, variant, seed)
-        if variant in evasion_arms.EXPENSIVE and seed in params.evasion.checkpoint_seeds:
+        if variant in evasion_arms.QUICK and seed in params.evasion.checkpoint_seeds:
             evasion_arms.save(model, setup, variant, seed)
     else:
         model = evasion_arms.network(setup, variant, seed)
@@ -366,3 +367,26 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
 def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     """The summary of a runs table, after `complete`."""
     return metrics.summarise(complete(runs, params), KEYS)
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: an arm under every attack, or an arm pruned to another share."""
+    (variant,) = cell.variants
+    if cell.arm == "prune":
+        return prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"]), {}
+    return arm_cell(cohort, p, variant, cell.seed, retrained=bool(cell.given.get("retrained"))), {}
+
+
+EXPERIMENT = cells.Experiment("04_adversarial_pruning_defense", 1, ("evasion",), run)
+
+
+def quick(p: Params, variants: Sequence[str]) -> list[cells.Cell]:
+    """What the notebook itself runs: some arms, the dearest first."""
+    return [
+        cells.Cell("arm", seed, group=variant, variants=(variant,))
+        for variant in reversed(variants)
+        for seed in p.seeds.evaluation
+    ]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from medsec import classifier, feddetect, federated, fedgan, fedgan_eval, metrics, tables, triggers
+from medsec import cells, classifier, feddetect, federated, fedgan, fedgan_eval, metrics, tables, triggers
 from medsec import params as parameters
 from medsec.errors import InputError
 from medsec.feddetect import uniform_mean
@@ -554,3 +554,27 @@ def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     joined["value"] -= joined["clean"]
     joined["metric"] += "_minus_clean"
     return joined[runs.columns]
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: a scenario with some defences, the detector's null, or downstream classifiers."""
+    if cell.arm == "null":
+        return run_null(p, cell.seed, cell.keys["m"]), {}
+    if cell.arm == "downstream":
+        return run_downstream(cohort, p, cell.seed), {}
+    return run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys, timed=True)
+
+
+EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run)
+
+
+def quick(p: Params) -> list[cells.Cell]:
+    """What the notebook itself runs."""
+    seeds = p.seeds.evaluation
+    found = [cells.Cell(scenario, seed, variants=variants) for scenario, variants in QUICK.items() for seed in seeds]
+    return found + [
+        cells.Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients for seed in seeds[::-1]
+    ]

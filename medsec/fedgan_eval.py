@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medsec import classifier, data, federated, fedgan, metrics, models, parallel, paths, tables, triggers
+from medsec import cells, classifier, data, federated, fedgan, metrics, models, parallel, paths, tables, triggers
 from medsec.errors import InputError
 from medsec.federated import derive_seed, torch_generator
 from medsec.models import SmallResNet
@@ -426,3 +426,20 @@ def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarr
         parts.append(rows.table())
         galleries[variant] = images[:GALLERY].cpu().numpy()
     return pd.concat(parts, ignore_index=True), galleries
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell, its rows addressed by its keys."""
+    table, pictures = run_cell(cohort, p, cell.seed, cell.arm, size=cell.size)
+    return table.assign(**{key: str(value) for key, value in cell.keys.items()}), pictures
+
+
+EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run)
+
+
+def quick(p: Params) -> list[cells.Cell]:
+    """What the notebook itself runs: the headline."""
+    return [cells.Cell(arm, seed) for arm in ("attack", "clean", "controls") for seed in p.seeds.evaluation]

@@ -10,10 +10,12 @@ new noise in the next round, and a batch that is sent twice in a round gets the 
 Give every client its own seed.
 """
 
+import functools
 import hashlib
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -338,3 +340,28 @@ def check_share(name: str, share: float) -> None:
 def share_of(share: float, n: int) -> int:
     """How many of n things a share is: the nearest number, at least one."""
     return max(1, int(share * n + 0.5))
+
+
+DEFENCES: dict[str, Callable] = {
+    "none": none,
+    "gradient_noise": gradient_noise,
+    "dp_sgd": dp_sgd,
+    "topk": topk,
+    "soteria": soteria,
+}
+
+
+def configured(name: str, parameters: Mapping[str, float], seed: int) -> Defence:
+    """One of `DEFENCES` with its parameters (``inversion.defences`` of ``params.yaml``), and a seed where it draws.
+
+    Raises:
+        InputError: parameters that it does not have, or not all of them.
+    """
+    function = DEFENCES[name]
+    takes = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    wanted = [parameter for parameter in takes if parameter != "seed"]
+    if sorted(parameters) != sorted(wanted):
+        raise InputError(
+            f"inversion.defences.{name} has {', '.join(parameters) or 'nothing'}; it takes {', '.join(wanted) or 'nothing'}"
+        )
+    return functools.partial(function, **parameters, **({"seed": seed} if "seed" in takes else {}))

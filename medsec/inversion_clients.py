@@ -13,11 +13,7 @@ from medsec.federated import derive_seed
 from medsec.params import AutoencoderParams, Cohorts, Params
 
 VARIANTS = (
-    "none",
-    "gradient_noise",
-    "dp_sgd",
-    "topk",
-    "soteria",
+    *gradient_defences.DEFENCES,
     "image_noise",
     "shadow_released",
     "shadow_described",
@@ -32,8 +28,8 @@ VARIANTS = (
     "public_only",
 )
 FAMILIES = {  # what a defence changes
+    **dict.fromkeys(gradient_defences.DEFENCES, "gradient"),
     "none": "none",
-    **dict.fromkeys(("gradient_noise", "dp_sgd", "topk", "soteria"), "gradient"),
     **dict.fromkeys(("image_noise", "shadow_released", "shadow_described"), "noise"),
     **dict.fromkeys(("shadow_shuffled", "shadow_inverted", "offset", "gaussian"), "noise"),
     **dict.fromkeys(("shadow_hardened", "random_grouping"), "substitute"),
@@ -150,18 +146,9 @@ def client(
     Raises:
         InputError: no such variant, or images that the defence cannot work with.
     """
-    p = setup.params.inversion.defences
-    simple: dict[str, gradient_defences.Defence] = {
-        "none": gradient_defences.none,
-        "gradient_noise": functools.partial(gradient_defences.gradient_noise, ratio=p.noise_ratio, seed=seed),
-        "dp_sgd": functools.partial(
-            gradient_defences.dp_sgd, clip=p.dp_clip, noise_multiplier=p.dp_noise_multiplier, seed=seed
-        ),
-        "topk": functools.partial(gradient_defences.topk, keep=p.topk_keep),
-        "soteria": functools.partial(gradient_defences.soteria, prune=p.soteria_prune),
-    }
-    if variant in simple:
-        return Client(simple[variant])
+    if variant in gradient_defences.DEFENCES:
+        own = setup.params.inversion.defences.get(variant, {})
+        return Client(gradient_defences.configured(variant, own, seed))
     perturb = _perturbation(variant, setup, images, labels, seed, public or setup.splits["public"])
     return Client(gradient_defences.send(perturb), perturb)
 
@@ -169,12 +156,12 @@ def client(
 def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, seed: int, public):
     p, c = setup.params.inversion, setup.cohort
     if variant == "image_noise":
-        rms = p.defences.image_noise_rms
-        return functools.partial(gradient_defences.noisy_image, rms=rms, kind="gaussian", seed=seed)
+        own = p.defences["image_noise"]
+        return functools.partial(gradient_defences.noisy_image, **own, kind="gaussian", seed=seed)
     if variant == "public_only":
         return suppression.public_only(*public, seed=seed)
     if variant in STAND_INS or variant in DRAWINGS:
-        k = 1 if variant == "autoencoder_only" else p.defences.k
+        k = 1 if variant == "autoencoder_only" else int(p.defences["shadow_hardened"]["k"])
         options = {"k": k, "grouping": STAND_INS.get(variant, "similar"), "seed": seed}
         if variant in STAND_INS:
             used = suppression.stand_ins(setup.autoencoder, images, labels, *public, **options)

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from medsec import fedcls, gradient_defences, metrics, perturbation, reconstruction, tables
+from medsec import cells, fedcls, gradient_defences, metrics, perturbation, reconstruction, tables
 from medsec import inversion_attackers as attackers
 from medsec import inversion_clients as instruments
 from medsec.errors import InputError
@@ -416,7 +416,7 @@ def strength_cell(cohort: str, params: Params, variant: str, seed: int, strength
 
 def epsilon(params: Params, images: int) -> float:
     """ε of a client's whole training at δ = `DELTA`, as if its batches were drawn by Poisson sampling (they are not)."""
-    p, noise = params.inversion.federation, params.inversion.defences.dp_noise_multiplier
+    p, noise = params.inversion.federation, params.inversion.defences["dp_sgd"]["noise_multiplier"]
     batches = -(-images // p.batch)
     return gradient_defences.epsilon(noise, min(1.0, p.batch / images), p.rounds * batches, DELTA)
 
@@ -470,3 +470,53 @@ def _minus(rows: pd.DataFrame, base: pd.DataFrame, by: list[str], suffix: str) -
 def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     """The summary of a runs table, after `complete`."""
     return metrics.summarise(complete(runs), KEYS)
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: a defence under attack (with ``batch``, ``labels`` or ``steps`` a sweep), or what it costs.
+
+    A federation that found no classifier under its defence is an error in the notebook, and a result in a record
+    (``given["may_diverge"]``).
+    """
+    (variant,) = cell.variants
+    if cell.arm == "attack":
+        if cell.keys:
+            return sweep_cell(cohort, p, variant, cell.seed, **cell.keys), {}
+        return attack_cell(cohort, p, variant, cell.seed)
+    try:
+        if cell.arm == "strength":
+            return strength_cell(cohort, p, variant, cell.seed, cell.keys["strength"]), {}
+        if cell.arm == "federation":
+            return federation_cell(cohort, p, variant, cell.seed), {}
+        rows = federation_cell(cohort, p, variant, cell.seed, cell.given["shares"])
+        return rows[rows["round"] != ""], {}  # what comes out of it is the other arm's
+    except InputError as error:
+        if "diverged" not in str(error) or not cell.given.get("may_diverge"):
+            raise
+        return _diverged(cell), {}
+
+
+def _diverged(cell: cells.Cell) -> pd.DataFrame:
+    """A federation that found no classifier under its defence: a result, not a gap in the record."""
+    rows = tables.Rows(KEYS, UNITS, cell.seed, cell.variants[0], "utility")
+    keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
+    rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
+    return rows.table()
+
+
+EXPERIMENT = cells.Experiment(
+    "03_gia_defense", 1, ("inversion",), run, own=("inversion.defences",), shared=("shadow_hardened",)
+)
+
+
+def quick(p: Params) -> list[cells.Cell]:
+    """What the notebook itself runs: attacks, then federations."""
+    return [
+        cells.Cell(arm, seed, group=variant, variants=(variant,))
+        for arm, variants in (("attack", QUICK["attack"]), ("federation", QUICK["utility"]))
+        for seed in p.seeds.evaluation
+        for variant in variants
+    ]

@@ -100,9 +100,8 @@ def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
 
 def usual_strength(variant: str, params: Params) -> float | None:
     """The headline's strength of a defence that the record has at others too."""
-    for section, names in params.record.inversion.strengths.get(variant, {}).items():
-        for name in names:
-            return float(getattr(getattr(params.inversion, section), name))
+    for name in params.record.inversion.strengths.get(variant, {}):
+        return float(params.inversion.defences[variant][name])
     return None
 
 

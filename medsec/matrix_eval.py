@@ -1,6 +1,6 @@
 """What notebook 05 measures: every defence of the three papers against every attack, on one federation of one classifier.
 
-`cell` is one seed of one row: a federation without an attack, one for each way to plant a backdoor; gradient inversion in the
+`rows_of` is one seed of one row: a federation without an attack, one for each way to plant a backdoor; gradient inversion in the
 middle of the one without an attack, and evasion on the network that comes out of it. So one network answers to all papers.
 
 Scenarios: ``no_attack``; ``backdoor``, a client that poisons a little and leaves out the defence that clients are to run;
@@ -47,6 +47,7 @@ from medsec import (
     triggers,
 )
 from medsec import inversion_attackers as attackers
+from medsec.cells import Cell, Experiment, Finished
 from medsec.federated import derive_seed, torch_generator
 from medsec.inversion import Found
 from medsec.inversion_attackers import Case
@@ -136,7 +137,7 @@ def missing(variant: str, scenario: str) -> str | None:
 # One row -------------------------------------------------------------------------------------------------------------
 
 
-def cell(cohort: str, params: Params, variants: str | Sequence[str], seed: int) -> pd.DataFrame:
+def rows_of(cohort: str, params: Params, variants: str | Sequence[str], seed: int) -> pd.DataFrame:
     """One seed of one row of the matrix under every attack; or of several rows, one after the other.
 
     Returns:
@@ -392,8 +393,24 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return metrics.summarise(complete(runs), KEYS)
 
 
-def cells(params: Params, cohort: str) -> list[tuple]:
-    """Arguments of every `cell` of the matrix, the dearest first.
+def run(cohort: str, p: Params, cell: Cell) -> Finished:
+    """One cell: one or several rows of the matrix."""
+    return rows_of(cohort, p, cell.variants, cell.seed), {}
+
+
+SECTIONS = ("fedgan", "feddetect", "inversion", "evasion", "matrix")
+EXPERIMENT = Experiment(
+    "05_threat_matrix",
+    1,
+    SECTIONS,
+    run,
+    own=("inversion.defences",),
+    shared=tuple({row.images: None for row in ROWS.values()}),
+)
+
+
+def quick(p: Params) -> list[Cell]:
+    """Every cell of the matrix, the dearest first.
 
     Rows that begin alike are in one cell: local epochs that they have in common are then done once (`matrix_federation`).
     """
@@ -401,7 +418,7 @@ def cells(params: Params, cohort: str) -> list[tuple]:
     for name, row in ROWS.items():
         alike.setdefault((row.images, row.trained_against, row.cbam, row.again), []).append(name)
     dear = sorted(alike.values(), key=lambda names: -sum(_cost(ROWS[name]) for name in names))
-    return [(cohort, params, tuple(names), seed) for names in dear for seed in params.seeds.evaluation]
+    return [Cell("rows", seed, group=names[0], variants=tuple(names)) for names in dear for seed in p.seeds.evaluation]
 
 
 def _cost(row: Row) -> int:

@@ -304,16 +304,6 @@ class AutoencoderParams(Section):
     batch: Count
 
 
-class BaselineParams(Section):
-    noise_ratio: float = Field(ge=0, allow_inf_nan=False)
-    dp_clip: Positive
-    dp_noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
-    topk_keep: Rate
-    soteria_prune: Rate
-    image_noise_rms: float = Field(ge=0, allow_inf_nan=False)
-    k: Count
-
-
 class ShadowParams(Section):
     steps: Count
     lr: Positive
@@ -336,7 +326,7 @@ class InversionParams(Section):
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
-    defences: BaselineParams
+    defences: dict[str, dict[str, int | Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
     shadow: ShadowParams
 
 
@@ -535,7 +525,7 @@ class InversionRecord(Section):
     control_seeds: Count
     condition_seeds: Count
     released_batch: Count
-    strengths: dict[str, dict[Literal["defences", "shadow"], dict[str, list[int | float]]]]
+    strengths: dict[str, dict[str, list[int | float]]]
 
 
 class EvasionRecord(Section):

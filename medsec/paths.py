@@ -42,6 +42,16 @@ def records(cohort: str, base: Path | None = None) -> Path:
     return (base or ROOT) / "records" / cohort
 
 
+def cells(cohort: str) -> Path:
+    """Finished cells of a cohort: ``$MEDSEC_CELLS``, or ``.cells`` in the repository; never in git."""
+    return Path(os.environ.get("MEDSEC_CELLS") or ROOT / ".cells") / cohort
+
+
+def networks(cohort: str) -> Path:
+    """Trained networks of a cohort that notebooks attack; a DVC output."""
+    return ROOT / "networks" / cohort
+
+
 def checkpoints(cohort: str) -> Path:
     """Checkpoints of unfinished runs; safe to delete, never in git."""
     return Path(os.environ.get("MEDSEC_CHECKPOINTS") or ROOT / ".checkpoints") / cohort

@@ -1,6 +1,6 @@
 """What the records consist of: the cells of each notebook, and how one is run (`medsec.record` does the rest)."""
 
-import dataclasses
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -17,13 +17,12 @@ from medsec import (
     params,
     tables,
 )
-from medsec.errors import InputError
+from medsec.cells import Cell, Experiment
 from medsec.fedgan_attackers import SCENARIOS
 from medsec.params import Params
-from medsec.record import Cell, Design
+from medsec.record import Design
 
 SWEPT = ("phantom", "pneumoniamnist")
-FEDGAN_MODULES = ("classifier", "federated", "fedgan", "fedgan_eval", "metrics", "models", "partition", "triggers")
 
 
 def headline_only(cohort: str) -> bool:
@@ -45,19 +44,10 @@ def _other_modality(p: Params, section: str) -> dict:
     return {section: p.record.other_modality.change[section]}
 
 
-def _changed(p: Params, cell: Cell) -> Params:
-    """The parameters with the change of a cell.
-
-    Raises:
-        InputError: they are not valid.
-    """
-    return params.validate(params.merge(p.model_dump(), cell.change), f"record cell {cell.name}")
-
-
 # Notebook 01 ---------------------------------------------------------------------------------------------------------
 
 # The published trigger, a grid in colour: it needs 57 pixels a side.
-COLOUR_GRID = ({"trigger": {"kind": "grid"}}, {"trigger": "grid", "size": 64}, 64)
+COLOUR_GRID = ({"fedgan": {"trigger": {"kind": "grid"}}}, {"trigger": "grid", "size": 64}, 64)
 
 
 def cells_01(cohort: str, p: Params) -> list[Cell]:
@@ -88,7 +78,7 @@ def cells_01(cohort: str, p: Params) -> list[Cell]:
     dealt = _partitions(cohort, p, sweep.partition)
     factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
     for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
-        found += [Cell(arm, seed, change, keys) for change, keys, arms in factors for arm in arms]
+        found += [Cell(arm, seed, {"fedgan": change}, keys) for change, keys, arms in factors for arm in arms]
     return found
 
 
@@ -96,14 +86,10 @@ def _area(size: int, cohort: str, p: Params) -> str:
     return f"{(size / data.load(cohort, p.cohorts).size) ** 2:.4f}"
 
 
-def run_01(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
-    """The rows of a cell that are worth keeping."""
-    changed = _changed(p, dataclasses.replace(cell, change={"fedgan": cell.change}))
-    table, _ = fedgan_eval.run_cell(cohort, changed, cell.seed, cell.arm, size=cell.size)
-    table = table.assign(**{key: str(value) for key, value in cell.keys.items()})
-    # Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file.
-    seats = table["client"].isin(["", "attacker", "others", "server"])
-    return table[seats & ((table["round"] == "") | (not cell.keys))]
+def keep_01(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """Single clients' rounds are a mechanism that the quick tables show; here they would be most of the file."""
+    seats = rows["client"].isin(["", "attacker", "others", "server"])
+    return rows[seats & ((rows["round"] == "") | (not cell.keys))]
 
 
 def summarise_01(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
@@ -180,14 +166,11 @@ def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
     return tuple(variant for variant in BASELINES if variant not in copied)
 
 
-def run_02(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
-    """The rows of a cell that are worth keeping."""
-    if cell.arm == "null":
-        return feddetect_eval.run_null(p, cell.seed, cell.keys["m"])
-    if cell.arm == "downstream":
-        return feddetect_eval.run_downstream(cohort, p, cell.seed)
-    table, _ = feddetect_eval.run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys, timed=True)
-    return table[(table["client"] == "") & ((table["round"] == "") | (not cell.keys))]
+def keep_02(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """No single client's rows; of a sweep no single round's."""
+    if cell.arm in ("null", "downstream"):
+        return rows
+    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]
 
 
 def rounds_02(p: Params, cell: Cell) -> float:
@@ -198,6 +181,7 @@ def rounds_02(p: Params, cell: Cell) -> float:
 
 # Notebook 03 ---------------------------------------------------------------------------------------------------------
 
+DIVERGES = {"may_diverge": True}  # a federation that finds no classifier is a result
 SINGLE_ATTACK = ("failed", "psnr", "ssim", "retrieval")  # what the record keeps of one attack by itself
 
 
@@ -212,12 +196,13 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
     if headline_only(cohort):
         change = _other_modality(p, "inversion")
         return [
-            Cell(arm, seed, change, group=variant, variants=(variant,))
+            Cell(arm, seed, change, group=variant, variants=(variant,), given=given)
             for seed in p.seeds.evaluation
             for variant in p.record.other_modality.inversion
-            for arm in ("attack", "federation")
+            for arm, given in (("attack", {}), ("federation", DIVERGES))
         ]
     sweep, found = p.record.inversion, []
+    rounds = {"shares": sweep.shares, **DIVERGES}
     counts = (sweep.seeds, sweep.condition_seeds, sweep.control_seeds)
     few, fewest, attacked = (p.seeds.evaluation[:n] for n in counts)
     trained = p.seeds.evaluation[: sweep.other_utility_seeds + sweep.spare_seeds.get(cohort, 0)]
@@ -229,14 +214,14 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
             if not control or seed in attacked:
                 found.append(Cell("attack", seed, group=variant, variants=(variant,)))
             if variant in sweep.utility_variants or (seed in trained and not control):
-                found.append(Cell("federation", seed, group=variant, variants=(variant,)))
+                found.append(Cell("federation", seed, group=variant, variants=(variant,), given=DIVERGES))
         if seed in few:
             for variant in sweep.variants:
                 found += [
                     Cell("attack", seed, keys={"batch": batch}, group=variant, variants=(variant,))
                     for batch in sweep.batch
                 ]
-                found.append(Cell("rounds", seed, {"shares": sweep.shares}, group=variant, variants=(variant,)))
+                found.append(Cell("rounds", seed, group=variant, variants=(variant,), given=rounds))
         if seed in fewest:
             found += [
                 Cell("attack", seed, keys=keys, group=variant, variants=(variant,))
@@ -246,11 +231,11 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
             keys, released = {"batch": sweep.released_batch}, "shadow_released"
             found.append(Cell("attack", seed, keys=keys, group=released, variants=(released,)))
             found += [
-                Cell("strength", seed, change, {"strength": value}, group=variant, variants=(variant,))
+                Cell("strength", seed, change, {"strength": value}, group=variant, variants=(variant,), given=DIVERGES)
                 for variant, value, change in _strengths(p)
             ]
     found += [
-        Cell("federation", seed, group=variant, variants=(variant,))
+        Cell("federation", seed, group=variant, variants=(variant,), given=DIVERGES)
         for seed in sweep.utility_seeds
         if seed not in p.seeds.evaluation
         for variant in sweep.utility_variants
@@ -261,9 +246,8 @@ def cells_03(cohort: str, p: Params) -> list[Cell]:
 def _strengths(p: Params) -> list[tuple[str, float, dict]]:
     """Defence, strength, and the change of the parameters that sets it."""
     found = [
-        (variant, value, {"inversion": {section: {name: value}}})
-        for variant, sections in p.record.inversion.strengths.items()
-        for section, names in sections.items()
+        (variant, value, {"inversion": {"defences": {variant: {name: value}}}})
+        for variant, names in p.record.inversion.strengths.items()
         for name, values in names.items()
         for value in values
     ]
@@ -272,33 +256,8 @@ def _strengths(p: Params) -> list[tuple[str, float, dict]]:
     return found
 
 
-def run_03(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
-    (variant,) = cell.variants
-    if cell.arm != "rounds":  # whose shares are no parameter
-        p = _changed(p, cell)
-    if cell.arm == "attack" and cell.keys:
-        return inversion_eval.sweep_cell(cohort, p, variant, cell.seed, **cell.keys)
-    if cell.arm == "attack":
-        return _worth_keeping(inversion_eval.attack_cell(cohort, p, variant, cell.seed)[0])
-    try:
-        if cell.arm == "strength":
-            return inversion_eval.strength_cell(cohort, p, variant, cell.seed, cell.keys["strength"])
-        if cell.arm == "federation":
-            return inversion_eval.federation_cell(cohort, p, variant, cell.seed)
-        table = inversion_eval.federation_cell(cohort, p, variant, cell.seed, cell.change["shares"])
-        return table[table["round"] != ""]  # what comes out of it is the other arm's
-    except InputError as error:
-        if "diverged" not in str(error):
-            raise
-        return _diverged(cell)
-
-
-def _diverged(cell: Cell) -> pd.DataFrame:
-    """A federation that found no classifier under its defence: a result, not a gap in the record."""
-    rows = tables.Rows(inversion_eval.KEYS, inversion_eval.UNITS, cell.seed, cell.variants[0], "utility")
-    keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
-    rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
-    return rows.table()
+def keep_03(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    return _worth_keeping(rows) if cell.arm == "attack" and not cell.keys else rows
 
 
 def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
@@ -323,7 +282,9 @@ def cells_04(cohort: str, p: Params) -> list[Cell]:
     arms = p.record.other_modality.evasion if headline_only(cohort) else evasion_arms.VARIANTS
     change = _other_modality(p, "evasion") if headline_only(cohort) else {}
     found = [
-        Cell("arm", seed, change, group=variant, variants=(variant,)) for seed in p.seeds.evaluation for variant in arms
+        Cell("arm", seed, change, group=variant, variants=(variant,), given={"retrained": True})
+        for seed in p.seeds.evaluation
+        for variant in arms
     ]
     if headline_only(cohort):
         return found
@@ -334,13 +295,6 @@ def cells_04(cohort: str, p: Params) -> list[Cell]:
         for ratio in sweep.prune
     ]
     return found
-
-
-def run_04(cohort: str, p: Params, cell: Cell) -> pd.DataFrame:
-    (variant,), p = cell.variants, _changed(p, cell)
-    if cell.arm == "prune":
-        return evasion_eval.prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"])
-    return evasion_eval.arm_cell(cohort, p, variant, cell.seed, retrained=True)
 
 
 def summarise_04(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
@@ -358,61 +312,19 @@ def rounds_04(p: Params, cell: Cell) -> float:
     return 8.0 if cell.variants[0].startswith("hardened") else 6.0
 
 
+GUESS = 25.0  # seconds of a federation of GANs, of which the `rounds_` are multiples
+
+
+def _design(experiment: Experiment, cells: Callable, keep: Callable, summarise: Callable, rounds: Callable) -> Design:
+    return Design(experiment, cells, keep, summarise, lambda p, cell: GUESS * rounds(p, cell))
+
+
 DESIGNS = {
-    "01_backdoor_fedgan": Design(cells_01, run_01, summarise_01, FEDGAN_MODULES, ("fedgan", "classifier"), rounds_01),
-    "02_feddetect": Design(
-        cells_02,
-        run_02,
-        feddetect_eval.summarise,
-        (*FEDGAN_MODULES, "feddetect", "fedgan_attackers", "feddetect_eval"),
-        ("fedgan", "classifier", "feddetect"),
-        rounds_02,
-    ),
-    "03_gia_defense": Design(
-        cells_03,
-        run_03,
-        inversion_eval.summarise,
-        (
-            "autoencoder",
-            "classifier",
-            "convnet",
-            "fedcls",
-            "federated",
-            "gradient_defences",
-            "inversion",
-            "inversion_attackers",
-            "inversion_clients",
-            "inversion_eval",
-            "metrics",
-            "partition",
-            "perturbation",
-            "purifier",
-            "reconstruction",
-            "shadow",
-            "suppression",
-        ),
-        ("inversion",),
-        rounds_03,
-    ),
-    "04_adversarial_pruning_defense": Design(
-        cells_04,
-        run_04,
-        summarise_04,
-        (
-            "adversarial",
-            "attention",
-            "classifier",
-            "evasion_arms",
-            "evasion_checks",
-            "evasion_eval",
-            "evasion_library",
-            "evasion_maps",
-            "metrics",
-            "models",
-            "pruning",
-            "robust",
-        ),
-        ("evasion",),
-        rounds_04,
-    ),
+    design.experiment.name: design
+    for design in (
+        _design(fedgan_eval.EXPERIMENT, cells_01, keep_01, summarise_01, rounds_01),
+        _design(feddetect_eval.EXPERIMENT, cells_02, keep_02, feddetect_eval.summarise, rounds_02),
+        _design(inversion_eval.EXPERIMENT, cells_03, keep_03, inversion_eval.summarise, rounds_03),
+        _design(evasion_eval.EXPERIMENT, cells_04, lambda rows, cell: rows, summarise_04, rounds_04),
+    )
 }

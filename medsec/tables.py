@@ -1,8 +1,10 @@
 """Reading, writing and addressing the tidy tables."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -64,12 +66,17 @@ def read(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise InputError(f"{file.name} is missing from {file.parent.name}; make it with: make repro")
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-        numeric = [c for c in ("value", "low", "high") if c in table]
-        counts = [c for c in ("n", "n_items", "seed") if c in table]
-        return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
-    except ValueError as error:
+        return parse(file)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file.name} is no table: {error}") from None
+
+
+def parse(source: Path | TextIO) -> pd.DataFrame:
+    """A table from CSV; numbers are the float64 values that were written, to the bit."""
+    table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    numeric = [c for c in ("value", "low", "high", "seconds") if c in table]
+    counts = [c for c in ("n", "n_items", "seed", "peak_mb") if c in table]
+    return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
 
 
 def write_metrics(summary: pd.DataFrame, file: Path) -> None:
