@@ -1,9 +1,9 @@
 """How long the companion takes and how much memory it needs, on this machine.
 
 ``python benchmarks/speed.py`` reruns the default pipeline's notebooks into a temporary folder, draws phantoms, and
-writes what it measured to ``benchmarks/speed.json`` and into the README. A benchmark, not a test: nothing fails.
+writes what it measured to ``benchmarks/speed.json`` and into docs/cohorts-and-times.md. Nothing fails: it is no test.
 ``python benchmarks/speed.py NAME …`` measures these notebooks only and keeps the others, on the same machine;
-``python benchmarks/speed.py --readme`` measures nothing and only writes the README's table.
+``python benchmarks/speed.py --write`` measures nothing and only writes the page's table.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def tracked_megabytes() -> float:
     return sum((paths.ROOT / name).stat().st_size for name in listed.split("\0") if name) / 1e6
 
 
-def readme_block(result: dict) -> str:
-    """The README's paragraph, from a result: a line for every notebook that there is, measured or not."""
+def block(result: dict) -> str:
+    """The page's paragraph, marks included, from a result: a line for every notebook that there is, measured or not."""
     books = {file.stem: result["notebooks"].get(file.stem) for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))}
     lines = [f"| {name} | {_minutes(book)} | {_memory(book)} |" for name, book in books.items()]
     timed = [book["seconds"] for book in books.values() if book]
@@ -111,10 +111,10 @@ def _memory(book: dict | None) -> str:
     return "not measured" if book is None or book["peak_gb"] is None else f"{book['peak_gb']:.1f} GB"
 
 
-def write_readme(result: dict) -> None:
-    readme = paths.ROOT / "README.md"
-    text = ledger.replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, readme_block(result))
-    readme.write_text(text, encoding="utf-8")
+def write(result: dict) -> None:
+    page = paths.ROOT / "docs" / "cohorts-and-times.md"
+    text = ledger.replace_block(page.read_text(encoding="utf-8"), BEGIN, END, block(result))
+    page.write_text(text, encoding="utf-8")
 
 
 def machine() -> dict:
@@ -131,11 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description=__doc__.splitlines()[0])
     known = [file.stem for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
     parser.add_argument("notebooks", nargs="*", choices=[*known, []], metavar="NAME", help=f"of {', '.join(known)}")
-    parser.add_argument("--readme", action="store_true", help="measure nothing, write the README's table")
+    parser.add_argument(
+        "--write", action="store_true", help="measure nothing, write the table of docs/cohorts-and-times.md"
+    )
     args = parser.parse_args()
     before = json.loads(RESULT.read_text(encoding="utf-8"))
-    if args.readme:
-        write_readme(before)
+    if args.write:
+        write(before)
         return
     torch.set_num_threads(1)
     here = machine()
@@ -152,7 +154,7 @@ def main() -> None:
             print(name, result["notebooks"][name], flush=True)
     result["notebooks"] = dict(sorted(result["notebooks"].items()))
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_readme(result)
+    write(result)
 
 
 if __name__ == "__main__":

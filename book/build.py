@@ -14,6 +14,8 @@ from posixpath import normpath, relpath
 import nbformat
 from sphinx.cmd.build import build_main
 
+from medsec import claims, ledger, tables
+
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
@@ -22,10 +24,8 @@ LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
 PARTS = {
     "What was measured": "results.md",
     "Two commands": "run.md",
-    "A first hour": "run.md",
-    "Images": "run.md",
-    "Change something": "run.md",
-    "Time and size": "run.md",
+    "Change one number": "run.md",
+    "Bring your own images": "run.md",
 }
 
 # Pages of the interface: file, title, what it is about, and its modules. One that is named nowhere goes to the last page.
@@ -232,8 +232,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     """The Markdown pages of the book by their path: the repository's own, and those made of parts of README.md."""
     docs = sorted(ROOT.glob("docs/*.md"))
     run = "\n\n".join(f"## {title}\n\n{section(readme, title)}" for title, page in PARTS.items() if page == "run.md")
-    run = list_pipeline(run)
-    results = keep_together(section(readme, "What was measured"))
+    results = keep_together(f"{section(readme, 'What was measured')}\n\n{unfolded()}")
     introduction = readme.split("\n## ")[0]
     welcome = (BOOK / "index.md").read_text(encoding="utf-8")
     return {
@@ -241,7 +240,16 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
         "results.md": f"# What was measured\n\n{results}\n",
         "run.md": f"# Run it yourself\n\n{run}\n",
         "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-    } | {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in docs}
+    } | {f"docs/{file.name}": list_pipeline(file.read_text(encoding="utf-8")) for file in docs}
+
+
+def unfolded() -> str:
+    """Every ledger as a table: a line a claim, a column a cohort, each verdict linked to the file of the row that decides."""
+    parts = []
+    for name in claims.names():
+        found = ledger.table(name, ids=False)
+        parts.append(f"## {name}: {claims.load(name)['paper']}\n\n{tables.markdown(found)}")
+    return "\n\n".join(parts)
 
 
 def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Which stage needs what, as a picture in the README: ``python pipelines/dag.py`` after a change of dvc.yaml.
+"""Which stage needs what, as a picture in docs/dvc.md: ``python pipelines/dag.py`` after a change of dvc.yaml.
 
 The picture is what ``dvc dag --mermaid dvc.yaml`` prints. Git hosts draw it; the book shows it as a list (book/build.py).
 """
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- dag: made by `python pipelines/dag.py`, do not edit -->", "<!
 
 
 def block() -> str:
-    """The README's block, marks included, of the default pipeline as it is now.
+    """The page's block, marks included, of the default pipeline as it is now.
 
     Raises:
         RuntimeError: DVC cannot read the pipeline; the message is DVC's.
@@ -26,9 +26,9 @@ def block() -> str:
 
 
 def main() -> None:
-    readme = paths.ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(replace_block(text, BEGIN, END, block()), encoding="utf-8")
+    page = paths.ROOT / "docs" / "dvc.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(replace_block(text, BEGIN, END, block()), encoding="utf-8")
 
 
 if __name__ == "__main__":
