@@ -124,15 +124,31 @@ def differences(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.D
     return compare(fresh, committed, deciding) + contradictions(notebook, cohort, fresh, committed)
 
 
+OPPOSITE = {(claims.HOLDS, claims.FAILS), (claims.FAILS, claims.HOLDS)}
+
+
 def contradictions(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     """Claims that hold in one of two summary tables of a notebook and do not hold in the other."""
-    opposite, lines = {claims.HOLDS: claims.FAILS, claims.FAILS: claims.HOLDS}, []
+    return [line for pair, line in _changed(notebook, cohort, fresh, committed) if pair in OPPOSITE]
+
+
+def remarks(notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+    """Claims near their bound, whose verdict became undecided or ceased to be: no difference, but worth a word."""
+    return [line for pair, line in _changed(notebook, cohort, fresh, committed) if pair not in OPPOSITE]
+
+
+def _changed(
+    notebook: str, cohort: str, fresh: pd.DataFrame, committed: pd.DataFrame
+) -> list[tuple[tuple[str, str], str]]:
+    """(verdict before, now) and a line of every claim whose verdict is another."""
+    found = []
     for name in _ledgers(notebook):
         judged = [claims.verdicts(name, table, cohort).to_dict("records") for table in (committed, fresh)]
         was, now = ({row["id"]: row["verdict"] for row in rows} for rows in judged)
-        changed = [id_ for id_ in was if opposite.get(was[id_]) == now[id_]]
-        lines += [f"claim {id_}: {now[id_]}, committed: {was[id_]}" for id_ in changed]
-    return lines
+        for id_ in was:
+            if was[id_] != now[id_]:
+                found.append(((was[id_], now[id_]), f"claim {id_}: {now[id_]}, committed: {was[id_]}"))
+    return found
 
 
 def _ledgers(notebook: str) -> list[str]:
@@ -145,11 +161,11 @@ def report(lines: list[str]) -> str:
     return "\n".join(lines[:SHOWN] + more) or "ok"
 
 
-def against_commit(cohort: str) -> dict[str, list[str]]:
+def against_commit(cohort: str) -> dict[str, tuple[list[str], list[str]]]:
     """Compare every committed summary of a cohort with the one in the working tree.
 
     Returns:
-        Differences by name of the notebook.
+        By name of the notebook its `differences` and `remarks`.
 
     Raises:
         InputError: this is no git checkout, or nothing is committed for the cohort.
@@ -164,7 +180,8 @@ def against_commit(cohort: str) -> dict[str, list[str]]:
             was = tables.read(committed)
             if "metric" in was:  # else it is no summary, but numbers for a plot
                 fresh = tables.read(paths.ROOT / name)
-                found[committed.stem] = differences(committed.stem, cohort, fresh, was)
+                pair = committed.stem, cohort, fresh, was
+                found[committed.stem] = differences(*pair), remarks(*pair)
     if not found:
         raise InputError(f"no table is committed in {folder}; run the pipeline and commit its results first")
     return found
@@ -189,14 +206,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cohort", default="phantom")
     cohort = parser.parse_args(argv).cohort
     found = against_commit(cohort)
-    for name, lines in found.items():
+    for name, (lines, notes) in found.items():
         print(f"{name} ({cohort}): {report(lines)}")
+        for note in notes:
+            print(f"{name} ({cohort}), a remark and no difference: {note}")
     for ledger in claims.names():
         table = paths.results(cohort, paths.ROOT) / f"{claims.load(ledger)['table']}.csv"
         if table.is_file():
             counts = claims.verdicts(ledger, tables.read(table), cohort)["verdict"].value_counts(sort=False)
             print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
-    return 1 if any(found.values()) else 0
+    return 1 if any(lines for lines, _ in found.values()) else 0
 
 
 if __name__ == "__main__":
