@@ -11,7 +11,7 @@ from torch import nn
 
 from medsec import (
     adversarial,
-    checkpoints,
+    cells,
     claims,
     evasion_arms,
     evasion_checks,
@@ -404,33 +404,25 @@ def test_the_record_has_every_arm_on_five_seeds_and_the_whole_test_set():
     assert max(shares) == 0.95
 
 
-def test_a_cell_of_the_record_runs_and_leaves_a_checkpoint(p, tmp_path, monkeypatch):
+def test_a_cell_of_the_record_runs_and_leaves_the_network_of_the_notebook(p, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    cell = record_designs.Cell("prune", 0, keys={"prune": 0.5}, group="prune", variants=("prune",))
-    assert set(record_designs.run_04("npz", p, cell)["prune"]) == {"0.5"}
-    cell = record_designs.Cell("arm", 0, group="hardened", variants=("hardened",))
-    record_designs.run_04("npz", p, cell)
-    assert evasion_arms.checkpoint("npz", "hardened", 0).is_file()
-    cell = record_designs.Cell("arm", 0, group="finetune", variants=("finetune",))
-    record_designs.run_04("npz", p, cell)
-    assert not evasion_arms.checkpoint("npz", "finetune", 0).is_file(), "it is cheap"
+    cell = cells.Cell("prune", 0, keys={"prune": 0.5}, group="prune", variants=("prune",))
+    assert set(ev.run("npz", p, cell)[0]["prune"]) == {"0.5"}
+    for variant, left in (("hardened", True), ("finetune", False)):
+        cell = cells.Cell("arm", 0, group=variant, variants=(variant,), given={"retrained": True})
+        ev.run("npz", p, cell)
+        assert evasion_arms.checkpoint("npz", variant, 0).is_file() == left, "the notebook does not attack it"
 
 
-def test_networks_are_left_once_for_the_quick_run(p, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\x10" + bytes(40)])
+def test_a_damaged_network_is_said_and_trained_anew(p, tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    setup = evasion_arms.prepare("npz", p)
-    written = checkpoints.leave("npz", p, 1)
-    assert [(tmp_path / file).stem for file in written] == [
-        f"{v}-seed1" for v in ("retrain", "prune", "cbam", "prune_cbam")
-    ]
-    x, now = setup.splits["test"][0], evasion_arms.train(setup, "prune_cbam", 1)
-    assert torch.equal(evasion_arms.load(setup, "prune_cbam", 1)(x), now(x)), "what the quick run would train"
-    assert checkpoints.leave("npz", p, 1) == []
-
-
-def test_no_checkpoints_of_an_unknown_cohort(capsys):
-    assert checkpoints.main(["--cohort", "nobody"]) == 2
-    assert "nobody" in capsys.readouterr().err
+    setup, file = evasion_arms.prepare("npz", p), evasion_arms.checkpoint("npz", "base", 0)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    assert evasion_arms.load(setup, "base", 0) is None
+    assert "base-seed0.safetensors cannot be read" in capsys.readouterr().err
+    assert file.read_bytes() == content, "nothing is overwritten"
 
 
 def test_every_claim_asks_for_a_row_that_can_exist():

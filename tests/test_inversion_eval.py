@@ -139,7 +139,7 @@ def test_utility_of_a_federation(p, variant):
 def test_private_training_says_how_private(p):
     table = ev.federation_cell("npz", p, "dp_sgd", 0).set_index("metric")["value"]
     steps = 3 * 2  # rounds, batches of 6 among 12 images
-    noise = p.inversion.defences.dp_noise_multiplier
+    noise = p.inversion.defences["dp_sgd"]["noise_multiplier"]
     assert table["epsilon"] == pytest.approx(gradient_defences.epsilon(noise, 0.5, steps, 1e-5))
 
 
@@ -382,7 +382,7 @@ def test_an_unknown_strength_is_named_before_anything_runs():
 
 
 def test_a_stronger_defence_changes_more_and_trains_no_generator_anew(p):
-    change = {"inversion": {"defences": {"image_noise_rms": 0.4}}}
+    change = {"inversion": {"defences": {"image_noise": {"rms": 0.4}}}}
     cell = record_designs.Cell("strength", 0, change, {"strength": 0.4}, group="image_noise", variants=("image_noise",))
     rows = record_designs.run_03("npz", p, cell)
     assert set(rows["strength"]) == {"0.4"}
@@ -414,7 +414,7 @@ def test_a_federation_that_diverges_is_a_row_of_the_record(p, monkeypatch):
         monkeypatch.setattr(ev.fedcls, "train", train)
 
     cell = record_designs.Cell("federation", 1, group="topk", variants=("topk",))
-    change = {"inversion": {"defences": {"topk_keep": 0.5}}}
+    change = {"inversion": {"defences": {"topk": {"keep": 0.5}}}}
     cells = [
         cell,
         dataclasses.replace(cell, arm="strength", change=change, keys={"strength": 0.5}),
@@ -538,7 +538,7 @@ def test_views_of_a_summary(p):
     summary = ev.summarise(pd.concat([*runs, *sweep]), p)
     points = inversion_tables.plane(summary, p)
     assert points["variant"].tolist() == ["none", "shadow_hardened", "shadow_hardened"]
-    assert points["strength"].tolist() == ["", f"{p.inversion.defences.k:g}", "8"]
+    assert points["strength"].tolist() == ["", f"{p.inversion.defences["shadow_hardened"]["k"]:g}", "8"]
     assert points["usual"].tolist() == [True, True, False]
     cost = tables.row(summary, variant="shadow_hardened", scenario="utility", metric="auc_minus_none")["value"]
     assert points["x"].tolist()[:2] == [0, cost]

@@ -16,7 +16,6 @@ import test_matrix_eval
 import torch
 
 from medsec import (
-    checkpoints,
     cohort_eval,
     data,
     evasion_arms,
@@ -40,10 +39,9 @@ ATTACKED = [variant for variant in inversion_clients.VARIANTS if variant != "non
 
 # Modules that never see an image: parameters, files, tables, claims, records, the text of the threats, and the pipeline.
 BLIND = {"check", "claims", "execute", "ledger", "ledger_plots", "panels", "parallel", "params", "paths", "record"}
-BLIND |= {"errors", "record_designs", "tables", "threats", "evasion_tables", "inversion_tables"}
+BLIND |= {"cells", "errors", "record_designs", "tables", "threats", "evasion_tables", "inversion_tables"}
 # What a fundus phantom cannot reach, and the test that shows it colour or three classes; or why there is nothing to show.
 ELSEWHERE = {
-    "checkpoints.main": "test_evasion_eval: the command line",
     "cohort.deduplicate": "test_data: images of another source",
     "data": "test_data: the command line",
     "exact": "test_fundus, test_phantom: numbers",
@@ -59,7 +57,7 @@ ELSEWHERE = {
     "inversion_plots": "test_a_colour_image_is_drawn_in_colour, and plots of numbers",
     "gradient_defences.image_noise": "the gradient at `noisy_image`, which has run",
     "inversion.client_update": "`_update`, which has run, without a graph",
-    "matrix_eval.cells": "the plan of the notebook",
+    "matrix_eval.quick": "the plan of the notebook",
     "matrix_eval.missing": "the plan of the notebook",
     "matrix_plots": "numbers",
     "matrix_surprises": "tables",
@@ -133,7 +131,7 @@ def run(folder):
     p = params.validate(
         params.merge(p.model_dump(), {"matrix": {"federation": {"images_per_client": 24, "rounds": 3}}})
     )
-    rows = [matrix_eval.cell("fundus", p, row, 0) for row in ("none", "hardened", "feddetect+shadow")]
+    rows = [matrix_eval.rows_of("fundus", p, row, 0) for row in ("none", "hardened", "feddetect+shadow")]
     yield "matrix", matrix_eval.summarise(pd.concat(rows, ignore_index=True))
 
     p = small(test_evasion_eval.SMALL)
@@ -142,9 +140,7 @@ def run(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "ROOT", folder)
         evasion_arms.save(evasion_arms.train(setup, "base", 0), setup, "base", 0)
-        checkpoints.leave("fundus", p, 0)
-        stored = evasion_arms.seeds_with_checkpoints(setup, ["base", *checkpoints.VARIANTS], [0])
-        assert all(seeds == [0] for seeds in stored.values())
+        assert evasion_arms.seeds_with_checkpoints(setup, ["base"], [0]) == {"base": [0]}
 
 
 def test_a_second_modality_has_headlines_only():
