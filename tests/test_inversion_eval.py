@@ -538,7 +538,7 @@ def test_views_of_a_summary(p):
     summary = ev.summarise(pd.concat([*runs, *sweep]), p)
     points = inversion_tables.plane(summary, p)
     assert points["variant"].tolist() == ["none", "shadow_hardened", "shadow_hardened"]
-    assert points["strength"].tolist() == ["", f"{p.inversion.defences["shadow_hardened"]["k"]:g}", "8"]
+    assert points["strength"].tolist() == ["", f"{p.inversion.defences['shadow_hardened']['k']:g}", "8"]
     assert points["usual"].tolist() == [True, True, False]
     cost = tables.row(summary, variant="shadow_hardened", scenario="utility", metric="auc_minus_none")["value"]
     assert points["x"].tolist()[:2] == [0, cost]
