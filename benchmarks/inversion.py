@@ -1,9 +1,9 @@
 """Gradient inversion: seconds a victim, in one `torch.func.vmap` and in loops over the victims, with the same result.
 
 ``python benchmarks/inversion.py`` interleaves three ways to run the attack ``ig`` on the same victims, on one thread, and
-writes medians and their ratios to ``benchmarks/inversion.json``: ``together`` (`medsec.inversion`, eight victims at once),
-``one by one`` (the same code, one at a time), and ``plain loop`` (as most published code: `torch.autograd.grad` with
-``create_graph`` and `torch.optim.Adam` on each victim).
+writes medians and their ratios to ``benchmarks/inversion.json``: ``together`` (`medsec.inversion.attacks`, eight
+victims at once), ``one by one`` (the same code, one at a time), and ``plain loop`` (as most published code:
+`torch.autograd.grad` with ``create_graph`` and `torch.optim.Adam` on each victim).
 """
 
 import json
@@ -15,15 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsec import convnet, inversion, params, paths, phantom, reconstruction
-from medsec.record import processor
+from medphantom import chest as phantom
+from medsec.core import params, paths
+from medsec.evidence.record import processor
+from medsec.inversion import attacks as inversion
+from medsec.inversion import scores as reconstruction
+from medsec.nets import convnet
 
 RESULT = paths.ROOT / "benchmarks" / "inversion.json"
 VICTIMS, REPEATS = 8, 5
 
 
 def plain_loop(view: inversion.View, labels: Tensor, starts: Tensor, settings) -> Tensor:
-    """`medsec.inversion.invert` with the attack ``ig``, written as a loop; from the same starting points."""
+    """`medsec.inversion.attacks.invert` with the attack ``ig``, written as a loop; from the same starting points."""
     found, n = [], settings.iterations
     model = view.model
     weights = list(model.parameters())

@@ -20,8 +20,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from medsec import ledger, params, paths, phantom
-from medsec.record import processor
+from medphantom import chest as phantom
+from medsec.core import params, paths
+from medsec.evidence import ledger
+from medsec.evidence.record import processor
 
 RESULT = paths.ROOT / "benchmarks" / "speed.json"
 BEGIN, END = "<!-- speed: made by benchmarks/speed.py, do not edit -->", "<!-- end of speed -->"
@@ -41,7 +43,7 @@ def phantom_rate(size: int = 64, n: int = 256, repeats: int = 7) -> float:
 def notebook(file: Path, out: Path) -> dict[str, float]:
     """Wall seconds of a notebook and the peak memory of all its processes (sum of resident sets, GB)."""
     start, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "medsec.execute", str(file), "--cohort", "phantom"]
+    command = [sys.executable, "-m", "medsec.evidence.execute", str(file), "--cohort", "phantom"]
     environment = os.environ | {"MEDSEC_OUT": str(out), "MEDSEC_CHECKPOINTS": str(out / "checkpoints")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:

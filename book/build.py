@@ -14,7 +14,7 @@ from posixpath import normpath, relpath
 import nbformat
 from sphinx.cmd.build import build_main
 
-from medsec import claims, ledger, tables
+from medsec.evidence import claims, ledger, tables
 
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
@@ -33,39 +33,51 @@ API = {
     "cohorts": (
         "Images and cohorts",
         "Where images come from, and who may see which.",
-        "cohort data partition medmnist_files folder image_files phantom fundus exact",
+        "medsec.data.cohort medsec.data.sources medsec.data.partitions medsec.data.medmnist medsec.data.folder "
+        "medsec.data.images medphantom.chest medphantom.fundus medphantom.exact",
     ),
     "federated": (
         "Federated learning and networks",
         "What a client sends, what a server makes of it, and the networks that are trained.",
-        "federated fedcls models convnet classifier threats",
+        "medsec.federated.rounds medsec.federated.aggregators medsec.federated.classifier medsec.nets.models "
+        "medsec.nets.convnet medsec.nets.fit experiments.data_and_threats.threats",
     ),
     "backdoor": (
         "Paper 1: backdoor and FedDetect",
         "The attack on a federated GAN, and the defences against it (notebooks 01 and 02).",
-        "fedgan triggers fedgan_attackers fedgan_eval feddetect feddetect_eval",
+        "medsec.backdoor.frechet experiments.backdoor_fedgan.figures experiments.feddetect.figures "
+        "medsec.backdoor.gan medsec.backdoor.triggers medsec.backdoor.attackers experiments.backdoor_fedgan.cells "
+        "medsec.backdoor.feddetect experiments.feddetect.cells",
     ),
     "inversion": (
         "Paper 2: gradient inversion",
         "Attacks that reconstruct images from gradients, and defences of gradients and of images (notebook 03).",
-        "inversion reconstruction gradient_defences shadow suppression perturbation autoencoder purifier "
-        "inversion_attackers inversion_clients inversion_eval inversion_tables inversion_plots",
+        "medsec.inversion.attacks medsec.inversion.scores medsec.inversion.defences medsec.inversion.shadow "
+        "medsec.inversion.substitution medsec.inversion.perturbation medsec.nets.autoencoder "
+        "medsec.inversion.purifier experiments.gia_defense.adaptive experiments.gia_defense.clients "
+        "experiments.gia_defense.cells experiments.gia_defense.tables experiments.gia_defense.figures",
     ),
     "evasion": (
         "Paper 3: adversarial examples",
         "Attacks on a classifier's answer, and training, pruning and attention against them (notebook 04).",
-        "adversarial evasion_library pruning attention robust "
-        "evasion_arms evasion_eval evasion_checks evasion_maps evasion_tables evasion_plots",
+        "medsec.evasion.attacks medsec.evasion.libraries medsec.evasion.pruning medsec.nets.cbam "
+        "medsec.evasion.training experiments.adversarial_pruning_defense.arms "
+        "experiments.adversarial_pruning_defense.cells medsec.evasion.sanity medsec.evasion.maps "
+        "experiments.adversarial_pruning_defense.tables experiments.adversarial_pruning_defense.figures",
     ),
     "matrix": (
         "Threat matrix",
         "The defences of all three papers against all attacks, in one federation (notebook 05).",
-        "matrix_arms matrix_federation matrix_eval matrix_tables matrix_plots",
+        "experiments.threat_matrix.arms experiments.threat_matrix.federation experiments.threat_matrix.cells "
+        "experiments.threat_matrix.tables experiments.threat_matrix.figures",
     ),
     "tools": (
         "Parameters, tables, claims and records",
         "What makes a run reproducible, and a statement checkable.",
-        "params paths parallel execute metrics tables claims check record record_designs plots cohort_eval errors",
+        "medsec.core.seeds medsec.core.guards medsec.core.params medsec.core.paths medsec.core.parallel "
+        "medsec.evidence.execute medsec.evidence.tables medsec.evidence.intervals medsec.evidence.claims "
+        "medsec.evidence.check medsec.evidence.record experiments.record_designs medsec.show.plots "
+        "experiments.data_and_threats.cells medsec.core.errors",
     ),
 }
 
@@ -273,14 +285,19 @@ def api_pages() -> dict[str, str]:
     """One reStructuredText page for each group of modules, and an index of them."""
     groups = {file: (title, about, modules.split()) for file, (title, about, modules) in API.items()}
     named = {module for _, _, modules in groups.values() for module in modules}
-    modules = sorted(file.stem for file in (ROOT / "medsec").glob("*.py") if not file.stem.startswith("__"))
+    modules = sorted(
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for package in ("medsec", "experiments", "medphantom")
+        for file in (ROOT / package).rglob("*.py")
+        if not file.stem.startswith("__")
+    )
     groups["tools"][2].extend(module for module in modules if module not in named)
     pages = {}
     for file, (title, about, members) in groups.items():
         blocks = [_heading(title, "="), about]
         for module in members:
             if module in modules:
-                blocks += [_heading(f"medsec.{module}", "-"), f".. automodule:: medsec.{module}"]
+                blocks += [_heading(module, "-"), f".. automodule:: {module}"]
         pages[f"api/{file}.rst"] = "\n\n".join(blocks) + "\n"
     listed = "\n".join(f"   {file}" for file in groups)
     about = "The package behind the notebooks, from its docstrings. See also :ref:`all names <genindex>`."

@@ -22,7 +22,7 @@ import pytest
 import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from medsec import params, paths
+from medsec.core import params, paths
 
 hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("medsec")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from medsec import adversarial as adv
-from medsec import evasion_library as library
-from medsec.errors import InputError
-from medsec.models import SmallResNet
+from medsec.core.errors import InputError
+from medsec.evasion import attacks as adv
+from medsec.evasion import libraries as library
+from medsec.nets.models import SmallResNet
 
 EPS = 8 / 255
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from medsec import attention
-from medsec.attention import CBAM
-from medsec.errors import InputError
-from medsec.models import SmallResNet
+from medsec.core.errors import InputError
+from medsec.nets import cbam as attention
+from medsec.nets.cbam import CBAM
+from medsec.nets.models import SmallResNet
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import nbformat
 import psutil
 import pytest
 
-from medsec import paths
+from medsec.core import paths
 
 ROOT = paths.ROOT
 BUILD_LIMIT = 120  # seconds of one core, promised; wall time would depend on what else runs here

@@ -16,8 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import data, fundus, medmnist_files, params, paths, phantom
-from medsec.errors import InputError
+from medphantom import chest as phantom
+from medphantom import fundus
+from medsec import data
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.data import medmnist as medmnist_files
+from medsec.data import sources
 
 
 def image_set(split):
@@ -574,7 +579,7 @@ def test_fundus_of_a_size_that_cannot_be(cohorts):
 def test_stored_phantom_is_the_rendered_one(stored):
     """What comes off the disk, bit-packed masks included, is what the renderer draws."""
     _, cohorts = stored
-    drawn = data._render(cohorts.phantom, 28)
+    drawn = sources._render(cohorts.phantom, 28)
     expected = {
         (i, s, split, image.tobytes()): (lesion.tobytes(), lung.tobytes())
         for i, s, split, image, lesion, lung in zip(
@@ -612,7 +617,7 @@ def test_generate_is_deterministic_to_the_byte(cohorts, tmp_path):
     for folder in folders:
         assert "written" in data.generate(cohorts.phantom, folder)
     names = [sorted(file.name for file in folder.iterdir()) for folder in folders]
-    assert names[0] == names[1] == sorted([*(f"{name}.npy" for name in data._STORED), "meta.json"])
+    assert names[0] == names[1] == sorted([*(f"{name}.npy" for name in sources._STORED), "meta.json"])
     for name in names[0]:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # nothing temporary is left
@@ -658,12 +663,12 @@ def test_stored_phantom_of_other_parameters(stored, change, message):
 
 
 def test_stored_phantom_of_an_older_recipe(stored, monkeypatch):
-    monkeypatch.setattr(data, "GENERATION", data.GENERATION + 1)
+    monkeypatch.setattr(sources, "GENERATION", sources.GENERATION + 1)
     with pytest.raises(InputError, match=r"has generation .* run: python -m medsec.data"):
         data.load("phantom", stored[1])
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in data._STORED), "meta.json"])
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in sources._STORED), "meta.json"])
 def test_stored_phantom_missing_or_damaged(stored, name):
     folder, cohorts = stored
     file = folder / name
@@ -689,7 +694,7 @@ def test_phantom_of_a_class_too_few(cohorts):
 
 @pytest.fixture
 def command(cohorts, monkeypatch, tmp_path):
-    """`data.main` on the small cohorts and an empty data folder."""
+    """`medsec.data.sources.main` on the small cohorts and an empty data folder."""
 
     class Loaded:
         pass
@@ -697,7 +702,7 @@ def command(cohorts, monkeypatch, tmp_path):
     Loaded.cohorts = cohorts
     monkeypatch.setattr(params, "load", lambda profile: Loaded)
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
-    return data.main
+    return sources.main
 
 
 def test_command_line(command, capsys, cohorts):

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medsec import classifier, federated, fedgan, models, parallel, params, record, triggers
-from medsec.errors import InputError
+from medsec.backdoor import gan as fedgan
+from medsec.backdoor import triggers
+from medsec.core import parallel, params
+from medsec.core.errors import InputError
+from medsec.evidence import record
+from medsec.federated import aggregators, rounds
+from medsec.nets import fit as classifier
+from medsec.nets import models
 
 QUICK = params.load()
 
@@ -47,7 +53,7 @@ def test_gan_epoch_and_drawing(images, monkeypatch):
     drawn, labels = fedgan.synthesise(g.eval(), 10, seed=0)
     assert (drawn.device.type, labels.device.type) == ("cuda", "cuda")
     state = {f"generator.{name}": value for name, value in g.state_dict().items()}
-    mean, _ = federated.fedavg([federated.Update(i, state, 1) for i in range(2)])
+    mean, _ = aggregators.fedavg([rounds.Update(i, state, 1) for i in range(2)])
     assert {value.device.type for value in mean.values()} == {"cuda"}
 
 

@@ -24,14 +24,15 @@ from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
 from nbformat import v4
 
-from medsec import paths
+from medsec.core import paths
 
 STAGE = "01_backdoor_fedgan"
 PATIENCE = 240  # seconds to wait for an experiment: this machine may be busy
 TOY = """
 import json, os, pathlib
 import medsec
-from medsec import panels, params, paths
+from medsec.core import params, paths
+from medsec.show import panels
 home = pathlib.Path.cwd().parent
 assert paths.ROOT == home, f"medsec of {paths.ROOT}, not of this experiment, {home}"
 assert not panels.is_live()

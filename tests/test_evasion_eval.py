@@ -9,23 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from medsec import (
-    adversarial,
-    cells,
-    claims,
-    evasion_arms,
-    evasion_checks,
-    evasion_maps,
-    evasion_plots,
-    evasion_tables,
-    params,
-    paths,
-    record_designs,
-    tables,
-)
-from medsec import evasion_eval as ev
-from medsec.errors import InputError
-from medsec.models import SmallResNet
+from experiments import record_designs
+from experiments.adversarial_pruning_defense import arms as evasion_arms
+from experiments.adversarial_pruning_defense import cells as ev
+from experiments.adversarial_pruning_defense import figures as evasion_plots
+from experiments.adversarial_pruning_defense import tables as evasion_tables
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.evasion import attacks as adversarial
+from medsec.evasion import maps as evasion_maps
+from medsec.evasion import sanity as evasion_checks
+from medsec.evidence import cells, claims, tables
+from medsec.nets.models import SmallResNet
 
 RECIPE = {"epochs": 1, "batch": 32, "finetune_epochs": 1}
 SMALL = {
@@ -144,7 +139,8 @@ def test_a_cell_is_a_function_of_the_seed(p):
 
 
 def test_arms_are_what_they_are_called(p):
-    from medsec import attention, pruning
+    from medsec.evasion import pruning
+    from medsec.nets import cbam as attention
 
     setup = evasion_arms.prepare("npz", p)
     models = {name: evasion_arms.train(setup, name, 0) for name in evasion_arms.VARIANTS}

@@ -1,4 +1,4 @@
-"""medsec.execute: outputs change only when everything went well, and two runs give the same bytes."""
+"""medsec.evidence.execute: outputs change only when everything went well, and two runs give the same bytes."""
 
 import json
 import os
@@ -11,8 +11,9 @@ import pytest
 from nbformat import v4
 
 import medsec
-from medsec import execute, paths
-from medsec.errors import InputError
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.evidence import execute
 
 WRITE = """
 import os, pathlib
@@ -144,7 +145,7 @@ def test_the_kernel_is_this_interpreter_without_user_settings(tmp_path, out, mon
         f"import os, sys; assert sys.executable == {sys.executable!r}, sys.executable",
         "assert 'surprise' not in globals()",
         "assert os.environ['OMP_NUM_THREADS'] == '1'",
-        "from medsec import panels; assert not panels.is_live()",
+        "from medsec.show import panels; assert not panels.is_live()",
         "assert os.environ['MEDSEC_OUT'] == os.environ['MEDSEC_REFERENCE']",
         f"import medsec; assert str(medsec.__path__[0]) == {str(paths.ROOT / 'medsec')!r}",
         f"assert os.getcwd() == {str(tmp_path)!r}",
@@ -157,7 +158,7 @@ def test_a_lock_held_by_a_live_process_is_respected(tmp_path, previous, capfd):
     lock = previous / ".medsec-tmp-toy" / "07_toy.lock"
     hold = f"""
 import pathlib, sys, time
-from medsec import execute
+from medsec.evidence import execute
 with execute.locked(pathlib.Path({str(lock)!r})):
     print("held", flush=True)
     sys.stdin.read()
@@ -238,6 +239,6 @@ def test_another_profile_may_not_write_into_the_repository(tmp_path, out, monkey
 
 def test_the_command_is_ready_before_pytorch_is_loaded():
     """Every stage pays for what it imports, and the kernel loads PyTorch again."""
-    code = "import sys, medsec.execute, medsec.data; print('torch' in sys.modules)"
+    code = "import sys, medsec.evidence.execute, medsec.data; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
     assert done.stdout == "False\n"

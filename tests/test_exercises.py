@@ -12,7 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-from medsec import paths
+from medsec.core import paths
 
 matplotlib.use("Agg")
 FOLDER = paths.ROOT / "exercises"

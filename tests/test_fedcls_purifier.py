@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-from medsec import convnet, fedcls, purifier
-from medsec.errors import InputError
-from medsec.federated import torch_generator
-from medsec.params import FedClsParams, PurifierParams
+from medsec.core.errors import InputError
+from medsec.core.params import FedClsParams, PurifierParams
+from medsec.core.seeds import torch_generator
+from medsec.federated import classifier as fedcls
+from medsec.inversion import purifier
+from medsec.nets import convnet
 
 SETTINGS = FedClsParams(width=4, n_clients=2, images_per_client=12, rounds=2, batch=4, lr=0.05, momentum=0.9)
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.ensemble import IsolationForest
 
-from medsec import feddetect, triggers
-from medsec.errors import InputError
-from medsec.feddetect import (
+from medsec.backdoor import feddetect, triggers
+from medsec.backdoor.attackers import SCENARIOS, Attack, Aware, falsified, special_trigger
+from medsec.backdoor.feddetect import (
     Described,
     Hardened,
     NormClip,
@@ -24,9 +24,9 @@ from medsec.feddetect import (
     map_evidence,
     peculiarity,
 )
-from medsec.federated import Update
-from medsec.fedgan_attackers import SCENARIOS, Attack, Aware, falsified, special_trigger
-from medsec.models import Generator
+from medsec.core.errors import InputError
+from medsec.federated.rounds import Update
+from medsec.nets.models import Generator
 
 SCALE = (0.3, 0.4)
 THRESHOLD = float(scipy.stats.norm.ppf(1 - 0.01 / 13))

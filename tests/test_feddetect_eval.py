@@ -11,25 +11,20 @@ import pytest
 import torch
 import yaml
 
-from medsec import (
-    classifier,
-    feddetect,
-    feddetect_eval,
-    federated,
-    fedgan,
-    fedgan_eval,
-    metrics,
-    params,
-    paths,
-    record,
-    record_designs,
-    tables,
-    triggers,
-)
-from medsec.errors import InputError
-from medsec.feddetect_eval import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
-from medsec.federated import Update, derive_seed
-from medsec.fedgan_attackers import SCENARIOS, Attack
+from experiments import record_designs
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.feddetect import cells as feddetect_eval
+from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
+from medsec.backdoor import feddetect, triggers
+from medsec.backdoor import gan as fedgan
+from medsec.backdoor.attackers import SCENARIOS, Attack
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed
+from medsec.evidence import record, tables
+from medsec.federated import aggregators
+from medsec.federated.rounds import Update
+from medsec.nets import fit as classifier
 
 NOTEBOOK, COHORT, SEED = "02_feddetect", "npz", 0
 SMALL = {
@@ -150,7 +145,7 @@ def test_a_cell_has_the_rows_that_it_promises(cell, p, scenario):
     assert set(weights["client"]) == set(map(str, range(clients)))
     sums = weights.groupby(["variant", "round"])["value"].sum()
     assert all(s == pytest.approx(1) or s == 0 for s in sums)
-    summary = metrics.summarise(table, KEYS)
+    summary = tables.summarise(table, KEYS)
     assert len(summary) == len(table)
 
 
@@ -160,7 +155,7 @@ def test_a_client_is_blocked_below_a_hundredth_of_its_equal_share(p, monkeypatch
 
     def rule(updates, round=0):
         own = first.get(round, 0.25)
-        return federated.fedavg(updates, weights=[own, *[(1 - own) / 3] * 3])
+        return aggregators.fedavg(updates, weights=[own, *[(1 - own) / 3] * 3])
 
     monkeypatch.setattr(feddetect_eval, "uniform_mean", rule)
     table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "honest", ("none",))
@@ -503,7 +498,7 @@ def updates_of(rows):
 @pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 2), (9, 2), (9, 3)])
 def test_nearest_krum_is_krum_where_that_is_defined(n, f):
     updates = updates_of(np.random.default_rng(n).normal(size=(n, 20)))
-    for keep, rule in ((1, federated.krum), (n - f, federated.multi_krum)):
+    for keep, rule in ((1, aggregators.krum), (n - f, aggregators.multi_krum)):
         expected, chosen = rule(updates, n_malicious=f)
         found, diagnostics = feddetect_eval.nearest_krum(updates, n_malicious=f, keep=keep)
         torch.testing.assert_close(found["w"], expected["w"], rtol=0, atol=0)
@@ -514,7 +509,7 @@ def test_nearest_krum_is_krum_where_that_is_defined(n, f):
 def test_nearest_krum_of_four_takes_one_of_the_closest_pair():
     rows = np.random.default_rng(0).normal(size=(4, 6))
     with pytest.raises(InputError, match="2 f"):
-        federated.krum(updates_of(rows), n_malicious=1)
+        aggregators.krum(updates_of(rows), n_malicious=1)
     distance = {(i, j): np.linalg.norm(rows[i] - rows[j]) for i in range(4) for j in range(i)}
     found, diagnostics = feddetect_eval.nearest_krum(updates_of(rows), n_malicious=1, keep=1)
     (chosen,) = [client for client, w in diagnostics["weights"].items() if w == 1]
@@ -604,7 +599,7 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
                 own[own["variant"] == variant].drop(columns=["variant", "scenario"]).reset_index(drop=True),
                 source.drop(columns=["variant", "scenario"]).reset_index(drop=True),
             )
-    assert len(metrics.summarise(full, KEYS)) == len(full)
+    assert len(tables.summarise(full, KEYS)) == len(full)
 
 
 def test_the_twin_is_not_copied_where_it_is_none(p):
@@ -667,7 +662,7 @@ def test_differences_to_the_clean_federation_by_hand(p):
 
 
 def failing(client, rounds):
-    """`fedgan.train_client`, but this client sends NaN in these rounds."""
+    """`medsec.backdoor.gan.train_client`, but this client sends NaN in these rounds."""
     original = fedgan.train_client
 
     def train(own, state, federation, round):
@@ -687,7 +682,7 @@ def test_a_client_that_sends_nan_leaves_a_table(p, monkeypatch, client, rounds):
     variants = ("none", "feddetect_released", "feddetect_hardened")
     table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "boost_liar", variants)
     assert np.isfinite(table["value"]).all()
-    assert len(metrics.summarise(table, KEYS)) == len(table)
+    assert len(tables.summarise(table, KEYS)) == len(table)
 
 
 @pytest.mark.parametrize("variant", ["none", "feddetect_hardened"])

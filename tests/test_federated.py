@@ -11,10 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import federated
-from medsec.errors import InputError
-from medsec.federated import Update, derive_seed, fedavg, krum, krum_scores, median, multi_krum, run_round, trimmed_mean
-from medsec.models import Generator
+from medsec.core import seeds as seeding
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed
+from medsec.federated import aggregators, rounds
+from medsec.federated.aggregators import fedavg, krum, krum_scores, median, multi_krum, trimmed_mean
+from medsec.federated.rounds import Update, run_round
+from medsec.nets.models import Generator
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 
@@ -242,7 +245,7 @@ def test_aggregation_does_not_change_what_was_sent():
 
 def test_flatten_keeps_order_and_leaves_out_integers():
     mixed = {"a": torch.tensor([[1.0, 2.0]]), "n": torch.tensor([9]), "b": torch.tensor(3.0, dtype=torch.float64)}
-    flat = federated.flatten(mixed)
+    flat = aggregators.flatten(mixed)
     assert flat.dtype == np.float32
     assert flat.tolist() == [1.0, 2.0, 3.0]
 
@@ -328,14 +331,14 @@ def test_a_broken_update_is_named_and_the_round_goes_on(how):
     assert FLAWS[how] in diagnostics["rejected"][5]
     assert list(diagnostics["weights"]) == [3, 8]
     assert vector_of(new).tolist() == [2.0, 3.0, 5.5]
-    accepted, rejected = federated.screen(updates, server)
+    accepted, rejected = rounds.screen(updates, server)
     assert [u.client for u in accepted] == [3, 8]
     assert rejected == diagnostics["rejected"]
 
 
 def test_nothing_is_rejected_without_reason():
     updates = updates_of(np.random.default_rng(0).normal(size=(4, 3)) * 1e30)
-    accepted, rejected = federated.screen(updates, updates[0].state)
+    accepted, rejected = rounds.screen(updates, updates[0].state)
     assert accepted == updates
     assert rejected == {}
 
@@ -388,7 +391,7 @@ def test_seeds_differ_for_all_keys():
 def test_seeds_never_change():
     assert derive_seed(0) == SEED_0
     assert derive_seed(7, "train", 3, 12) == SEED_7
-    drawn = torch.randint(0, 10**9, (3,), generator=federated.torch_generator(7, "train", 3, 12))
+    drawn = torch.randint(0, 10**9, (3,), generator=seeding.torch_generator(7, "train", 3, 12))
     again = torch.randint(0, 10**9, (3,), generator=torch.Generator().manual_seed(SEED_7))
     assert torch.equal(drawn, again)
 

@@ -10,10 +10,16 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from medsec import classifier, federated, fedgan, fedgan_eval, metrics, parallel, tables, triggers
-from medsec import params as parameters
-from medsec.errors import InputError
-from medsec.params import FedGANParams
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from medsec.backdoor import gan as fedgan
+from medsec.backdoor import triggers
+from medsec.core import parallel
+from medsec.core import params as parameters
+from medsec.core.errors import InputError
+from medsec.core.params import FedGANParams
+from medsec.evidence import tables
+from medsec.federated import aggregators
+from medsec.nets import fit as classifier
 
 BASE = {
     "n_clients": 3,
@@ -382,7 +388,7 @@ def collect(federation, until):
 
     def aggregate(updates, round):
         sent[round] = (federation.state, {u.client: u.state for u in updates})
-        return federated.fedavg(updates, round)
+        return aggregators.fedavg(updates, round)
 
     fedgan.run(federation, until, aggregate=aggregate)
     return sent
@@ -473,7 +479,7 @@ def test_a_kill_in_the_middle_of_a_round(tmp_path):
     def killed(updates, round):
         if round == 2:
             raise KeyboardInterrupt
-        return federated.fedavg(updates, round)
+        return aggregators.fedavg(updates, round)
 
     with pytest.raises(KeyboardInterrupt):
         fedgan.run(federation_of(), aggregate=killed, checkpoint=file)
@@ -695,8 +701,8 @@ def test_cells_end_to_end(tiny, tmp_path, processes, monkeypatch):
     # A summary of two "seeds" pairs what can be paired, and each row can be addressed.
     runs = pd.concat([clean, attack, controls])
     runs = pd.concat([runs, runs.assign(seed=SEED + 1, value=runs["value"] + 0.01)])
-    summary = metrics.summarise(runs, fedgan_eval.KEYS, paired_with="clean")
-    assert list(summary.columns) == [*metrics.SUMMARY, *fedgan_eval.KEYS]
+    summary = tables.summarise(runs, fedgan_eval.KEYS, paired_with="clean")
+    assert list(summary.columns) == [*tables.SUMMARY, *fedgan_eval.KEYS]
     assert not summary.duplicated(ADDRESS).any()
     assert (summary["n"] == 2).all()
     paired = headline(summary, scenario="minus_clean", metric="frechet").set_index("variant")["value"]

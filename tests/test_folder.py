@@ -1,4 +1,4 @@
-"""medsec.folder and medsec.image_files: one's own images, divided by patient, and every wrong folder."""
+"""medsec.data.folder and medsec.data.images: one's own images, divided by patient, and every wrong folder."""
 
 import csv
 import math
@@ -16,9 +16,14 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import apply_windowing
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from medsec import data, fedgan, fedgan_eval, folder, image_files, params
-from medsec.cohort import SPLITS
-from medsec.errors import InputError
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from medsec import data
+from medsec.backdoor import gan as fedgan
+from medsec.core import params
+from medsec.core.errors import InputError
+from medsec.data import folder, sources
+from medsec.data import images as image_files
+from medsec.data.cohort import SPLITS
 
 
 def noise(seed, shape=(28, 28)):
@@ -173,13 +178,13 @@ def test_what_is_skipped_is_reported(tree, pointed, capsys, monkeypatch):
         cohorts = pointed(tree)
 
     monkeypatch.setattr(params, "load", lambda profile: Loaded)
-    assert data.main(["describe", "--cohort", "folder"]) == 0
+    assert sources.main(["describe", "--cohort", "folder"]) == 0
     card = capsys.readouterr().out
     assert all(f"- {flaw}\n" in card for flaw in cohort.flaws)
     assert "Exact duplicates removed: " in card
     assert "removed: none" not in card
     monkeypatch.setattr(Loaded, "cohorts", pointed(tree / "nowhere"))
-    assert data.main(["describe", "--cohort", "folder"]) == 2
+    assert sources.main(["describe", "--cohort", "folder"]) == 2
     assert capsys.readouterr().err.startswith("error: cohorts.folder.path = ")
 
 

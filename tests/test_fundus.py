@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from medsec import exact, fundus
-from medsec.fundus import SIZES, STYLES, render
+from medphantom import exact, fundus
+from medphantom.fundus import SIZES, STYLES, render
 
 MIXED = [letter for _, letter in zip(range(16), itertools.cycle(STYLES), strict=False)]
 # Recorded once; a change of any pixel of any mask or image changes it, on purpose or not.

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medsec import convnet
-from medsec import gradient_defences as gd
-from medsec.errors import InputError
+from medsec.core import guards, seeds
+from medsec.core.errors import InputError
+from medsec.inversion import defences as gd
+from medsec.nets import convnet
 
 SIZE = 12
 ALL = {
@@ -351,10 +352,14 @@ def test_lists_of_gradients_are_checked():
         ([*found[:-1], found[-1] / 0], "gradient of head.bias holds NaN or infinite values"),
     ]:
         with pytest.raises(InputError, match=message):
-            gd.check_gradient(model, wrong)
+            guards.check_gradient(model, wrong)
 
 
 def test_fingerprints_know_content_only():
     x, _ = batch()
-    assert gd.fingerprint(x[1]) == gd.fingerprint(x.clone()[1]) == gd.fingerprint(x.transpose(2, 3).transpose(2, 3)[1])
-    assert gd.fingerprint(x[1]) != gd.fingerprint(x[2])
+    assert (
+        seeds.fingerprint(x[1])
+        == seeds.fingerprint(x.clone()[1])
+        == seeds.fingerprint(x.transpose(2, 3).transpose(2, 3)[1])
+    )
+    assert seeds.fingerprint(x[1]) != seeds.fingerprint(x[2])

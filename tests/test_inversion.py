@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medsec import convnet, reconstruction
-from medsec.errors import InputError
-from medsec.federated import derive_seed
-from medsec.inversion import (
+from medsec.core.errors import InputError
+from medsec.core.params import InversionSettings
+from medsec.core.seeds import derive_seed
+from medsec.inversion import scores as reconstruction
+from medsec.inversion.attacks import (
     ATTACKS,
     View,
     client_update,
@@ -22,7 +23,7 @@ from medsec.inversion import (
     invert,
     total_variation,
 )
-from medsec.params import InversionSettings
+from medsec.nets import convnet
 
 SIZE = 12
 SHAPE = (1, SIZE, SIZE)

@@ -9,24 +9,21 @@ import pytest
 import torch
 import yaml
 
-from medsec import (
-    convnet,
-    gradient_defences,
-    inversion,
-    inversion_plots,
-    inversion_tables,
-    params,
-    paths,
-    reconstruction,
-    record_designs,
-    tables,
-)
-from medsec import inversion_attackers as attackers
-from medsec import inversion_clients as instruments
-from medsec import inversion_eval as ev
-from medsec.errors import InputError
-from medsec.federated import derive_seed
-from medsec.inversion import View
+from experiments import record_designs
+from experiments.gia_defense import adaptive as attackers
+from experiments.gia_defense import cells as ev
+from experiments.gia_defense import clients as instruments
+from experiments.gia_defense import figures as inversion_plots
+from experiments.gia_defense import tables as inversion_tables
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed
+from medsec.evidence import tables
+from medsec.inversion import attacks as inversion
+from medsec.inversion import defences as gradient_defences
+from medsec.inversion import scores as reconstruction
+from medsec.inversion.attacks import View
+from medsec.nets import convnet
 
 SMALL = {
     "seeds": {"tuning": [9], "evaluation": [0, 1]},

@@ -13,28 +13,25 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from medsec import (
-    attention,
-    check,
-    data,
-    feddetect,
-    inversion_clients,
-    matrix_arms,
-    matrix_federation,
-    matrix_plots,
-    matrix_surprises,
-    matrix_tables,
-    params,
-    paths,
-    pruning,
-    record_designs,
-    triggers,
-)
-from medsec import matrix_eval as ev
-from medsec.errors import InputError
-from medsec.federated import Update, derive_seed, torch_generator
-from medsec.inversion_clients import Setup
-from medsec.matrix_arms import ROWS
+from experiments import record_designs
+from experiments.gia_defense import clients as inversion_clients
+from experiments.gia_defense.clients import Setup
+from experiments.threat_matrix import arms as matrix_arms
+from experiments.threat_matrix import cells as ev
+from experiments.threat_matrix import federation as matrix_federation
+from experiments.threat_matrix import figures as matrix_plots
+from experiments.threat_matrix import surprises as matrix_surprises
+from experiments.threat_matrix import tables as matrix_tables
+from experiments.threat_matrix.arms import ROWS
+from medsec import data
+from medsec.backdoor import feddetect, triggers
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed, torch_generator
+from medsec.evasion import pruning
+from medsec.evidence import check
+from medsec.federated.rounds import Update
+from medsec.nets import cbam as attention
 
 SMALL = {
     "seeds": {"tuning": [9], "evaluation": [0, 1]},

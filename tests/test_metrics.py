@@ -11,8 +11,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import metrics
-from medsec.metrics import bootstrap_interval, frechet_distance, paired_difference, summarise, wilson_interval
+from medsec.backdoor.frechet import frechet_distance
+from medsec.evidence import intervals, tables
+from medsec.evidence.intervals import bootstrap_interval, paired_difference, wilson_interval
+from medsec.evidence.tables import summarise
 
 # ------------------------------------------------------------------------------------------------------------ Fréchet
 
@@ -141,7 +143,7 @@ def test_intervals_shrink_with_n_towards_students():
 @pytest.mark.parametrize("n", [5, 7, 10, 20])
 def test_the_percentiles_are_hesterbergs(n, monkeypatch):
     """Hesterberg 2015, section 4: Φ(√(n / (n − 1)) · t), taken from resamples of our own."""
-    monkeypatch.setattr(metrics, "RESAMPLES", 200_000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 200_000)
     rng = np.random.default_rng(n)
     values = rng.normal(size=n)
     means = rng.choice(values, (200_000, n)).mean(1)
@@ -153,7 +155,7 @@ def test_the_percentiles_are_hesterbergs(n, monkeypatch):
 @pytest.mark.parametrize(("n", "least", "most"), [(3, 0.70, 0.80), (5, 0.86, 0.95), (10, 0.91, 0.97)])
 def test_coverage_for_normal_data(n, least, most, monkeypatch):
     """Share of 1,000 simulated sets of runs whose interval contains the true mean, as the docstring says."""
-    monkeypatch.setattr(metrics, "RESAMPLES", 4000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 4000)
     data = np.random.default_rng(2026).normal(size=(1000, n))
     covered = np.mean([low <= 0 <= high for low, high in map(bootstrap_interval, data)])
     assert least <= covered <= most
@@ -235,7 +237,7 @@ POISON = [(s, "poison", "attack", "rate", 0.5 + 0.1 * s + 0.01 * (s == 2)) for s
 
 def test_summary_rows():
     table = summarise(runs(*POISON, *CLEAN), ["client", "round"])
-    assert list(table.columns) == [*metrics.SUMMARY, "client", "round"]
+    assert list(table.columns) == [*tables.SUMMARY, "client", "round"]
     assert table["variant"].tolist() == ["poison", "clean"], "the order of the runs is not kept"
     clean = table.iloc[1]
     assert (clean["value"], clean["low"], clean["high"]) == pytest.approx((0.1, 0.0, 0.2))

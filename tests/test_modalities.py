@@ -15,23 +15,20 @@ import test_inversion_eval
 import test_matrix_eval
 import torch
 
-from medsec import (
-    cohort_eval,
-    data,
-    evasion_arms,
-    evasion_eval,
-    evasion_plots,
-    feddetect_eval,
-    fedgan_eval,
-    inversion_clients,
-    inversion_eval,
-    inversion_plots,
-    matrix_eval,
-    params,
-    paths,
-    plots,
-    record,
-)
+from experiments.adversarial_pruning_defense import arms as evasion_arms
+from experiments.adversarial_pruning_defense import cells as evasion_eval
+from experiments.adversarial_pruning_defense import figures as evasion_plots
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.data_and_threats import cells as cohort_eval
+from experiments.feddetect import cells as feddetect_eval
+from experiments.gia_defense import cells as inversion_eval
+from experiments.gia_defense import clients as inversion_clients
+from experiments.gia_defense import figures as inversion_plots
+from experiments.threat_matrix import cells as matrix_eval
+from medsec import data
+from medsec.core import params, paths
+from medsec.evidence import record
+from medsec.show import plots
 
 IMAGES = {"client": 96, "public": 72, "reference": 96, "val": 24, "test": 24}
 COHORT = {"fundus": {"size": 28, "seed": 7, "images": IMAGES, "grades": 3}}

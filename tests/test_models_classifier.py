@@ -8,10 +8,11 @@ import sklearn.metrics
 import torch
 from torch import nn
 
-from medsec import classifier, models
-from medsec.errors import InputError
-from medsec.models import Discriminator, Generator, SmallResNet, doublings
-from medsec.params import ClassifierParams
+from medsec.core.errors import InputError
+from medsec.core.params import ClassifierParams
+from medsec.nets import fit as classifier
+from medsec.nets import models
+from medsec.nets.models import Discriminator, Generator, SmallResNet, doublings
 
 PARAMS = ClassifierParams(lr=2e-3, weight_decay=5e-4, batch=32, shift=2)
 

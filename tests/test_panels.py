@@ -10,9 +10,13 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from medsec import fedgan_eval, inversion_clients, panels, paths, robust
-from medsec.errors import InputError
-from medsec.panels import Choice, Slider
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.gia_defense import clients as inversion_clients
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.evasion import training as robust
+from medsec.show import panels
+from medsec.show.panels import Choice, Slider
 
 CONTROLS = {"size": Slider(2, 8, 1, 4), "eps": Slider(0, 1, 0.1, 0.5), "kind": Choice(("grid", "moving"))}
 

@@ -10,7 +10,7 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_info
 
-from medsec import parallel
+from medsec.core import parallel
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_number_of_processes_comes_from_the_environment(monkeypatch):
 
 
 def test_cells_run_here_and_elsewhere_with_one_thread(processes):
-    """And a process that starts keeps its memory (`parallel.HEAP`)."""
+    """And a process that starts keeps its memory (`medsec.core.parallel.HEAP`)."""
     where = parallel.run_cells(_whereabouts, [(0.5,)] * 4, processes=2)
     assert {pid == os.getpid() for pid, *_ in where} == {True, False}
     assert {threads for _, threads, _ in where} == {1}

@@ -1,4 +1,4 @@
-"""medsec.params: every mistake in the parameters is one line that names the key."""
+"""medsec.core.params: every mistake in the parameters is one line that names the key."""
 
 import re
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from medsec import params, paths
-from medsec.errors import InputError
+from medsec.core import params, paths
+from medsec.core.errors import InputError
 
 
 def change(dotted, value):
@@ -215,7 +215,7 @@ def test_the_command_prints_parameters_that_are_valid_again(capsys):
 
 def test_the_command_fails_with_one_line():
     done = subprocess.run(
-        [sys.executable, "-m", "medsec.params", "--profile", "huge"],
+        [sys.executable, "-m", "medsec.core.params", "--profile", "huge"],
         capture_output=True,
         text=True,
         check=False,

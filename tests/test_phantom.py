@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from medsec import exact, phantom
-from medsec.phantom import KINDS, SIZES, STYLES, render
+from medphantom import chest as phantom
+from medphantom import exact
+from medphantom.chest import KINDS, SIZES, STYLES, render
 
 MIXED = [letter for _, letter in zip(range(24), itertools.cycle(STYLES), strict=False)]
 # Recorded once; a change of any pixel of any mask or image changes it, on purpose or not.

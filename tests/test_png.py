@@ -1,4 +1,4 @@
-"""medsec.png: figures in few bytes, and the same to the eye."""
+"""medsec.show.png: figures in few bytes, and the same to the eye."""
 
 import base64
 import io
@@ -9,7 +9,8 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from medsec import execute, plots, png
+from medsec.evidence import execute
+from medsec.show import plots, png
 
 
 def encoded(pixels):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from medsec import pruning
-from medsec.errors import InputError
-from medsec.models import SmallResNet
+from medsec.core.errors import InputError
+from medsec.evasion import pruning
+from medsec.nets.models import SmallResNet
 
 
 @pytest.fixture

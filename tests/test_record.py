@@ -6,18 +6,14 @@ import json
 import pandas as pd
 import pytest
 
-from medsec import (
-    evasion_eval,
-    fedgan_eval,
-    inversion_clients,
-    inversion_eval,
-    params,
-    paths,
-    record,
-    record_designs,
-    tables,
-)
-from medsec.errors import InputError
+from experiments import record_designs
+from experiments.adversarial_pruning_defense import cells as evasion_eval
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.gia_defense import cells as inversion_eval
+from experiments.gia_defense import clients as inversion_clients
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.evidence import record, tables
 
 NOTEBOOK, COHORT = "01_backdoor_fedgan", "npz"
 SMALL = {

@@ -8,12 +8,13 @@ import sys
 import nbformat
 import pytest
 
-from medsec import paths, tables
+from medsec.core import paths
+from medsec.evidence import tables
 
 NOTEBOOK = "01_backdoor_fedgan"
 COHORT = "phantom"
 COPY = """import shutil
-from medsec import paths
+from medsec.core import paths
 target = paths.results(cohort)
 target.mkdir(parents=True, exist_ok=True)
 for file in (paths.ROOT / "results" / cohort).glob(f"{NOTEBOOK}*.csv"):

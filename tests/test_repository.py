@@ -19,7 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from medsec import data, execute, ledger, params, paths
+from medsec import data
+from medsec.core import params, paths
+from medsec.evidence import execute, ledger
 
 ROOT = paths.ROOT
 INSTALL = '-e ".[dev]" -c requirements.lock'
@@ -236,7 +238,7 @@ def test_every_notebook_is_a_stage_and_every_stage_a_notebook():
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_runs_its_notebook_and_replaces_its_files_only(name):
     stage = STAGES[name]
-    assert stage["cmd"] == f"python -m medsec.execute notebooks/{name}.ipynb --cohort phantom"
+    assert stage["cmd"] == f"python -m medsec.evidence.execute notebooks/{name}.ipynb --cohort phantom"
     assert f"notebooks/{name}.ipynb" in stage["deps"]
     found = dict(outputs(stage))
     assert f"executed/phantom/{name}.ipynb" in found
@@ -327,10 +329,10 @@ def test_the_default_cohort_can_be_drawn_again_to_the_byte(tmp_path):
 
 def test_the_readme_shows_the_verdicts_of_the_committed_tables():
     readme = text("README.md")
-    assert ledger.update_readme(readme) == readme, "run: python -m medsec.ledger"
+    assert ledger.update_readme(readme) == readme, "run: python -m medsec.evidence.ledger"
     kept = pd.read_csv(paths.CLAIMS / "findings.csv", dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(
-        kept, ledger.findings().astype(str), obj="claims/findings.csv; run: python -m medsec.ledger"
+        kept, ledger.findings().astype(str), obj="claims/findings.csv; run: python -m medsec.evidence.ledger"
     )
 
 

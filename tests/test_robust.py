@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medsec import attention, params, pruning, robust
-from medsec.errors import InputError
+from medsec.core import params
+from medsec.core.errors import InputError
+from medsec.evasion import pruning
+from medsec.evasion import training as robust
+from medsec.nets import cbam as attention
 
 RECIPE = params.load().evasion.clean.model_copy(update={"epochs": 2, "batch": 16, "finetune_epochs": 1})
 CBAM = params.load().evasion.attention

@@ -11,11 +11,14 @@ from captum.attr import LayerGradCam
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medsec import autoencoder as ae
-from medsec import convnet, perturbation, phantom, shadow
-from medsec import gradient_defences as gd
-from medsec.errors import InputError
-from medsec.params import ShadowParams
+from medphantom import chest as phantom
+from medsec.core import seeds
+from medsec.core.errors import InputError
+from medsec.core.params import ShadowParams
+from medsec.inversion import defences as gd
+from medsec.inversion import perturbation, shadow
+from medsec.nets import autoencoder as ae
+from medsec.nets import convnet
 
 SIZE = 28
 SETTINGS = ShadowParams(
@@ -291,7 +294,7 @@ def naive_delta(kind, defence, model, x, y, t, rounds):
     cams = shadow.grad_cam(model, x, torch.ones_like(y) if kind == "released" else y, layer="body")
     regions = shadow.utility_region(cams, 0.3)  # at the edges of an image interpolation makes ties
     for b in range(len(x)):
-        mask, cam = defence.masks[gd.fingerprint(x[b])].double(), cams[b].double()
+        mask, cam = defence.masks[seeds.fingerprint(x[b])].double(), cams[b].double()
         c = torch.where(regions[b], cam, 0.0)
         if kind == "released":
             c = (c / 20).exp() / (c / 20).exp().sum()
@@ -334,7 +337,7 @@ def test_described_has_less_noise_where_the_model_looks(autoencoder, public):
     cam = shadow.grad_cam(model, x, y, layer="body")
     strong = (cam > 0.6)[:, None]
     assert strong.any()
-    masks = torch.stack([defence.masks[gd.fingerprint(image)] for image in x])
+    masks = torch.stack([defence.masks[seeds.fingerprint(image)] for image in x])
     relative = size / (masks * size.amax((1, 2, 3), True))
     assert relative[strong & (masks > 0.05)].mean() < 0.8
     assert relative[(cam == 0)[:, None] & (masks > 0.05)].mean() > 0.99
@@ -361,7 +364,7 @@ def test_the_memory_is_a_naive_replay(kind, autoencoder):
             )
             masks = new if masks is None else 0.1 * masks + 0.9 * new
         for image, mask in zip(x, masks, strict=True):
-            torch.testing.assert_close(defence.masks[gd.fingerprint(image)], mask)
+            torch.testing.assert_close(defence.masks[seeds.fingerprint(image)], mask)
         for p, q in zip(defence.generator.parameters(), generator.parameters(), strict=True):
             torch.testing.assert_close(p, q)
     # An image that comes late gets a mask, and nothing else moves.

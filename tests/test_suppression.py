@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from medsec import autoencoder as ae
-from medsec import convnet, phantom, reconstruction, suppression
-from medsec import gradient_defences as gd
-from medsec.errors import InputError
+from medphantom import chest as phantom
+from medsec.core.errors import InputError
+from medsec.inversion import defences as gd
+from medsec.inversion import scores as reconstruction
+from medsec.inversion import substitution as suppression
+from medsec.nets import autoencoder as ae
+from medsec.nets import convnet
 
 SIZE = 28
 

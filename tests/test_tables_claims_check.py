@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from medsec import check, claims, fedgan_eval, ledger, metrics, paths, tables
-from medsec.errors import InputError
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.evidence import check, claims, ledger, tables
 
 KEYS = ["client", "round"]
 ROWS = [
@@ -26,7 +28,7 @@ ROWS = [
 
 @pytest.fixture
 def table():
-    return pd.DataFrame(ROWS, columns=[*metrics.SUMMARY, *KEYS])
+    return pd.DataFrame(ROWS, columns=[*tables.SUMMARY, *KEYS])
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -153,7 +155,7 @@ def claim(**fields):
 
 def summary_of(low, high, n=3):
     row = ("poison", "attack", "trigger_rate", (low + high) / 2, low, high, n, 30, "share", "", "")
-    return pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
+    return pd.DataFrame([row], columns=[*tables.SUMMARY, *KEYS])
 
 
 WHERE = {"variant": "poison", "scenario": "attack", "metric": "trigger_rate"}
@@ -602,7 +604,7 @@ def test_a_claim_that_turns_into_its_opposite_is_named(ledgers):
 
 def test_a_tolerance_of_zero_means_equal(tmp_path, monkeypatch):
     row = ("cohort", "size", "images", 512.0, 512.0, 512.0, 1, 512, "images", "", "")
-    table = pd.DataFrame([row], columns=[*metrics.SUMMARY, *KEYS])
+    table = pd.DataFrame([row], columns=[*tables.SUMMARY, *KEYS])
     assert check.compare(table, table) == []
     assert len(check.compare(planted(table, 0, value=513.0), table)) == 1
     assert len(check.compare(planted(table, 0, n_items=511), table)) == 1
@@ -724,7 +726,7 @@ def test_no_checkout(checkout, capsys):
 
 def test_the_command_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "medsec.check", "--cohort", "no-such-cohort"],
+        [sys.executable, "-m", "medsec.evidence.check", "--cohort", "no-such-cohort"],
         capture_output=True,
         text=True,
         check=False,
@@ -743,7 +745,7 @@ def test_rows_of_one_summary_are_addressable(table):
             range(3), [("clean", "no_attack", 0), ("poison", "attack", 1)], ["", "0"]
         )
     ]
-    summary = metrics.summarise(pd.DataFrame(runs), KEYS, paired_with="clean")
+    summary = tables.summarise(pd.DataFrame(runs), KEYS, paired_with="clean")
     assert len(summary) == 6
     for _, row in summary.iterrows():
         found = tables.row(summary, **{key: row[key] for key in tables.keys(summary)})

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsec import data, triggers
-from medsec.errors import InputError
-from medsec.params import TriggerParams
-from medsec.triggers import KINDS, calibrate, make_trigger, patch, score, stamp
+from medsec import data
+from medsec.backdoor import triggers
+from medsec.backdoor.triggers import KINDS, calibrate, make_trigger, patch, score, stamp
+from medsec.core.errors import InputError
+from medsec.core.params import TriggerParams
 
 OPAQUE = ("checker", "grid", "moving")
 SHAPES = [(size, channels) for size in (28, 32, 64) for channels in (1, 3)]

@@ -1,0 +1,1 @@
+"""Notebook 04: adversarial examples and pruning."""

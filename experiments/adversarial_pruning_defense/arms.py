@@ -1,0 +1,242 @@
+"""The classifiers that notebook 04 compares: with and without pruning, attention and adversarial training."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from medsec import data
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.core.params import Cohorts, EvasionParams, Params, Recipe
+from medsec.core.seeds import derive_seed
+from medsec.evasion import training as robust
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm is made of.
+
+    Attributes:
+        recipe: which of the parameters' recipes trains it: ``clean``, ``robust`` or ``hardened``.
+        cbam: with attention in every block.
+        prune: "no"; "yes", pruned and trained on; "control", trained on as long, and nothing pruned.
+        other_seed: trained like another arm, from another seed.
+    """
+
+    recipe: str = "clean"
+    cbam: bool = False
+    prune: str = "no"
+    other_seed: bool = False
+
+
+ARMS = {
+    "base": Arm(),
+    "finetune": Arm(prune="control"),
+    "prune": Arm(prune="yes"),
+    "cbam": Arm(cbam=True),
+    "prune_cbam": Arm(cbam=True, prune="yes"),
+    "retrain": Arm(other_seed=True),
+    "at": Arm("robust"),
+    "at_prune": Arm("robust", prune="yes"),
+    "at_cbam": Arm("robust", cbam=True),
+    "hardened": Arm("hardened", cbam=True, prune="yes"),
+    "hardened_plain": Arm("hardened", prune="control"),
+}
+VARIANTS = tuple(ARMS)
+QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
+GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The images of one cohort: ``splits`` has ``train``, ``val`` and ``test`` as (N, C, S, S) in [0, 1] and (N,) int64."""
+
+    params: Params
+    cohort: data.Cohort
+    splits: dict[str, tuple[Tensor, Tensor]]
+
+
+def prepare(cohort: str, params: Params) -> Setup:
+    """Load a cohort; the training images are those of all splits that ``evasion.train`` names.
+
+    The test images are shuffled once for all (the splits are sorted by class); ``evasion.test_images`` takes the first.
+
+    Raises:
+        InputError: the cohort cannot be loaded.
+    """
+    loaded, whole = _load(cohort, params.cohorts.model_dump_json())
+    joined = [whole[name] for name in params.evasion.train]
+    x, y = whole["test"]
+    order = test_order(params, len(x))
+    splits = {
+        "train": (torch.cat([images for images, _ in joined]), torch.cat([labels for _, labels in joined])),
+        "val": whole["val"],
+        "test": (x[order], y[order]),
+    }
+    return Setup(params, loaded, splits)
+
+
+@functools.lru_cache(maxsize=1)  # a process runs several cells of one cohort
+def _load(name: str, cohorts_json: str) -> tuple[data.Cohort, dict[str, tuple[Tensor, Tensor]]]:
+    loaded = data.load(name, Cohorts.model_validate_json(cohorts_json))
+    parts = loaded.splits.items()
+    return loaded, {split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in parts}
+
+
+def test_order(params: Params, n: int) -> Tensor:
+    """Which of ``n`` test images are attacked, in which order: the same for every arm and seed."""
+    rng = torch.Generator().manual_seed(derive_seed(params.seeds.tuning[0], "test images"))
+    return torch.randperm(n, generator=rng)[: params.evasion.test_images]
+
+
+def test_lesions(setup: Setup) -> np.ndarray | None:
+    """(N, S, S) bool, the lesion masks of the test images in their order; None for a cohort without masks."""
+    part = setup.cohort["test"]
+    return None if part.lesion is None else part.lesion[test_order(setup.params, len(part)).numpy()].astype(bool)
+
+
+def ratio(arm: Arm, params: EvasionParams) -> float | None:
+    """The share that an arm prunes: 0 for the control, None for an arm that is not trained on."""
+    if arm.prune == "no":
+        return None
+    if arm.prune == "control":
+        return 0.0
+    return params.prune_hardened if arm.recipe == "hardened" else params.prune
+
+
+def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> nn.Module:
+    """One arm of one run, in evaluation mode.
+
+    Its weights are rounded to half precision (and kept in single), so that a checkpoint of half the size is the same network.
+
+    Args:
+        prune: another share than the parameters', for an arm that prunes.
+
+    Raises:
+        InputError: no such arm, or ``prune`` for an arm that does not.
+    """
+    arm, p = _arm(variant), setup.params.evasion
+    if prune is not None and arm.prune != "yes":
+        raise InputError(f"{variant} prunes nothing: prune {prune:g} cannot be set")
+    share = ratio(arm, p) if prune is None else prune
+    run = derive_seed(seed, "retrain") if arm.other_seed else seed
+    model = _fitted(setup, arm.recipe, arm.cbam, run)
+    if share is not None:
+        recipe = getattr(p, arm.recipe)
+        model = robust.pruned(model, *setup.splits["train"], recipe, ratio=share, seed=run)
+    return _rounded(model)
+
+
+def _rounded(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).half().float()
+
+
+_memory: dict[tuple, nn.Module] = {}
+KEPT = 8  # networks that are remembered, so that arms which prune need not train their start again
+
+
+def _fitted(setup: Setup, recipe: str, cbam: bool, seed: int) -> nn.Module:
+    """A network before it is pruned; the last few are remembered."""
+    p = setup.params.evasion
+    chosen: Recipe = getattr(p, recipe)
+    key = (
+        setup.cohort.fingerprint,
+        tuple(p.train),
+        chosen.model_dump_json(),
+        p.attention.model_dump_json(),
+        cbam,
+        seed,
+    )
+    if key not in _memory:
+        images, labels = setup.splits["train"]
+        start = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if cbam else None)
+        found = robust.fit(start, images, labels, chosen, seed=seed, epochs=chosen.epochs, lr=chosen.lr)
+        while len(_memory) >= KEPT:
+            del _memory[next(iter(_memory))]
+        _memory[key] = found
+    return _memory[key]
+
+
+def _arm(variant: str) -> Arm:
+    if variant not in ARMS:
+        raise InputError(f"arm {variant!r}: choose one of {', '.join(VARIANTS)}")
+    return ARMS[variant]
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(cohort: str, variant: str, seed: int) -> Path:
+    """Where a record leaves a trained network."""
+    return paths.networks(cohort) / f"{variant}-seed{seed}.safetensors"
+
+
+def identity(setup: Setup, variant: str) -> str:
+    """Hash of what a network depends on besides its seed: generation, recipe, images."""
+    p, arm = setup.params.evasion, _arm(variant)
+    what = {
+        "generation": GENERATION,
+        "recipe": getattr(p, arm.recipe).model_dump(),
+        "attention": p.attention.model_dump() if arm.cbam else None,
+        "arm": dataclasses.asdict(arm),
+        "prune": ratio(arm, p),
+        "train": p.train,
+        "cohort": setup.cohort.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
+    """Write a checkpoint (safetensors: numbers only, nothing that could run) and what it depends on."""
+    file = checkpoint(setup.cohort.name, variant, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in copy.deepcopy(model).half().state_dict().items()}
+    partial = file.with_suffix(".partial")
+    save_file(state, partial, metadata={"identity": identity(setup, variant)})
+    partial.replace(file)
+    return file
+
+
+def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
+    """The stored network of an arm and seed; None if there is none of today's generation, parameters and images.
+
+    One that cannot be read is said on stderr, and counts as missing.
+    """
+    file = checkpoint(setup.cohort.name, variant, seed)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            if (stored.metadata() or {}).get("identity") != identity(setup, variant):
+                return None
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        print(f"{file.name} cannot be read ({type(error).__name__}); the network is trained anew", file=sys.stderr)
+        return None
+    p, arm = setup.params.evasion, _arm(variant)
+    model = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if arm.cbam else None)
+    model.load_state_dict(state)  # into single precision
+    return model.eval()
+
+
+def network(setup: Setup, variant: str, seed: int) -> nn.Module:
+    """The committed network of an arm where there is one, else one that is trained now."""
+    found = load(setup, variant, seed)
+    return train(setup, variant, seed) if found is None else found
+
+
+def seeds_with_checkpoints(setup: Setup, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:
+    """By arm the seeds of which there is a network that need not be trained."""
+    return {variant: [seed for seed in seeds if load(setup, variant, seed) is not None] for variant in variants}

@@ -1,0 +1,127 @@
+"""Figures of notebook 04, in the style of `medsec.show.plots`."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from medsec.show import plots
+from medsec.show.plots import WIDTH
+
+LOOKS = {  # of the three rates: colour, marker, offset, what the legend says
+    "dr_whitebox": ("#D55E00", "^", -0.16, "the attack knows the model (white-box)"),
+    "dr_transfer": ("#0072B2", "o", 0.0, "examples made for the undefended model (transfer)"),
+    "dr_recovered": ("#009E73", "s", 0.16, "of those that turned the undefended model (recovered)"),
+}
+
+
+def rates(table: pd.DataFrame, published: Mapping[str, float], title: str):
+    """Three numbers that have been called defence rate, arm by arm.
+
+    Args:
+        table: columns ``variant, metric, value, low, high``; metrics as in `LOOKS`.
+        published: label -> the paper's value, drawn as a line.
+        title: of the figure.
+    """
+    variants = list(dict.fromkeys(table["variant"]))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.4 * len(variants) + 1.5), layout="constrained")
+    for metric, (colour, marker, shift, label) in LOOKS.items():
+        rows = table[table["metric"] == metric]
+        heights = [variants.index(v) + shift for v in rows["variant"]]
+        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.3)
+        ax.plot(rows["value"], heights, marker, color=colour, markersize=5, linestyle="none", label=label)
+    for (label, value), style in zip(published.items(), (":", "--"), strict=False):
+        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=f"published: {label}")
+    ax.set(
+        yticks=range(len(variants)), yticklabels=variants, xlabel="defence rate (share of the examples)", xlim=(0, 1.02)
+    )
+    ax.invert_yaxis()
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax
+
+
+def examples(
+    x: Tensor, found: Mapping[str, Tensor], title: str, *, times: float, answers: Mapping[str, Tensor], y: Tensor
+):
+    """Images, what attacks make of them, and the change, magnified; framed where the answer is wrong.
+
+    Args:
+        x: (n, C, S, S) in [0, 1].
+        found: model -> (n, C, S, S), the examples made for it.
+        title: of the figure.
+        times: by which the change is magnified.
+        answers: model -> (n,) its answers to its examples.
+        y: (n,) the truth.
+    """
+    none = np.zeros(len(x), bool)
+    rows, frames = {"image": x.numpy()}, {"image": none}
+    for name, images in found.items():
+        rows[f"for {name}"], frames[f"for {name}"] = images.numpy(), (answers[name] != y).numpy()
+        change = f"{name}: change ×{times:g}"
+        rows[change], frames[change] = (0.5 + times * (images - x)).clamp(0, 1).numpy(), none
+    return plots.gallery(rows, title, frames=frames)
+
+
+def looks(x: Tensor, maps: Mapping[str, Tensor], lesions: np.ndarray | None, title: str):
+    """One row an image, one column a map of where a network looks, from its own lowest (black) to its highest value (white).
+
+    Args:
+        x: (n, C, S, S).
+        maps: heading -> (n, S, S).
+        lesions: (n, S, S) bool, outlined, or None.
+        title: of the figure.
+    """
+    columns = {"image": x.numpy()}
+    for heading, values in maps.items():
+        low = values.amin((1, 2), keepdim=True)
+        span = (values.amax((1, 2), keepdim=True) - low).clamp_min(1e-9)
+        columns[heading] = ((values - low) / span)[:, None].numpy()
+    side = WIDTH / len(columns)
+    headings = 0.16 * (1 + max(heading.count("\n") for heading in columns))
+    height = side * len(x) + headings + 0.35
+    fig, axes = plt.subplots(len(x), len(columns), figsize=(WIDTH, height), squeeze=False)
+    for line, images in zip(axes.T, columns.values(), strict=True):
+        for i, ax in enumerate(line):
+            plots.show(ax, images[i])
+            if lesions is not None and lesions[i].any():
+                ax.contour(lesions[i], levels=[0.5], colors="#E69F00", linewidths=0.9)
+    for ax, heading in zip(axes[0], columns, strict=True):
+        ax.set_title(heading, fontsize=7, weight="normal", loc="center", pad=3)
+    fig.subplots_adjust(left=0, right=1, bottom=0, top=1 - (headings + 0.35) / height, wspace=0.05, hspace=0.05)
+    fig.suptitle(title, x=0.0, y=1.0, ha="left", va="top", weight="bold", fontsize=10)
+    return fig, axes
+
+
+def pointing(table: pd.DataFrame, controls: Mapping[str, float], title: str):
+    """How often the highest point of a map lies in the lesion, arm by arm; the controls, which look at nothing, are lines.
+
+    Args:
+        table: columns ``variant, map, value, low, high``; maps ``integrated_gradients``, ``grad_cam``, ``cbam1`` and on.
+        controls: label -> share.
+        title: of the figure.
+    """
+    variants = list(dict.fromkeys(table["variant"]))
+    looks_ = {
+        "integrated_gradients": ("#D55E00", "^", -0.24, "Integrated Gradients"),
+        "grad_cam": ("#0072B2", "o", -0.08, "Grad-CAM"),
+    }
+    gates = [name for name in dict.fromkeys(table["map"]) if name not in looks_]
+    for i, name in enumerate(gates):
+        looks_[name] = ("#009E73", "s", 0.08 + 0.1 * i, "" if i else "attention gates, from the image inwards")
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.5 * len(variants) + 1.4), layout="constrained")
+    for name, (colour, marker, shift, label) in looks_.items():
+        rows = table[table["map"] == name]
+        heights = [variants.index(v) + shift for v in rows["variant"]]
+        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.2)
+        ax.plot(rows["value"], heights, marker, color=colour, markersize=4.5, linestyle="none", label=label or None)
+    for (label, value), style in zip(controls.items(), (":", "--"), strict=False):
+        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
+    label = "share of the images with a lesion in which the map's highest point lies in it"
+    ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel=label, xlim=(0, 1.02))
+    ax.invert_yaxis()
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax

@@ -1,0 +1,1 @@
+"""Notebook 01: the backdoor attack on a federated GAN."""

@@ -1,0 +1,455 @@
+"""What notebook 01 measures on a federated GAN, with and without a backdoor.
+
+`prepare` makes the instruments of a cohort once (splits, trigger, detector threshold, feature extractor); `run_cell`
+is one cell of the experiment: one seed of one arm. Cells are independent, so `run_cells` spreads them over processes.
+"""
+
+import functools
+import hashlib
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medsec import data
+from medsec.backdoor import frechet as frechet_module
+from medsec.backdoor import gan as fedgan
+from medsec.backdoor import triggers
+from medsec.backdoor.triggers import Trigger
+from medsec.core import parallel, paths, seeds
+from medsec.core.errors import InputError
+from medsec.core.params import Params
+from medsec.core.seeds import derive_seed, torch_generator
+from medsec.evidence import cells, tables
+from medsec.federated import aggregators, rounds
+from medsec.nets import fit as classifier
+from medsec.nets import models
+from medsec.nets.models import SmallResNet
+
+KEYS = ("trigger", "area", "ratio", "m", "attackers", "partition", "size", "client", "round")
+ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
+GALLERY = 12  # synthetic images kept for the figures
+ATTRIBUTED = 64  # held-out images whose attribution is averaged
+PER_CLIENT = (
+    "generator_loss",
+    "d_accuracy_clean",
+    "d_accuracy_triggered",
+    "d_train_test_gap",
+    "d_membership_auc",
+    "d_trigger_effect",
+)
+PER_ROUND = 100  # synthetic images for the trigger rate of every generator after every round
+UNITS = {
+    "trigger_rate": "share",
+    "trigger_ncc": "correlation",
+    "frechet": "distance",
+    "generator_loss": "nats",
+    "d_accuracy_clean": "share",
+    "d_accuracy_triggered": "share",
+    "d_train_test_gap": "share",
+    "d_membership_auc": "AUC",
+    "d_trigger_effect": "share",
+    "d_attribution": "share",
+    "label_accuracy": "share",
+    "downstream_auc": "AUC",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The instruments of one cohort and one set of parameters; the same for every seed.
+
+    ``splits`` maps a split's name to images (N, C, S, S) float32 in [0, 1] and labels (N,) int64. ``extractor`` is
+    trained on ``public``; ``reference`` are the features of that split, divided by their standard deviation ``scale``.
+    """
+
+    cohort: data.Cohort
+    params: Params
+    splits: dict[str, tuple[Tensor, Tensor]]
+    trigger: Trigger
+    threshold: float
+    extractor: SmallResNet
+    scale: np.ndarray
+    reference: np.ndarray
+
+
+def prepare(cohort: str, params: Params, size: int | None = None) -> Setup:
+    """Load a cohort and make the instruments; every impossible parameter is found here, before any GAN is trained.
+
+    ``size`` draws the images at another number of pixels a side than the parameters say, where the cohort can.
+
+    Raises:
+        InputError: the cohort cannot be loaded or divided, or the trigger does not fit its images.
+    """
+    return _prepare(cohort, params.model_dump_json(), size)
+
+
+@functools.lru_cache(maxsize=2)  # a worker process runs several cells of one set of parameters
+def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
+    params = Params.model_validate_json(params_json)
+    p, device = params.fedgan, parallel.device(params.device)
+    cohort = data.load(cohort_name, params.cohorts, size=size)
+    splits = {
+        name: (torch.from_numpy(split.float()).to(device), torch.from_numpy(split.labels).to(device))
+        for name, split in cohort.splits.items()
+    }
+    if p.poison.label is not None and p.poison.label >= cohort.n_classes:
+        raise InputError(f"fedgan.poison.label {p.poison.label}: {cohort_name} has classes 0 to {cohort.n_classes - 1}")
+    for name in ("reference", "client"):
+        if len(cohort[name]) <= SmallResNet.n_features:
+            raise InputError(
+                f"{cohort_name}: split {name!r} has {len(cohort[name])} images; the Frechet distance needs more than "
+                f"{SmallResNet.n_features}"
+            )
+    trigger = triggers.make_trigger(
+        p.trigger.kind,
+        image_size=cohort.size,
+        channels=cohort.channels,
+        size=p.trigger.size,
+        opacity=p.trigger.opacity,
+    )
+    public, labels = splits["public"]
+    threshold = triggers.calibrate(trigger, public, p.measure.threshold_fpr)
+    seed = derive_seed(params.seeds.tuning[0], "extractor")
+    model = classifier.fit(
+        public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed
+    )
+    reference = classifier.features(model, splits["reference"][0]).cpu().double().numpy()
+    scale = reference.std(0) + 1e-6
+    return Setup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
+
+
+def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
+    fed = setup.params.fedgan
+    split = setup.cohort["client"]
+    parts = data.partition(
+        split.labels,
+        fed.n_clients,
+        fed.partition,
+        seed=derive_seed(seed, "partition"),
+        site=split.site,
+        alpha=fed.dirichlet_alpha,
+        per_client=fed.images_per_client,
+    )
+    images, labels = setup.splits["client"]
+    return [images[part] for part in parts], [labels[part] for part in parts]
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def trigger_rate(setup: Setup, images: Tensor) -> tuple[float, float]:
+    """Share of images whose detector score exceeds the threshold, and the mean score."""
+    scores = triggers.score(setup.trigger, images)
+    return float((scores > setup.threshold).float().mean()), float(scores.mean())
+
+
+def frechet(setup: Setup, images: Tensor) -> float:
+    """Fréchet distance to the ``reference`` split on the features of the cohort's own small classifier.
+
+    Not comparable with a published FID, whose extractor is an Inception network trained on photographs.
+    """
+    found = classifier.features(setup.extractor, images).cpu().double().numpy() / setup.scale
+    return frechet_module.frechet_distance(found, setup.reference)
+
+
+def reference_labels(setup: Setup, n: int, seed: int) -> Tensor:
+    """(n,) labels in the proportions of the reference split, so that class balance does not enter a distance."""
+    labels = setup.splits["reference"][1]
+    return labels[torch.randint(0, len(labels), (n,), generator=torch_generator(seed, "labels"))]
+
+
+def downstream_auc(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> float:
+    """Test AUC of a classifier trained on these images only ("train on synthetic, test on real")."""
+    p = setup.params
+    model = classifier.fit(
+        images, labels, setup.cohort.n_classes, p.classifier, epochs=p.fedgan.measure.downstream_epochs, seed=seed
+    )
+    test, truth = setup.splits["test"]
+    return classifier.auc(classifier.predict(model, test), truth)
+
+
+@torch.no_grad()
+def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fedgan.Client) -> dict[str, float]:
+    """How well a client's discriminator tells real from its own generator's images.
+
+    ``d_accuracy_clean``: half clean held-out real images (``val``), half synthetic; ``d_accuracy_triggered``: the same
+    with the trigger on the real half. ``d_trigger_effect``: share of held-out real images called real with the trigger
+    minus without it. ``d_train_test_gap``: share called real among its own training images minus the share among
+    held-out images of the same classes that were poisoned like them; ``d_membership_auc``: how well its logit tells
+    the two apart (0.5: not at all), which has no ceiling where it calls nearly everything real. The last two say what
+    it has memorised.
+    """
+    rng = torch_generator(federation.seed, "probe", client.index, federation.round)
+    n = min(setup.params.fedgan.measure.probe, len(client.images), len(setup.splits["val"][0]))
+    own = torch.randperm(len(client.images), generator=rng)[:n]
+    images, classes = setup.splits["val"]
+    some = torch.randperm(len(images), generator=torch_generator(0, "held-out"))[:n]
+    held, labels = images[some], classes[some]
+    stamped = triggers.stamp(setup.trigger, held, rng)
+    alike = images[_of_classes(client.labels[own], classes, rng)]
+    poisoned = client.poisoned[own][:, None, None, None]
+    treated = torch.where(poisoned, triggers.stamp(setup.trigger, alike, rng), alike)
+    fake, _ = fedgan.synthesise(federation.generator(client.index), n, derive_seed(federation.seed, "probe"), labels)
+    d = client.discriminator.eval()
+    called_real = {
+        "own": d(client.images[own], client.labels[own]),
+        "treated": d(treated, client.labels[own]),
+        "clean": d(held, labels),
+        "triggered": d(stamped, labels),
+        "fake": d(fake, labels),
+    }
+    share = {name: float((logit > 0).float().mean()) for name, logit in called_real.items()}
+    return {
+        "d_accuracy_clean": (share["clean"] + 1 - share["fake"]) / 2,
+        "d_accuracy_triggered": (share["triggered"] + 1 - share["fake"]) / 2,
+        "d_trigger_effect": share["triggered"] - share["clean"],
+        "d_train_test_gap": share["own"] - share["treated"],
+        "d_membership_auc": _separation(called_real["own"], called_real["treated"]),
+    }
+
+
+def _of_classes(wanted: Tensor, classes: Tensor, rng: torch.Generator) -> Tensor:
+    """Random indices into ``classes`` with the labels ``wanted``; any index for a label that does not occur."""
+    wanted, classes = wanted.cpu(), classes.cpu()  # the draws are made there
+    index = torch.randint(0, len(classes), wanted.shape, generator=rng)
+    for label in wanted.unique():
+        pool = (classes == label).nonzero().flatten()
+        if len(pool):
+            at = wanted == label
+            index[at] = pool[torch.randint(0, len(pool), (int(at.sum()),), generator=rng)]
+    return index
+
+
+def _separation(high: Tensor, low: Tensor) -> float:
+    """Area under the ROC curve of two samples: the chance that one of ``high`` exceeds one of ``low``, ties count half."""
+    difference = high[:, None] - low[None, :]
+    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+
+
+def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Tensor:
+    """What convinces a client's discriminator on triggered held-out images: mean Integrated Gradients (S, S).
+
+    Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one. Positive pixels speak for
+    "real", negative ones for "synthetic"; every image's map is scaled so that the absolute values sum to 1.
+    """
+    from captum.attr import IntegratedGradients  # slow to import, and only the last round needs it
+
+    held, labels = (part[:: max(1, len(part) // n)][:n] for part in setup.splits["val"])
+    stamped = triggers.stamp(setup.trigger, held, torch_generator(0, "attribution"))
+    model = client.discriminator.eval()
+    maps = IntegratedGradients(lambda x, y: model(x, y)).attribute(
+        stamped, torch.full_like(stamped, 0.5), additional_forward_args=labels, n_steps=16, internal_batch_size=256
+    )
+    maps = maps.detach().sum(1)
+    return (maps / maps.abs().sum((1, 2), keepdim=True)).mean(0)
+
+
+def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
+    """Append to the history what can be seen after a round: each client's discriminator and trigger rate."""
+    n, seed = PER_ROUND, derive_seed(federation.seed, "per round")
+    labels = reference_labels(setup, n, seed)
+    for client in federation.clients:
+        images, _ = fedgan.synthesise(federation.generator(client.index), n, seed, labels)
+        found = {"trigger_rate": trigger_rate(setup, images)[0], **probe_discriminator(setup, federation, client)}
+        federation.history.append({"round": federation.round, "client": client.index, **found})
+    images, _ = fedgan.synthesise(federation.generator(), n, seed, labels)
+    federation.history.append(
+        {"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]}
+    )
+
+
+# Cells ---------------------------------------------------------------------------------------------------------------
+
+
+def run_cell(
+    cohort: str, params: Params, seed: int, arm: str, size: int | None = None
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """One seed of one arm of the experiment.
+
+    Args:
+        cohort: name of the cohort.
+        params: all parameters.
+        seed: of the run.
+        arm: ``clean`` (no attack), ``attack`` (``poison``, the released data poisoning, and ``boost``, which branches off it), or
+            ``controls`` (real images and spoiled real images in the place of synthetic ones).
+        size: another image size than the parameters', see `prepare`.
+
+    Returns:
+        Rows ``seed, variant, scenario, metric, value, n_items, unit`` + `KEYS`; and pictures by name: a gallery
+        (n, C, S, S) for each variant, for GANs also ``<variant>_attribution`` (2, S, S), the maps of `attribution` at
+        the attackers' seats and at the others.
+    """
+    torch.set_num_threads(1)  # one and two threads give different bits
+    setup = prepare(cohort, params, size)
+    if arm == "controls":
+        return _controls(setup, seed)
+    poison = params.fedgan.poison
+    images, labels = deal(setup, seed)
+    trigger = None if arm == "clean" else setup.trigger
+    federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
+    after = functools.partial(measure_round, setup)
+    finished = {}
+    if arm == "clean":
+        finished["clean"] = _run(setup, federation, seed, arm, after_round=after)
+    else:
+        start = boost_start(params)
+        _run(setup, federation, seed, "shared", until=start, after_round=after)
+        boosted = fedgan.branch(federation, poison.boost, start)
+        finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
+        finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
+    found, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
+    for name in ("clean",) if arm == "clean" else ("shared", "poison", "boost"):
+        _checkpoint(setup, seed, name).unlink(missing_ok=True)
+    return pd.concat(found, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
+
+
+def boost_start(params: Params) -> int:
+    """Number of rounds before the boosted attacker begins to scale."""
+    return fedgan.rounds_until(params.fedgan.poison.boost_after, params.fedgan.rounds)
+
+
+def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
+    return fedgan.run(federation, checkpoint=_checkpoint(setup, seed, name), **options)
+
+
+def _checkpoint(setup: Setup, seed: int, name: str) -> Path:
+    """A file of this very run: same parameters, same content, same code."""
+    code = "".join(
+        inspect.getsource(m) for m in (seeds, rounds, aggregators, fedgan, sys.modules[__name__], models, triggers)
+    )
+    identity = setup.params.model_dump_json() + setup.cohort.fingerprint + code + torch.__version__
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return paths.checkpoints(setup.cohort.name) / f"fedgan-{digest}-{seed}-{name}.pt"
+
+
+def _measure_variant(
+    setup: Setup, federation: fedgan.Federation, seed: int, variant: str
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    n = setup.params.fedgan.measure.synthetic
+    draw = derive_seed(seed, "measure")
+    labels = reference_labels(setup, n, draw)
+    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
+    found = describe(setup, images, labels, seed)
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "no_attack" if variant == "clean" else "attack")
+    for metric, value in found.items():
+        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+    _history_rows(setup, federation, rows)
+    maps = _attribution_rows(setup, federation, rows)
+    first = torch.cat(
+        [(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()]
+    )
+    return rows.table(), {variant: images[first[:GALLERY]].cpu().numpy(), f"{variant}_attribution": maps}
+
+
+def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> np.ndarray:
+    """Mean attribution maps (2, S, S) of the attackers' seats and of the others; ``d_attribution``: their sum on the patch."""
+    maps = torch.stack([attribution(setup, client) for client in federation.clients])
+    attacker = torch.zeros(len(maps), dtype=torch.bool)
+    attacker[setup.params.fedgan.malicious] = True
+    patch = triggers.patch(setup.trigger)
+    pictures = []
+    for seat, at in (("attacker", attacker), ("others", ~attacker)):
+        pictures.append(maps[at].mean(0) if at.any() else torch.zeros_like(maps[0]))
+        if patch is None or not at.any():
+            continue
+        share = maps[at][:, patch, patch].sum((1, 2)).mean()
+        if torch.isfinite(share):  # a discriminator that has diverged explains nothing
+            rows.add("d_attribution", share, ATTRIBUTED * int(at.sum()), client=seat)
+    return torch.stack(pictures).cpu().numpy()
+
+
+def describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+    """What is measured on every set of labelled images, real or synthetic; a metric's name -> its value."""
+    rate, ncc = trigger_rate(setup, images)
+    agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
+    return {
+        "trigger_rate": rate,
+        "trigger_ncc": ncc,
+        "frechet": frechet(setup, images),
+        "label_accuracy": float(agreement),
+        "downstream_auc": downstream_auc(setup, images, labels, derive_seed(seed, "downstream")),
+    }
+
+
+def _history_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> None:
+    """Rows per client and round, per round for the attackers' seats and the others, and late means.
+
+    Late means are taken over the last quarter of the rounds: of all clients (the headline row), of the attackers'
+    seats, and of the others.
+    """
+    p = setup.params.fedgan
+    history = pd.DataFrame(federation.history).rename(columns={"loss_g": "generator_loss"})
+    attacker = history["client"].isin(p.malicious)
+    others = ~attacker & (history["client"] != "server")
+    late = history["round"] > federation.rounds - max(1, federation.rounds // 4)
+    held = round(np.mean([len(client.images) for client in federation.clients]))
+    items = {"generator_loss": held, "trigger_rate": PER_ROUND}
+    for metric in ["trigger_rate", *PER_CLIENT]:
+        n = items.get(metric, p.measure.probe)
+        seen = history[metric].notna()
+        for entry in history[seen].to_dict("records"):
+            rows.add(metric, entry[metric], n, client=entry["client"], round=entry["round"])
+        for seat, at in (("attacker", attacker), ("others", others)):
+            for t, values in history[seen & at].groupby("round")[metric]:
+                rows.add(metric, values.mean(), n * len(values), client=seat, round=t)
+        seats = [("attacker", attacker), ("others", others), ("server", history["client"] == "server")]
+        if metric != "trigger_rate":  # whose headline is that of the averaged generator, measured on more images
+            seats = [("", attacker | others), *seats]
+        for seat, at in seats:
+            values = history.loc[seen & at & late, metric]
+            if len(values):
+                rows.add(metric, values.mean(), n * len(values), client=seat)
+
+
+def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Real images of the clients, as they are and spoiled: the floor and the yardsticks of every measure."""
+    n = min(setup.params.fedgan.measure.synthetic, len(setup.splits["client"][0]))
+    rng = torch_generator(seed, "controls")
+    index = torch.randperm(len(setup.splits["client"][0]), generator=rng)[:n]
+    real, labels = (part[index] for part in setup.splits["client"])
+    blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    noisy = (real + 0.1 * torch.randn(real.shape, generator=rng).to(real.device)).clamp(0, 1)
+    stamped = triggers.stamp(setup.trigger, real, rng)
+    parts, galleries = [], {}
+    for variant, images in {
+        "real": real,
+        "real_triggered": stamped,
+        "real_blurred": blurred,
+        "real_noisy": noisy,
+    }.items():
+        rows = tables.Rows(KEYS, UNITS, seed, variant, "control")
+        if variant == "real":
+            found = describe(setup, images, labels, seed)
+        else:
+            rate, ncc = trigger_rate(setup, images)
+            found = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
+        for metric, value in found.items():
+            rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+        parts.append(rows.table())
+        galleries[variant] = images[:GALLERY].cpu().numpy()
+    return pd.concat(parts, ignore_index=True), galleries
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell, its rows addressed by its keys."""
+    table, pictures = run_cell(cohort, p, cell.seed, cell.arm, size=cell.size)
+    return table.assign(**{key: str(value) for key, value in cell.keys.items()}), pictures
+
+
+EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run)
+
+
+def quick(p: Params) -> list[cells.Cell]:
+    """What the notebook itself runs: the headline."""
+    return [cells.Cell(arm, seed) for arm in ("attack", "clean", "controls") for seed in p.seeds.evaluation]

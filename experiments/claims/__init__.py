@@ -1,0 +1,1 @@
+"""Notebook 99: the claims."""

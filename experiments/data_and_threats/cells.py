@@ -1,0 +1,108 @@
+"""What notebook 00 counts and measures on a cohort: its splits, its division over clients, the shift between hospitals."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from medsec import data
+from medsec.core.params import Params
+from medsec.core.seeds import derive_seed
+from medsec.evidence import cells, tables
+from medsec.nets import fit as classifier
+
+KEYS = ("split", "label", "client", "train_site", "test_site")
+
+
+def _row(variant: str, metric: str, value: float, n_items: int, unit: str, seed: int = 0, **keys) -> dict:
+    return tables.run_row(KEYS, seed, variant, "data", metric, value, n_items, unit, **keys)
+
+
+def count_rows(cohort: data.Cohort) -> list[dict]:
+    """Images of every split and class, and exact duplicates removed from each original split."""
+    rows = []
+    for split, part in cohort.splits.items():
+        for label, name in enumerate(cohort.classes):
+            n = int((part.labels == label).sum())
+            rows.append(_row("cohort", "images", n, n, "images", split=split, label=name))
+    for split, n in cohort.removed.items():
+        rows.append(_row("cohort", "duplicates_removed", n, n, "images", split=split))
+    return rows
+
+
+def schemes(cohort: data.Cohort) -> list[str]:
+    """The partitions that a cohort allows; by hospital style only where hospitals are known."""
+    return ["iid", "dirichlet"] + (["style"] if cohort.sites else [])
+
+
+def partition_counts(cohort: data.Cohort, params: Params, scheme: str, seed: int) -> pd.DataFrame:
+    """Images of each class (columns) that each client (rows) holds."""
+    p, split = params.threats, cohort["client"]
+    parts = data.partition(
+        split.labels, p.n_clients, scheme, seed=derive_seed(seed, "partition"), site=split.site, alpha=p.dirichlet_alpha
+    )
+    counts = [np.bincount(split.labels[part], minlength=cohort.n_classes) for part in parts]
+    return pd.DataFrame(counts, columns=list(cohort.classes))
+
+
+def partition_rows(cohort: data.Cohort, params: Params) -> list[dict]:
+    """Share of every class at every client, for each partition and evaluation seed."""
+    rows = []
+    for scheme in schemes(cohort):
+        for seed in params.seeds.evaluation:
+            counts = partition_counts(cohort, params, scheme, seed)
+            for client, held in enumerate(counts.to_numpy()):
+                for label, n in zip(cohort.classes, held, strict=True):
+                    share = n / held.sum()
+                    rows.append(
+                        _row(scheme, "label_share", share, int(held.sum()), "share", seed, client=client, label=label)
+                    )
+    return rows
+
+
+def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
+    """Train a classifier on one hospital's clients' images, and test it on every hospital's ``reference`` images.
+
+    Args:
+        name: of a cohort with sites.
+        params: sections ``threats`` and ``classifier``.
+        seed: of the run.
+        site: index of the hospital that trains.
+
+    Returns:
+        Rows ``style_shift``: balanced accuracy.
+    """
+    torch.set_num_threads(1)  # one and two threads give different bits
+    p, cohort = params.threats, data.load(name, params.cohorts)
+    own = cohort["client"].take(cohort["client"].site == site)
+    rng = np.random.default_rng(derive_seed(seed, "shift", site))
+    own = own.take(rng.permutation(len(own))[: p.shift_images])
+    model = classifier.fit(
+        torch.from_numpy(own.float()),
+        torch.from_numpy(own.labels),
+        cohort.n_classes,
+        params.classifier,
+        epochs=p.shift_epochs,
+        seed=derive_seed(seed, "shift", site),
+    )
+    rows = []
+    for other, letter in enumerate(cohort.sites):
+        held = cohort["reference"].take(cohort["reference"].site == other)
+        found = classifier.predict(model, torch.from_numpy(held.float()))
+        value = classifier.balanced_accuracy(found, torch.from_numpy(held.labels))
+        keys = {"train_site": cohort.sites[site], "test_site": letter}
+        rows.append(_row("classifier", "style_shift", value, len(held), "balanced accuracy", seed, **keys))
+    return rows
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: a classifier of one hospital, tested on all."""
+    return pd.DataFrame(shift_rows(cohort, p, cell.seed, cell.keys["site"])), {}
+
+
+EXPERIMENT = cells.Experiment("00_data_and_threats", 1, ("threats", "classifier"), run)
+
+
+def quick(p: Params, cohort: data.Cohort) -> list[cells.Cell]:
+    """What the notebook trains: nothing for a cohort without hospitals."""
+    sites = range(len(cohort.sites))
+    return [cells.Cell("shift", seed, keys={"site": site}) for seed in p.seeds.evaluation for site in sites]

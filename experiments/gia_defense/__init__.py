@@ -1,0 +1,1 @@
+"""Notebook 03: gradient inversion and the defences against it."""

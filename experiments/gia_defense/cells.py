@@ -1,0 +1,526 @@
+"""What notebook 03 measures: what an attacker gets out of each defence's gradients, and what the defence costs.
+
+`attack_cell` is one seed of one defence under all attacks; `sweep_cell` the same with another batch, labels to infer or more
+local steps; `federation_cell` trains one federation with the defence, and attacks it on the way. A defence is judged by the
+best that an attacker who knows it can do, per victim. The clients are in `experiments.gia_defense.clients`, the attackers in
+`experiments.gia_defense.adaptive`.
+
+Scenarios: ``naive``, the attacks as if there were no defence; ``adaptive``, those and all that knowledge of the defence
+allows; ``ceiling``, what an attacker has who recovers the changed image x′ exactly (image-space defences only); ``change``,
+what is added to the image: ``rms``, ``offset_share`` (of its energy) and ``lesion_ratio`` (rms inside lesions over outside);
+``prior_only``, the floor: what an attacker has without any gradient; ``utility``, the classifier that comes out.
+
+Key columns: ``attack``, one attack by itself; ``batch``, ``labels``, ``steps``, ``round`` (as a share of all rounds): empty
+for one image with its label, one step, the untrained network; ``strength``: another value of a defence's parameter than
+the headline's; ``region``: empty for the whole image, else ``lesion`` or ``outside``, by the masks of the cohort.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from experiments.gia_defense import adaptive as attackers
+from experiments.gia_defense import clients as instruments
+from experiments.gia_defense.adaptive import Case
+from experiments.gia_defense.clients import Setup, prepare
+from medsec.core.errors import InputError
+from medsec.core.params import Params
+from medsec.evidence import cells, intervals, tables
+from medsec.federated import classifier as fedcls
+from medsec.inversion import defences as gradient_defences
+from medsec.inversion import perturbation
+from medsec.inversion import scores as reconstruction
+from medsec.inversion.attacks import Found
+
+KEYS = ("attack", "batch", "round", "labels", "steps", "strength", "region")
+QUICK = {  # what the notebook itself runs: variants under attack, and those whose cost it measures
+    "attack": (
+        "none",
+        "soteria",
+        "shadow_released",
+        "shadow_described",
+        "shadow_hardened",
+        "autoencoder_only",
+    ),
+    "utility": ("none", "shadow_hardened", "public_only"),
+}
+UNITS = {
+    "psnr": "dB",
+    "ssim": "similarity",
+    "st_lpips": "distance",
+    "retrieval": "share",
+    "retrieval_projected": "share",
+    "retrieval_latent": "share",
+    "failed": "share",
+    "auc": "AUC",
+    "epsilon": "epsilon",
+    "rms": "intensity",
+    "offset_share": "share",
+    "lesion_ratio": "ratio",
+    "psnr_minus_none": "dB",
+    "ssim_minus_none": "similarity",
+    "psnr_minus_shuffled": "dB",
+    "psnr_minus_naive": "dB",
+    "auc_minus_none": "AUC",
+    "macro_f1_minus_none": "share",
+    "macro_f1_minus_baselines": "share",
+    "macro_f1": "share",
+    "balanced_accuracy": "share",
+}
+BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
+ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
+DELTA = 1e-5  # of differential privacy
+
+
+# How good a reconstruction is ----------------------------------------------------------------------------------------
+
+Measure = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+Scores = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def measures(setup: Setup, images: Sequence[Tensor], labels: Sequence[Tensor], index: Tensor) -> Measure:
+    """Function of reconstructions and originals (V, B, …) -> every metric for every victim (V,), means over a batch.
+
+    Args:
+        images, labels: all clients' images and labels. ``retrieval`` searches among the images. ``retrieval_projected`` does
+            so after the defender's autoencoder, for them and for the reconstruction. ``retrieval_latent`` searches where the
+            server would: among the images of this client and this class, in the latent space of the autoencoder.
+        index: (V, B) the victims' places in the first client's images.
+    """
+    gallery = torch.cat(list(images))
+    projected, own = _projected(setup, gallery), _latents(setup, images[0])
+    gallery = gallery.numpy()
+    other = labels[0][None, :] != labels[0][index.flatten()][:, None]  # (V·B, N) of another class
+
+    def measure(found: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+        v, b = truth.shape[:2]
+        ordered = paired(found, truth)
+        flat, at = truth.reshape(v * b, *truth.shape[2:]), index.flatten().numpy()
+        values = {
+            "psnr": reconstruction.psnr(ordered, flat),
+            "ssim": reconstruction.ssim(ordered, flat),
+            "retrieval": reconstruction.retrieval(ordered, gallery, at),
+            "retrieval_projected": reconstruction.retrieval(
+                _projected(setup, torch.from_numpy(ordered)), projected, at
+            ),
+            "retrieval_latent": (
+                torch.cdist(_latents(setup, torch.from_numpy(ordered)), own)
+                .masked_fill(other, torch.inf)
+                .argmin(1)
+                .numpy()
+                == at
+            ),
+        }
+        return {name: np.asarray(value, dtype=np.float64).reshape(v, b).mean(1) for name, value in values.items()}
+
+    return measure
+
+
+def _projected(setup: Setup, images: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return setup.autoencoder(images).numpy()
+
+
+def _latents(setup: Setup, images: Tensor) -> Tensor:
+    """In units of the public images' standard deviation, as the stand-ins are chosen."""
+    with torch.no_grad():
+        scale = setup.autoencoder.encode(setup.splits["public"][0]).std(0).clamp_min(1e-6)
+        return setup.autoencoder.encode(images) / scale
+
+
+def paired(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(V, B, …) twice -> (V·B, …): reconstructions, each beside the original of its batch that it fits."""
+    return np.concatenate([reconstruction.match(f, t) for f, t in zip(found, truth, strict=True)])
+
+
+def scored(found: Mapping[str, Found], measure: Measure, truth: np.ndarray) -> Scores:
+    """Every metric of every attack, NaN for victims of whom the search found nothing finite."""
+    scores = {}
+    for name, each in found.items():
+        values, failed = measure(each.images.numpy(), truth), each.failed.numpy()
+        scores[name] = {metric: np.where(failed, np.nan, value) for metric, value in values.items()}
+    return scores
+
+
+def strongest(scores: Scores) -> np.ndarray:
+    """(V,) which of several attacks has the highest PSNR, as its place in ``scores``; those that failed come last."""
+    return np.argmax([np.nan_to_num(each["psnr"], nan=-np.inf) for each in scores.values()], axis=0)
+
+
+def chosen(best: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Victim by victim the value (or image) of the attack that was the strongest."""
+    return np.stack([values[k][v] for v, k in enumerate(best)])
+
+
+# One defence under attack --------------------------------------------------------------------------------------------
+
+
+def attack_cell(cohort: str, params: Params, variant: str, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """One seed of one defence: untrained network, batch 1, every attack.
+
+    Returns:
+        Rows with the key columns `KEYS`, means over the victims; and the pictures (V, C, S, S) of the originals, of what
+        the defence makes of them, and of the strongest naive and adaptive reconstruction.
+    """
+    torch.set_num_threads(1)
+    setup, p = prepare(cohort, params), params.inversion
+    images, labels = instruments.deal(setup, seed)
+    model = instruments.network(setup, seed)
+    index = attackers.victims(setup, images[0], p.victims, 1, seed)
+    x, y = images[0][index], labels[0][index]
+    own = instruments.clients(variant, setup, images, labels, seed)[0]
+    found = attackers.case(own, model, x, y, 0)
+    later = later_rounds(variant, setup, images, labels, x, y, seed) if "joint" in p.adaptive else []
+    plain = attackers.naive(setup, found, [a for a in p.attacks if a != "bn"], seed)
+    everything = plain | attackers.adaptive(variant, setup, found, later, p.adaptive, seed)
+    measure = measures(setup, images, labels, index)
+    rows, shown = _attacked(setup, variant, seed, found, plain, everything, measure, index, {})
+    parts = [rows]
+    if found.changed is not None:
+        parts.append(_change_rows(setup, variant, found, index, seed))
+    if "bn" in p.attacks:
+        parts.append(_statistics_rows(setup, variant, images, labels, index, measure, seed))
+    rows = pd.concat(parts)
+    return rows.reset_index(drop=True), shown
+
+
+def later_rounds(variant: str, setup: Setup, images, labels, x: Tensor, y: Tensor, seed: int) -> list[Case]:
+    """The same victims in the rounds after the first, as the federation goes on with this defence."""
+    p, own = setup.params.inversion, instruments.clients(variant, setup, images, labels, seed)
+    short = p.federation.model_copy(update={"rounds": p.joint_rounds - 1})
+    model = instruments.network(setup, seed)
+    states = fedcls.train(model, images, labels, [c.send for c in own], short, seed)
+    cases = []
+    for round, state in enumerate(states[1:], start=1):
+        now = instruments.network(setup, seed)
+        now.load_state_dict(state)
+        cases.append(attackers.case(own[0], now, x, y, round))
+    return cases
+
+
+def _statistics_rows(setup, variant, images, labels, index, measure, seed) -> pd.DataFrame:
+    """On a network with BatchNorm, whose statistics the client sends: gradients with them (``bn``), and without."""
+    x, y = images[0][index], labels[0][index]
+    own = instruments.clients(variant, setup, images, labels, seed)[0]
+    found = attackers.case(own, instruments.network(setup, seed, norm=True), x, y, 0)
+    attacks = attackers.naive(setup, found, ["bn", "ig"], seed)
+    scores = scored({"bn": attacks["bn"], "bn_without": attacks["ig"]}, measure, x.numpy())
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "naive")
+    for attack, each in scores.items():
+        _add(rows, each, attack=attack)
+    return rows.table()
+
+
+def _attacked(
+    setup: Setup,
+    variant: str,
+    seed: int,
+    found: Case,
+    plain: Mapping[str, Found],
+    everything: Mapping[str, Found],
+    measure: Measure,
+    index: Tensor,
+    keys: Mapping[str, str],
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Rows of all scenarios of one case, and the first image of every victim's batch in pictures."""
+    truth, parts = found.x.numpy(), []
+    scores = scored(everything, measure, truth)
+    shown = {"original": truth, "sent": truth}
+    for scenario, attacks in (("naive", plain), ("adaptive", everything)):
+        mine = {name: scores[name] for name in attacks}
+        best = strongest(mine)
+        shown[scenario] = chosen(best, [everything[name].images.numpy() for name in mine])
+        values = {metric: chosen(best, [each[metric] for each in mine.values()]) for metric in mine[next(iter(mine))]}
+        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
+        _add(rows, values, **keys)
+        _add_finer(rows, setup, shown[scenario], truth, index, seed, keys, lost=np.isnan(values["psnr"]))
+        for attack in attacks if len(everything) > 1 else ():
+            _add(rows, mine[attack], **keys, attack=attack)
+        parts.append(rows.table())
+    others = {"prior_only": attackers.floor(setup, found.guess).numpy()}
+    if found.changed is not None:
+        others["ceiling"] = shown["sent"] = found.changed.clamp(0, 1).numpy()
+    for scenario, made in others.items():
+        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
+        _add(rows, measure(made, truth), **keys)
+        _add_finer(rows, setup, made, truth, index, seed, keys)
+        parts.append(rows.table())
+    return pd.concat(parts, ignore_index=True), {name: made[:, 0] for name, made in shown.items()}
+
+
+def _add(rows: tables.Rows, values: Mapping[str, np.ndarray], **keys: str) -> None:
+    """The mean over the victims of whom there is a reconstruction, and the share of the others."""
+    lost = np.isnan(values["psnr"])
+    rows.add("failed", lost.mean(), len(lost), **keys)
+    for metric, value in values.items() if not lost.all() else ():
+        rows.add(metric, value[~lost].mean(), int((~lost).sum()), **keys)
+
+
+def _add_finer(
+    rows: tables.Rows, setup: Setup, found, truth, index: Tensor, seed: int, keys: Mapping[str, str], lost=None
+) -> None:
+    """What is measured of the strongest attack only: the perceptual distance, and the error inside and outside lesions."""
+    there = np.ones(len(truth), dtype=bool) if lost is None else ~lost
+    if not there.any():
+        return
+    found, truth, index = found[there], truth[there], index[torch.from_numpy(there)]
+    ordered, flat = paired(found, truth), truth.reshape(-1, *truth.shape[2:])
+    rows.add("st_lpips", reconstruction.st_lpips(ordered, flat).mean(), len(flat), **keys)
+    lesion = lesions(setup, index, seed)
+    if lesion is None:
+        return
+    ill = lesion.any((1, 2))
+    for region, mask in (("lesion", lesion), ("outside", ~lesion)) if ill.any() else ():
+        value = reconstruction.region_psnr(ordered[ill], flat[ill], mask[ill])
+        rows.add("psnr", value.mean(), int(ill.sum()), **keys, region=region)
+
+
+def lesions(setup: Setup, index: Tensor, seed: int) -> np.ndarray | None:
+    """(V·B, S, S) bool, the lesion masks of victims of the first client; None if the cohort has none."""
+    masks = setup.cohort["client"].lesion
+    return None if masks is None else masks[instruments.places(setup, seed)[0]][index.flatten().numpy()].astype(bool)
+
+
+def _change_rows(setup: Setup, variant: str, found: Case, index: Tensor, seed: int) -> pd.DataFrame:
+    delta = (found.changed - found.x).flatten(0, 1)
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "change")
+    rows.add("rms", float(delta.square().flatten(1).mean(1).sqrt().mean()), len(delta))
+    rows.add("offset_share", float(perturbation.offset_share(delta).mean()), len(delta))
+    lesion = lesions(setup, index, seed)
+    if lesion is not None and lesion.any():
+        ill = lesion.any((1, 2))
+        energy, mask = delta.square().mean(1).numpy()[ill], lesion[ill]
+        inside, outside = ((energy * m).sum((1, 2)) / m.sum((1, 2)) for m in (mask, ~mask))
+        rows.add("lesion_ratio", float(np.sqrt(inside / np.maximum(outside, 1e-12)).mean()), int(ill.sum()))
+    return rows.table()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What defences add to some images: ``images`` (n, C, S, S), by name δ of the same shape, ``lesions`` (n, S, S) or None."""
+
+    images: np.ndarray
+    deltas: dict[str, Tensor]
+    lesions: np.ndarray | None
+
+
+def changes(cohort: str, params: Params, variants: Sequence[str], seed: int) -> Changes:
+    """δ of some defences in round 0, on the victims of the last class (on the phantom: those with a lesion)."""
+    torch.set_num_threads(1)
+    setup, p = prepare(cohort, params), params.inversion
+    images, labels = instruments.deal(setup, seed)
+    model = instruments.network(setup, seed)
+    index = attackers.victims(setup, images[0], len(images[0]), 1, seed)
+    ill = labels[0][index[:, 0]] == setup.cohort.n_classes - 1
+    index = index[ill][: p.victims]
+    if not len(index):
+        raise InputError(f"client 0 of seed {seed} holds no image of the last class to show a change on")
+    x, y = images[0][index], labels[0][index]
+    deltas = {}
+    for variant in variants:
+        own = instruments.clients(variant, setup, images, labels, seed)[0]
+        deltas[variant] = (attackers.case(own, model, x, y, 0).changed - x)[:, 0]
+    return Changes(x[:, 0].numpy(), deltas, lesions(setup, index, seed))
+
+
+def spectrum(delta: Tensor) -> pd.DataFrame:
+    """Share of ‖δ‖² at every spatial frequency: columns ``x`` (cycles an image side), ``value, low, high`` over the images."""
+    _, total = perturbation.radial_spectrum(delta)
+    share = (total / total.sum(1, keepdim=True)).numpy()
+    ends = [intervals.bootstrap_interval(values) for values in share.T]
+    low, high = zip(*ends, strict=True)
+    return pd.DataFrame({"x": range(share.shape[1]), "value": share.mean(0), "low": low, "high": high})
+
+
+# Other conditions ----------------------------------------------------------------------------------------------------
+
+
+def sweep_cell(cohort: str, params: Params, variant: str, seed: int, **condition: int | str) -> pd.DataFrame:
+    """One seed of one defence on the untrained network, under a condition that the rows have as keys.
+
+    Args:
+        condition: ``batch``, images in a batch; ``labels``: ``known``, or ``inferred`` by the attacker; ``steps``, local steps
+            on the batch. By default 1, known and 1.
+    """
+    torch.set_num_threads(1)
+    setup, p = prepare(cohort, params), params.inversion
+    images, truth = instruments.deal(setup, seed)
+    index = attackers.victims(setup, images[0], p.sweep_victims, int(condition.get("batch", 1)), seed)
+    own = instruments.clients(variant, setup, images, truth, seed)[0]
+    found = attackers.case(
+        own,
+        instruments.network(setup, seed),
+        images[0][index],
+        truth[0][index],
+        0,
+        steps=int(condition.get("steps", 1)),
+        lr=p.federation.lr,
+        public=setup.splits["public"][0] if condition.get("labels") == "inferred" else None,
+    )
+    keys = {name: str(value) for name, value in condition.items()}
+    return _single_round(setup, variant, found, images, truth, index, keys, seed)
+
+
+def _single_round(
+    setup: Setup, variant: str, found: Case, images, labels, index: Tensor, keys, seed: int
+) -> pd.DataFrame:
+    """The attacks that need one round only; no attack by itself."""
+    plain = attackers.naive(setup, found, ["ig", "prior"], seed)
+    everything = plain | attackers.adaptive(variant, setup, found, [], setup.params.inversion.adaptive, seed)
+    measure = measures(setup, images, labels, index)
+    rows, _ = _attacked(setup, variant, seed, found, plain, everything, measure, index, keys)
+    return rows[rows["attack"] == ""].reset_index(drop=True)
+
+
+def federation_cell(cohort: str, params: Params, variant: str, seed: int, shares: Sequence[float] = ()) -> pd.DataFrame:
+    """One federation that trains with a defence from beginning to end: what comes out, and what leaks on the way.
+
+    Args:
+        shares: of all rounds, after which the first client's gradients are attacked; rows with the key ``round``.
+
+    Returns:
+        Rows ``auc``, ``macro_f1``, ``balanced_accuracy`` of the final network (``epsilon`` for ``dp_sgd``), and the attacks'.
+    """
+    torch.set_num_threads(1)
+    setup, p = prepare(cohort, params), params.inversion.federation
+    images, labels = instruments.deal(setup, seed)
+    own = instruments.clients(variant, setup, images, labels, seed)
+    model = instruments.network(setup, seed)
+    states = fedcls.train(model, images, labels, [c.send for c in own], p, seed)
+    model.load_state_dict(states[-1])
+    rows = tables.Rows(KEYS, UNITS, seed, variant, "utility")
+    for metric, value in fedcls.utility(model, setup.splits["val"], setup.splits["test"]).items():
+        rows.add(metric, value, len(setup.splits["test"][0]))
+    if variant == "dp_sgd":
+        rows.add("epsilon", epsilon(params, len(images[0])), 1)
+    parts = [rows.table()]
+    index = attackers.victims(setup, images[0], params.inversion.sweep_victims, 1, seed) if shares else None
+    for share in shares:
+        round = int(share * p.rounds + 0.5)
+        model.load_state_dict(states[round])
+        found = attackers.case(own[0], model, images[0][index], labels[0][index], round)
+        parts.append(_single_round(setup, variant, found, images, labels, index, {"round": f"{share:g}"}, seed))
+    return pd.concat(parts, ignore_index=True)
+
+
+def strength_cell(cohort: str, params: Params, variant: str, seed: int, strength: float) -> pd.DataFrame:
+    """One seed of a defence at another strength than the headline's: attacked in the first round, and trained with.
+
+    Args:
+        params: with the strength in its place.
+        strength: what the rows have as their key.
+    """
+    parts = [sweep_cell(cohort, params, variant, seed), federation_cell(cohort, params, variant, seed)]
+    return pd.concat(parts, ignore_index=True).assign(strength=f"{strength:g}")
+
+
+def epsilon(params: Params, images: int) -> float:
+    """ε of a client's whole training at δ = `DELTA`, as if its batches were drawn by Poisson sampling (they are not)."""
+    p, noise = params.inversion.federation, params.inversion.defences["dp_sgd"]["noise_multiplier"]
+    batches = -(-images // p.batch)
+    return gradient_defences.epsilon(noise, min(1.0, p.batch / images), p.rounds * batches, DELTA)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def complete(runs: pd.DataFrame) -> pd.DataFrame:
+    """A runs table with paired differences on the same seed.
+
+    ``<metric>_minus_none``: of headline rows, of the attack ``bn``, and of the utility at other strengths, to no defence in
+    the same scenario.
+    ``macro_f1_minus_baselines``: to the mean of `BASELINES`. ``psnr_minus_shuffled``: of the described defence to the same
+    noise at shuffled places. ``psnr_minus_naive``: of one adaptive attack to ``ig``.
+    """
+    plain = runs[(runs[list(KEYS)] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive", "utility"])]
+    statistics = runs[runs["attack"] == "bn"]
+    costs = ["psnr", "ssim", "auc", "macro_f1"]
+    by = ["seed", "scenario", "metric"]
+    parts = []
+    for rows in (plain, statistics):
+        rows = rows[rows["metric"].isin(costs)]
+        none = rows["variant"] == "none"
+        parts.append(_minus(rows[~none], rows[none], by, "_minus_none"))
+    undefended = plain[(plain["variant"] == "none") & (plain["scenario"] == "utility")]
+    others = runs[(runs["strength"] != "") & (runs["scenario"] == "utility") & runs["metric"].isin(costs)]
+    parts.append(_minus(others, undefended, by, "_minus_none"))
+    f1 = plain[plain["metric"] == "macro_f1"]
+    compared = f1[f1["variant"].isin(BASELINES)]
+    whole = compared.groupby("seed")["variant"].nunique() == len(BASELINES)  # no mean over some of them
+    compared = compared[compared["seed"].isin(whole.index[whole])]
+    parts.append(_minus(f1[~f1["variant"].isin(BASELINES)], compared, by, "_minus_baselines"))
+    others = [key for key in KEYS if key != "region"]
+    psnr = runs[(runs[others] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive"])]
+    psnr = psnr[psnr["metric"] == "psnr"].set_index("variant", drop=False)
+    targeted, shuffled = (psnr[psnr.index == name] for name in ("shadow_described", "shadow_shuffled"))
+    parts.append(_minus(targeted, shuffled, [*by, "region"], "_minus_shuffled"))
+    each = runs[(runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")].set_index("attack", drop=False)
+    parts.append(_minus(each[each.index.isin(ADAPTIVE)], each[each.index == "ig"], ["seed", "variant"], "_minus_naive"))
+    return pd.concat([runs, *parts], ignore_index=True)
+
+
+def _minus(rows: pd.DataFrame, base: pd.DataFrame, by: list[str], suffix: str) -> pd.DataFrame:
+    """Of rows the differences to those of ``base`` (to their mean) that have the same ``by``."""
+    joined = rows.join(base.groupby(by)["value"].mean().rename("base"), on=by).dropna(subset="base")
+    joined["value"] -= joined["base"]
+    joined["metric"] += suffix
+    return joined[rows.columns]
+
+
+def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """The summary of a runs table, after `complete`."""
+    return tables.summarise(complete(runs), KEYS)
+
+
+# What the notebook and its record run ---------------------------------------------------------------------------------
+
+
+def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell: a defence under attack (with ``batch``, ``labels`` or ``steps`` a sweep), or what it costs.
+
+    A federation that found no classifier under its defence is an error in the notebook, and a result in a record
+    (``given["may_diverge"]``).
+    """
+    (variant,) = cell.variants
+    if cell.arm == "attack":
+        if cell.keys:
+            return sweep_cell(cohort, p, variant, cell.seed, **cell.keys), {}
+        return attack_cell(cohort, p, variant, cell.seed)
+    try:
+        if cell.arm == "strength":
+            return strength_cell(cohort, p, variant, cell.seed, cell.keys["strength"]), {}
+        if cell.arm == "federation":
+            return federation_cell(cohort, p, variant, cell.seed), {}
+        rows = federation_cell(cohort, p, variant, cell.seed, cell.given["shares"])
+        return rows[rows["round"] != ""], {}  # what comes out of it is the other arm's
+    except InputError as error:
+        if "diverged" not in str(error) or not cell.given.get("may_diverge"):
+            raise
+        return _diverged(cell), {}
+
+
+def _diverged(cell: cells.Cell) -> pd.DataFrame:
+    """A federation that found no classifier under its defence: a result, not a gap in the record."""
+    rows = tables.Rows(KEYS, UNITS, cell.seed, cell.variants[0], "utility")
+    keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
+    rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
+    return rows.table()
+
+
+EXPERIMENT = cells.Experiment(
+    "03_gia_defense", 1, ("inversion",), run, own=("inversion.defences",), shared=("shadow_hardened",)
+)
+
+
+def quick(p: Params) -> list[cells.Cell]:
+    """What the notebook itself runs: attacks, then federations."""
+    return [
+        cells.Cell(arm, seed, group=variant, variants=(variant,))
+        for arm, variants in (("attack", QUICK["attack"]), ("federation", QUICK["utility"]))
+        for seed in p.seeds.evaluation
+        for variant in variants
+    ]

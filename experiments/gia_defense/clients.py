@@ -1,0 +1,184 @@
+"""The instruments of notebook 03: a cohort's clients, their network, and every defence as a client applies it."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medsec import data
+from medsec.core.errors import InputError
+from medsec.core.params import AutoencoderParams, Cohorts, Params
+from medsec.core.seeds import derive_seed
+from medsec.inversion import defences as gradient_defences
+from medsec.inversion import perturbation, shadow
+from medsec.inversion import substitution as suppression
+from medsec.nets import convnet
+from medsec.nets.autoencoder import Autoencoder, Prior, train_autoencoder
+
+VARIANTS = (
+    *gradient_defences.DEFENCES,
+    "image_noise",
+    "shadow_released",
+    "shadow_described",
+    "shadow_shuffled",
+    "shadow_inverted",
+    "offset",
+    "gaussian",
+    "shadow_hardened",
+    "random_grouping",
+    "shadow_suppressed",
+    "autoencoder_only",
+    "public_only",
+)
+FAMILIES = {  # what a defence changes
+    **dict.fromkeys(gradient_defences.DEFENCES, "gradient"),
+    "none": "none",
+    **dict.fromkeys(("image_noise", "shadow_released", "shadow_described"), "noise"),
+    **dict.fromkeys(("shadow_shuffled", "shadow_inverted", "offset", "gaussian"), "noise"),
+    **dict.fromkeys(("shadow_hardened", "random_grouping"), "substitute"),
+    **dict.fromkeys(("shadow_suppressed", "autoencoder_only", "public_only"), "substitute"),
+}
+CONTROLS = {  # of the same norm as `shadow_described`
+    "shadow_shuffled": perturbation.shuffled,
+    "shadow_inverted": perturbation.inverted,
+    "offset": perturbation.offset,
+    "gaussian": perturbation.gaussian,
+}
+STAND_INS = {"shadow_hardened": "similar", "random_grouping": "random"}  # public images, chosen for groups
+DRAWINGS = ("shadow_suppressed", "autoencoder_only")  # what the generator draws, for groups and for each by itself
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The instruments of one cohort and one set of parameters, the same for every seed.
+
+    ``autoencoder`` is the defender's, ``prior`` the attacker's own generator; both are trained on ``public``.
+    """
+
+    params: Params
+    cohort: data.Cohort
+    splits: dict[str, tuple[Tensor, Tensor]]
+    autoencoder: Autoencoder
+    prior: nn.Module
+
+
+@dataclass(frozen=True)
+class Client:
+    """What one client does to its gradients: ``send``; image-space defences have ``perturb``, x -> x′, as well."""
+
+    send: gradient_defences.Defence
+    perturb: gradient_defences.Perturbation | None = None
+
+
+def prepare(cohort: str, params: Params) -> Setup:
+    """Load a cohort and train the two autoencoders on ``public``.
+
+    Raises:
+        InputError: the cohort cannot be loaded, or has too few images for the clients.
+    """
+    # By what it depends on: defences of another strength shall not train the generators anew.
+    kept = params.seeds.tuning[0], params.cohorts.model_dump_json(), params.inversion.autoencoder.model_dump_json()
+    return Setup(params, *_prepare(cohort, *kept))
+
+
+@functools.lru_cache(maxsize=2)
+def _prepare(name: str, seed: int, cohorts_json: str, autoencoder_json: str) -> tuple:
+    coders = AutoencoderParams.model_validate_json(autoencoder_json)
+    cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
+    splits = {
+        split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in cohort.splits.items()
+    }
+    public = splits["public"][0]
+    seeds = [derive_seed(seed, who) for who in ("defender", "attacker")]
+    options = {"epochs": coders.epochs, "lr": coders.lr, "batch": coders.batch}
+    own, other = (
+        train_autoencoder(public, latent=latent, seed=each, **options)
+        for latent, each in zip((coders.latent, coders.latent_prior), seeds, strict=True)
+    )
+    return cohort, splits, own, Prior(other, public)
+
+
+def places(setup: Setup, seed: int) -> list:
+    """Which images of the ``client`` split each client holds in one run: disjoint index arrays."""
+    p = setup.params.inversion.federation
+    return data.partition(
+        setup.cohort["client"].labels,
+        p.n_clients,
+        "iid",
+        seed=derive_seed(seed, "partition"),
+        per_client=p.images_per_client,
+    )
+
+
+def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The clients' images and labels of one run."""
+    images, labels = setup.splits["client"]
+    parts = places(setup, seed)
+    return [images[part] for part in parts], [labels[part] for part in parts]
+
+
+def network(setup: Setup, seed: int, norm: bool = False) -> convnet.ConvNet:
+    """The untrained classifier of a run, with or without BatchNorm."""
+    c = setup.cohort
+    width = setup.params.inversion.federation.width
+    return convnet.new(c.size, c.channels, c.n_classes, width=width, seed=derive_seed(seed, "network"), norm=norm)
+
+
+def clients(variant: str, setup: Setup, images: list[Tensor], labels: list[Tensor], seed: int) -> list[Client]:
+    """Fresh clients of one run, all with the same defence."""
+    return [
+        client(variant, setup, a, b, derive_seed(seed, "defence", i))
+        for i, (a, b) in enumerate(zip(images, labels, strict=True))
+    ]
+
+
+def client(
+    variant: str,
+    setup: Setup,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    public: tuple[Tensor, Tensor] | None = None,
+) -> Client:
+    """A fresh client with one of `VARIANTS`.
+
+    Args:
+        images, labels: all that it holds.
+        public: images and labels that may stand in for them; default: all public ones.
+
+    Raises:
+        InputError: no such variant, or images that the defence cannot work with.
+    """
+    if variant in gradient_defences.DEFENCES:
+        own = setup.params.inversion.defences.get(variant, {})
+        return Client(gradient_defences.configured(variant, own, seed))
+    perturb = _perturbation(variant, setup, images, labels, seed, public or setup.splits["public"])
+    return Client(gradient_defences.send(perturb), perturb)
+
+
+def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, seed: int, public):
+    p, c = setup.params.inversion, setup.cohort
+    if variant == "image_noise":
+        own = p.defences["image_noise"]
+        return functools.partial(gradient_defences.noisy_image, **own, kind="gaussian", seed=seed)
+    if variant == "public_only":
+        return suppression.public_only(*public, seed=seed)
+    if variant in STAND_INS or variant in DRAWINGS:
+        k = 1 if variant == "autoencoder_only" else int(p.defences["shadow_hardened"]["k"])
+        options = {"k": k, "grouping": STAND_INS.get(variant, "similar"), "seed": seed}
+        if variant in STAND_INS:
+            used = suppression.stand_ins(setup.autoencoder, images, labels, *public, **options)
+        else:
+            used = suppression.drawings(setup.autoencoder, images, labels, **options)
+        return suppression.Substitution(images, labels, used).perturb
+    if variant == "shadow_released":
+        return shadow.shadow_released(
+            c.size, c.channels, p.shadow, latent=p.autoencoder.latent, rounds=p.federation.rounds, seed=seed
+        ).perturb
+    described = shadow.shadow_described(setup.autoencoder, p.shadow, rounds=p.federation.rounds, seed=seed).perturb
+    if variant in CONTROLS:
+        return perturbation.controlled(described, CONTROLS[variant], seed=seed)
+    if variant != "shadow_described":
+        raise InputError(f"defence {variant!r}: choose one of {', '.join(VARIANTS)}")
+    return described

@@ -1,0 +1,1 @@
+"""Notebook 05: every defence against every attack."""

@@ -1,0 +1,1 @@
+"""Medical images that are drawn by a program."""

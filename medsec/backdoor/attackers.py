@@ -1,0 +1,274 @@
+"""Attackers of a federated GAN who know that somebody is looking.
+
+The attacker of the released code poisons its images and otherwise follows the protocol. Those here also lie about
+their losses, bide their time, or optimise what they send against the defence itself. All of them move last and see what
+the others sent in this round: stronger than a real attacker, so that a defence that stands here stands there.
+
+A `Scenario` says what an attacker does; an `Attack` is one attacker in one run.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from medsec.backdoor import triggers
+from medsec.backdoor.feddetect import map_evidence, peculiarity, uniform_mean
+from medsec.backdoor.triggers import Trigger
+from medsec.core.seeds import torch_generator
+from medsec.federated.rounds import State, Update
+from medsec.nets.models import Generator
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the attacker does.
+
+    Attributes:
+        text: in a sentence, for the reader.
+        attacks: False for the control.
+        trigger: its kind; None for the one of the parameters (``stripes`` is known to `special_trigger` only).
+        stealthy: poisons only the share ``stealth_ratio`` of its images instead of ``poison.ratio``.
+        boosted: scales its update after the warm-up.
+        report: ``true`` losses; ``median`` of the honest ones; ``closest``: between the two honest losses that lie
+            closest together, so that another honest one stands out.
+        intermittent: behaves during the warm-up; then strikes every few rounds, the last among them, ignoring the fading
+            learning rate, and sends the mean of the others in between.
+        colluders: several attackers in a larger federation (``feddetect.scenario.colluders``).
+        aware: optimises its update against the hardened defence (`Aware`), from the end of the warm-up on ...
+        late: ... and goes further in the last rounds, as far as the defence's memory lets it.
+    """
+
+    text: str
+    attacks: bool = True
+    trigger: str | None = None
+    stealthy: bool = False
+    boosted: bool = False
+    report: str = "true"
+    intermittent: bool = False
+    colluders: bool = False
+    aware: bool = False
+    late: bool = False
+
+
+SCENARIOS = {
+    "no_attack": Scenario("Nobody attacks: the control for false alarms.", attacks=False),
+    "honest": Scenario("Poisons its images, as released, and reports its true losses."),
+    "boost": Scenario("Scales its update after the warm-up and reports its true losses.", boosted=True),
+    "liar": Scenario("Poisons its images and reports the median of the honest losses.", report="median"),
+    "framer": Scenario(
+        "Scales its update and reports a loss that makes an honest one stand out.", boosted=True, report="closest"
+    ),
+    "colluders": Scenario(
+        "Two of eight: both scale their updates and report a loss that makes honest ones stand out.",
+        boosted=True,
+        report="closest",
+        colluders=True,
+    ),
+    "stealth": Scenario(
+        "Poisons only a quarter of its images, scales its update all the more, and lies about its loss.",
+        stealthy=True,
+        boosted=True,
+        report="median",
+    ),
+    "waitout": Scenario(
+        "Sends the mean of the others, and a scaled poisoned update every few rounds, the last among them.",
+        boosted=True,
+        report="median",
+        intermittent=True,
+    ),
+    "boost_liar": Scenario("Scales its update and lies about its loss.", boosted=True, report="median"),
+    "moving_trigger": Scenario(
+        "boost_liar with a trigger that moves.", trigger="moving", boosted=True, report="median"
+    ),
+    "blended_trigger": Scenario(
+        "boost_liar with a faint pattern over the whole image.", trigger="blended", boosted=True, report="median"
+    ),
+    "stripes_trigger": Scenario(
+        "boost_liar with a sinusoidal signal (Barni et al. 2019), never looked at while the defence was built.",
+        trigger="stripes",
+        boosted=True,
+        report="median",
+    ),
+    "aware": Scenario(
+        "Optimises its update against the hardened defence and stays where that never punishes it; lies.",
+        report="median",
+        aware=True,
+    ),
+    "aware_late": Scenario(
+        "The same, and in the last rounds it goes as far as the defence's memory lets it.",
+        report="median",
+        aware=True,
+        late=True,
+    ),
+}
+
+
+def special_trigger(kind: str, *, image_size: int, channels: int, size: int, opacity: float) -> Trigger:
+    """`triggers.make_trigger`, and ``stripes``: a vertical sinusoid of period 4 px (after Barni et al. 2019, ICIP)."""
+    if kind != "stripes":
+        return triggers.make_trigger(kind, image_size=image_size, channels=channels, size=size, opacity=opacity)
+    wave = 0.5 + 0.5 * torch.sin(2 * torch.pi * (torch.arange(image_size) + 0.5) / 4)
+    return Trigger("blended", wave.expand(channels, image_size, image_size).clone(), 0, opacity, image_size)
+
+
+def falsified(honest: Sequence[float], rule: str) -> float:
+    """The loss that a liar reports, from the honest losses of the round (see `Scenario.report`)."""
+    ranked = np.sort(np.asarray(honest, dtype=np.float64))
+    if rule == "median" or len(ranked) < 2:
+        return float(np.median(ranked))
+    k = int(np.diff(ranked).argmin())
+    return float(ranked[k : k + 2].mean())
+
+
+class Attack:
+    """The attackers of one run, between the clients and the server.
+
+    Args:
+        scenario: what they do.
+        malicious: their indices.
+        strikes: ``strikes(round)``, whether an intermittent attacker strikes.
+        aware: what an aware attacker does with its update, ``aware(own, others, round) -> state``.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        malicious: Sequence[int],
+        strikes: Callable[[int], bool] = lambda round: True,
+        aware: Callable[[State, Sequence[State], int], State] | None = None,
+    ):
+        self.scenario, self.malicious, self.strikes, self.aware = scenario, set(malicious), strikes, aware
+
+    def __call__(self, updates: Sequence[Update], round: int) -> list[Update]:
+        """What arrives at the server, from what the clients' training gave."""
+        others = [u for u in updates if u.client not in self.malicious]
+        if not self.scenario.attacks or not others:
+            return list(updates)
+        return [self._send(u, others, round) if u.client in self.malicious else u for u in updates]
+
+    def _send(self, own: Update, others: list[Update], round: int) -> Update:
+        state, metrics = own.state, own.metrics
+        if self.scenario.intermittent and not self.strikes(round):
+            state, _ = uniform_mean(others)
+        elif self.aware is not None:
+            state = self.aware(own.state, [u.state for u in others], round)
+        if self.scenario.report != "true":
+            metrics = {k: falsified([u.metrics[k] for u in others], self.scenario.report) for k in metrics}
+        return Update(own.client, state, own.n_samples, metrics)
+
+
+class Aware:
+    """An attacker who knows the hardened defence and optimises its update against it.
+
+    It starts from the mean of the others' updates, the least suspicious thing to send, and changes that generator by
+    gradient steps (Adam) so that the *average* that the server will form shows the trigger, while its own evidence,
+    computed by the defence's own code on the others' real updates, this round's and the last ones', stays below ``evade``
+    times the flag's threshold. In the end it measures its evidence on as many fresh latents as the server draws and, where
+    it is too high, moves back towards the mean by bisection; where even the mean is too peculiar, it sends that. It knows
+    everything but the server's secret latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
+
+    Args:
+        generator: any generator of the federation, for its architecture.
+        trigger: what it plants.
+        seed: of its latents.
+        scale: `map_evidence`'s scale.
+        threshold: the flag's threshold.
+        evade: share of the threshold that it allows itself, by round.
+        steps, draws, lr: gradient steps a round, latents for them, Adam's learning rate.
+        measure: latents of the last measurement, as many as the server draws: few would understate the evidence.
+        recent: what the server remembers of the rounds before (`feddetect.Hardened.recent`); kept up by the attacker.
+        begin: round of its first attack; before it the attacker sends the mean of the others.
+    """
+
+    PART = "generator."
+
+    def __init__(
+        self,
+        generator: Generator,
+        trigger: Trigger,
+        *,
+        seed: int,
+        scale,
+        threshold: float,
+        evade: Callable[[int], float],
+        steps: int,
+        draws: int,
+        lr: float,
+        measure: int,
+        recent: deque[Tensor],
+        begin: int,
+    ):
+        self.model = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.trigger, self.seed, self.scale = trigger, seed, scale
+        self.threshold, self.evade = threshold, evade
+        self.steps, self.draws, self.lr, self.begin = steps, draws, lr, begin
+        self.measure, self.queries, self.recent = measure, 0, copy.copy(recent)
+
+    def __call__(self, own: State, others: Sequence[State], round: int) -> State:
+        peers = [self._generator_state(state) for state in others]
+        clean = {
+            k: torch.stack([state[k] for state in peers]).double().mean(0).to(v.dtype) for k, v in peers[0].items()
+        }
+        rng = torch_generator(self.seed, "aware", round)
+        sent = clean if round < self.begin else self._optimised(clean, peers, rng, self.evade(round) * self.threshold)
+        z, y, theirs = self._look(peers, rng, self.measure)
+        with torch.no_grad():
+            self.recent.append(self._peculiarity(sent, theirs, z, y))
+        return own | {self.PART + k: v for k, v in sent.items()}
+
+    def _optimised(self, clean: State, peers: list[State], rng: torch.Generator, allowed: float) -> State:
+        free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
+        optimizer = torch.optim.Adam(free.values(), lr=self.lr)
+        z, y, theirs = self._look(peers, rng, self.draws)
+        for _ in range(self.steps):
+            mine = clean | free
+            mean = {k: sum([state[k] for state in peers], mine[k]) / (1 + len(peers)) for k in mine}
+            planted = (0.9 - triggers.score(self.trigger, self._draw(mean, z, y))).clamp_min(0).mean()
+            excess = (self._evidence(mine, theirs, z, y) - 0.9 * allowed).clamp_min(0)
+            optimizer.zero_grad()
+            (planted + excess).backward()
+            optimizer.step()
+        return self._retreat(clean, free, peers, rng, allowed)
+
+    @torch.no_grad()
+    def _retreat(self, clean: State, free: State, peers: list[State], rng: torch.Generator, allowed: float) -> State:
+        """The point on the way from the mean of the others to the optimised update that just passes."""
+        z, y, theirs = self._look(peers, rng, self.measure)
+
+        def at(share: float) -> State:
+            return clean | {k: clean[k] + share * (v - clean[k]) for k, v in free.items()}
+
+        if self._evidence(at(1.0), theirs, z, y) <= allowed:
+            return at(1.0)
+        low, high = 0.0, 1.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._evidence(at(middle), theirs, z, y) <= allowed else (low, middle)
+        return at(low)
+
+    def _evidence(self, mine: State, theirs: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        self.queries += 1
+        return map_evidence(self._peculiarity(mine, theirs, z, y), self.scale, self.recent)[0]
+
+    def _peculiarity(self, mine: State, theirs: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        return peculiarity(torch.cat([self._draw(mine, z, y)[None], theirs])).log()
+
+    @torch.no_grad()
+    def _look(self, peers: list[State], rng: torch.Generator, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh latents and labels, and what the others' generators draw from them."""
+        device = next(self.model.parameters()).device
+        z = torch.randn(n, self.model.z_dim, generator=rng).to(device)
+        y = (torch.arange(n) % self.model.n_classes).to(device)
+        return z, y, torch.stack([self._draw(state, z, y) for state in peers])
+
+    def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:
+        return functional_call(self.model, state, (z, y))
+
+    def _generator_state(self, state: State) -> State:
+        return {k.removeprefix(self.PART): v.detach() for k, v in state.items() if k.startswith(self.PART)}

@@ -1,0 +1,394 @@
+"""FedDetect (Jin & Li 2023), as released, as described and hardened, and the clipping that it is compared with.
+
+FedDetect looks for malicious clients of a federated GAN in the losses that they report, and takes away their weight.
+Every defence here is an aggregator with a memory: ``defence(updates, round) -> (state, diagnostics)``, one object a
+run. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for attackers,
+``flagged`` says whom it suspects in this round. Rounds are counted from 0, as `medsec.federated.rounds.run_round` does.
+
+What happens to odd input, in all of them: with fewer than three updates nobody can be compared with anybody, so no
+comparison is made (what a defence remembers still counts); what becomes of a loss that is missing, NaN or infinite is
+said in each class, and a finite one is taken as at most ±`LARGEST_LOSS`; a client that is away for some rounds keeps its
+count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
+"""
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor
+
+from medsec.core.errors import InputError
+from medsec.federated.aggregators import fedavg
+from medsec.federated.rounds import State, Update
+
+LEAST_CLIENTS = 3
+LARGEST_LOSS = 1e6  # beyond float32 the isolation forest would flag the wrong ones, and a median would overflow
+# 1.4826 MAD estimates the standard deviation of normal data.
+MAD_TO_SD = 1.4826
+
+
+def isolation_flags(losses: Sequence[float]) -> np.ndarray:
+    """Which losses the released detector isolates: an isolation forest on the points (0, |loss|).
+
+    ``IsolationForest(max_samples=m, contamination="auto", random_state=999)`` as in the released code; it is two-sided,
+    a low loss is flagged as well. Its threshold compares sums that are equal up to rounding where all losses are equal:
+    it then flags everybody (m = 4 and 7) or nobody (3, 5, 6, 8, 9).
+
+    Args:
+        losses: (m,) finite numbers, at most `LARGEST_LOSS` in size.
+
+    Returns:
+        (m,) bool; nobody is flagged among fewer than three.
+    """
+    from sklearn.ensemble import IsolationForest  # slow to import
+
+    losses = np.abs(np.asarray(losses, dtype=np.float64))
+    if len(losses) < LEAST_CLIENTS:
+        return np.zeros(len(losses), dtype=bool)
+    points = np.stack([np.zeros_like(losses), losses], axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal points make it warn of its own averages
+        forest = IsolationForest(max_samples=len(losses), contamination="auto", random_state=999)
+        return forest.fit_predict(points) == -1
+
+
+def null_rates(m: int, rounds: int, seed: int) -> dict[str, float]:
+    """What the released rule does to ``m`` honest clients whose losses are independent and identically distributed.
+
+    Returns:
+        ``fpr``: share of client-rounds flagged; ``any_flag``: share of rounds in which somebody is flagged;
+        ``acts``: share of rounds in which the rule takes weight away (somebody, but fewer than m // 2, flagged).
+    """
+    rng = np.random.default_rng(seed)
+    flagged = np.stack([isolation_flags(rng.normal(1.0, 0.1, m)) for _ in range(rounds)])
+    some = flagged.sum(1)
+    return {
+        "fpr": float(flagged.mean()),
+        "any_flag": float((some > 0).mean()),
+        "acts": float(((some > 0) & (some < m // 2)).mean()),
+    }
+
+
+def reported(updates: Sequence[Update], name: str) -> np.ndarray:
+    """(n,) the losses of that name; NaN where a client reports none that is finite."""
+    values = np.array([u.metrics.get(name, math.nan) for u in updates], dtype=np.float64)
+    return np.where(np.isfinite(values), values.clip(-LARGEST_LOSS, LARGEST_LOSS), math.nan)
+
+
+def _forest(losses: np.ndarray) -> np.ndarray:
+    """`isolation_flags` of those who report a loss; who does not is flagged (our choice: the released code crashes)."""
+    known = np.isfinite(losses)
+    flags = ~known
+    flags[known] = isolation_flags(losses[known])
+    return flags
+
+
+def _need(updates: Sequence[Update]) -> None:
+    if not updates:
+        raise InputError("no usable update in this round; check what the clients send")
+
+
+def _average(updates: Sequence[Update], weights: Mapping[int, float]) -> tuple[State, dict[int, float]]:
+    """The weighted mean and the shares; the plain mean if the weights of those present sum to zero."""
+    raw = np.array([weights[u.client] for u in updates])
+    if not raw.sum() > 0:
+        raw = np.ones(len(updates))
+    state, found = fedavg(updates, weights=raw.tolist())
+    return state, found["weights"]
+
+
+class Released:
+    """FedDetect as in the authors' released code.
+
+    Every client has a weight, at first 1/m, and a count. After the warm-up, if somebody but fewer than m // 2 clients
+    are flagged by `isolation_flags` on the loss of their *last* batch, each flagged one's count c rises by one, its
+    weight is multiplied by decay^c, and the weights are normalised. Counts never fall: nobody is forgiven.
+
+    With two clients m // 2 is 1 and the rule never acts. Without a finite loss a client is flagged. If all weights of
+    those present have sunk to zero (after about 120 flags), they count equally.
+
+    Args:
+        warm_up: rounds without action (released: 10).
+        decay: released: 0.9.
+    """
+
+    def __init__(self, warm_up: int, decay: float = 0.9):
+        self.warm_up, self.decay = warm_up, decay
+        self.weights: dict[int, float] = {}
+        self.counts: dict[int, int] = {}
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        _need(updates)
+        flags = _forest(reported(updates, "last_loss_g"))
+        for u in updates:  # a client that joins later starts with the mean weight of the others
+            self.weights.setdefault(u.client, float(np.mean([*self.weights.values()] or [1.0])))
+            self.counts.setdefault(u.client, 0)
+        acts = round >= self.warm_up and 0 < flags.sum() < len(updates) // 2
+        if acts:
+            for u, flagged in zip(updates, flags, strict=True):
+                if flagged:
+                    self.counts[u.client] += 1
+                    self.weights[u.client] *= self.decay ** self.counts[u.client]
+            total = sum(self.weights.values())
+            self.weights = {client: w / total for client, w in self.weights.items()}
+        state, shares = _average(updates, self.weights)
+        return state, {"weights": shares, "flagged": _by_client(updates, flags), "acted": bool(acts)}
+
+
+class Described:
+    """FedDetect as the abstract says: the server detects malicious clients from their losses and blocks them.
+
+    The text says no more; ours are: the same isolation forest, on the mean loss of the epoch; as in the released code a
+    round with m // 2 or more flags does not count; who is flagged in ``patience`` rounds running is blocked for good.
+    Without a finite loss a client is flagged. If all who are present are blocked, the plain mean of them is taken.
+
+    Args:
+        warm_up: rounds without action.
+        patience: flags in a row that block.
+    """
+
+    def __init__(self, warm_up: int, patience: int):
+        self.warm_up, self.patience = warm_up, patience
+        self.row: dict[int, int] = {}
+        self.blocked: set[int] = set()
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        _need(updates)
+        flags = _forest(reported(updates, "loss_g"))
+        if round >= self.warm_up and flags.sum() < len(updates) // 2:
+            for u, flagged in zip(updates, flags, strict=True):
+                self.row[u.client] = self.row.get(u.client, 0) + 1 if flagged else 0
+                if self.row[u.client] >= self.patience:
+                    self.blocked.add(u.client)
+        state, shares = _average(updates, {u.client: float(u.client not in self.blocked) for u in updates})
+        return state, {"weights": shares, "flagged": _by_client(updates, flags)}
+
+
+def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
+    """No defence: the plain mean, every client alike, as released."""
+    return fedavg(updates, weights=[1.0] * len(updates))
+
+
+class NormClip:
+    """Mean of the updates, each shortened to the median length of the round (Sun et al. 2019, arXiv:1911.07963).
+
+    An update is what a client sends minus what it received, over all floating-point entries.
+
+    Args:
+        state: what the server holds before the first round.
+    """
+
+    def __init__(self, state: State):
+        self.state = state
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        _need(updates)
+        lengths = np.array([update_length(u.state, self.state) for u in updates])
+        limit = float(np.median(lengths))
+        clipped = []
+        for u, length in zip(updates, lengths, strict=True):
+            factor = min(1.0, limit / length) if length > 0 else 1.0
+            state = {
+                k: self.state[k] + factor * (v - self.state[k]) if v.is_floating_point() else v
+                for k, v in u.state.items()
+            }
+            clipped.append(Update(u.client, state, u.n_samples, u.metrics))
+        self.state, found = uniform_mean(clipped)
+        return self.state, found
+
+
+def update_length(sent: State, received: State) -> float:
+    """Euclidean length of an update over all floating-point entries."""
+    squares = [(v.double() - received[k].double()).square().sum() for k, v in sent.items() if v.is_floating_point()]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+# The hardened defence ------------------------------------------------------------------------------------------------
+
+WINDOWS = (3, 7)  # pixels a side of the neighbourhoods that are searched, besides the whole image
+
+
+def peculiarity(images: Tensor) -> Tensor:
+    """How far what each client's generator draws lies from what the others' draw, for the same latents and labels.
+
+    Of every client's images the mean and the standard deviation over the latents are taken, pixel by pixel: two maps.
+    From each map the median of the *other* clients' maps is subtracted; the root mean square of the difference is
+    searched for its largest value over all `WINDOWS`, and over the whole image. A second time the difference is divided
+    by what is usual around the pixel (the lower median over the clients of its size, averaged over 5 × 5 pixels, plus a
+    tenth of the image's mean), so that a faint pattern in a quiet corner counts too.
+
+    Args:
+        images: (m, n, C, S, S), image k of every client from the same latent vector and label; m ≥ 3.
+
+    Returns:
+        (m, 12) positive numbers: 2 maps × {as it is, divided} × (2 windows and the whole image).
+    """
+    if images.ndim != 5 or len(images) < LEAST_CLIENTS:
+        raise InputError(f"images of shape {tuple(images.shape)}: need (m, n, C, S, S) with m >= {LEAST_CLIENTS}")
+    columns = []
+    for maps in (images.mean(1), images.std(1)):
+        difference = maps - _median_of_others(maps)
+        usual = F.avg_pool2d(_pad(difference.abs().median(0).values[None], 2), 5, 1)
+        usual = usual + 0.1 * usual.mean() + 1e-6
+        for relative in (difference, difference / usual):
+            square = relative**2 + 1e-12  # keeps the root's gradient finite
+            columns += [F.avg_pool2d(_pad(square, k // 2), k, 1).amax((1, 2, 3)).sqrt() for k in WINDOWS]
+            columns.append(square.mean((1, 2, 3)).sqrt())
+    return torch.stack(columns, 1) + 1e-9
+
+
+def _pad(maps: Tensor, pixels: int) -> Tensor:
+    return F.pad(maps, (pixels,) * 4, mode="replicate")
+
+
+def _median_of_others(values: Tensor) -> Tensor:
+    """(m, …) -> (m, …): for every client the median over all the others (the mean of the middle two)."""
+    others = [torch.cat([values[:i], values[i + 1 :]]) for i in range(len(values))]
+    low, high = (len(values) - 2) // 2, (len(values) - 1) // 2
+    ranked = [other.sort(0).values for other in others]
+    return torch.stack([(r[low] + r[high]) / 2 for r in ranked])
+
+
+def map_evidence(log: Tensor, scale: tuple[float, float], before: Sequence[Tensor] = ()) -> Tensor:
+    """How peculiar each client is for this federation: (m, 12) -> (m,), differentiable.
+
+    The largest over the columns of ``log`` minus the (lower) median of this round's and the last rounds' values of all
+    clients, in units of the standard deviation ``scale`` that it has for honest clients: of the columns as they are, and
+    of those divided by what is usual. The earlier rounds steady that median where clients are few: of four, one that
+    sends the mean of the others, and so draws what is least peculiar, would else make honest ones stand out.
+
+    Args:
+        log: logarithm of `peculiarity`.
+        scale: for the two kinds of columns.
+        before: the same of earlier rounds, (clients, 12) each.
+    """
+    columns = len(WINDOWS) + 1
+    unit = torch.tensor([*[scale[0]] * columns, *[scale[1]] * columns] * 2, device=log.device)
+    usual = torch.cat([*before, log]).median(0).values
+    return ((log - usual) / unit).amax(1)
+
+
+def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
+    """(m,) one-sided robust z of each reported loss among the others': (loss − median) / max(1.4826 MAD, floor).
+
+    −inf (no evidence) without a finite loss of its own or without two others: what is not reported accuses nobody.
+    """
+    found = np.full(len(losses), -np.inf)
+    for i, loss in enumerate(losses):
+        others = np.delete(losses, i)
+        others = others[np.isfinite(others)]
+        if np.isfinite(loss) and len(others) >= LEAST_CLIENTS - 1:
+            centre = np.median(others)
+            found[i] = (loss - centre) / max(MAD_TO_SD * np.median(np.abs(others - centre)), floor)
+    return found
+
+
+def flag_threshold(fpr: float) -> float:
+    """Standard normal quantile of 1 − ``fpr`` / 13: Bonferroni's correction for 12 map statistics and the loss."""
+    return float(stats.norm.isf(fpr / (4 * (len(WINDOWS) + 1) + 1)))
+
+
+class Hardened:
+    """Our repair: two kinds of evidence, calibrated, with a memory that forgives.
+
+    *Evidence.* (1) The paper's own: reported losses, but the mean of the epoch, only upwards, and robustly scaled
+    (`loss_evidence`). (2) What needs nobody's honesty: the server draws from every returned generator with fresh latents
+    that it keeps secret, and looks for a place where one client's images differ from the others' by more than clients
+    differed from each other in this and the last rounds (`map_evidence`). A client's evidence e is the larger of the two.
+
+    *Flag.* e above the standard normal quantile of 1 − ``fpr`` / (number of statistics), Bonferroni's correction.
+
+    *Memory.* A one-sided CUSUM (Page 1954, Biometrika 41:100): S ← clip(S + e − drift, 0, 2 limit), with drift and limit
+    in units of the flag's threshold. Who is below the limit counts fully, who is not counts nothing: one very strong
+    sign, or weaker ones in a row, take a client out, and quiet rounds bring it back. (A weight that fades with S looks
+    milder and is not: an honest client that counts less in the average is less like it in the next round, so that its
+    suspicion feeds itself.)
+
+    It looks on during the second part of the warm-up and acts after it.
+
+    With fewer than three updates there is no new evidence, and old suspicion still weighs; without a finite loss the
+    images alone speak; a generator that draws NaN counts as caught, and the others are compared without it. If
+    everybody's weight is 0, the server keeps the state that it has. It costs drawing n images from every generator a
+    round, and it needs each client's update in the clear: plain secure aggregation rules it out.
+
+    Args:
+        draw: ``(state, round) -> (n, C, S, S)`` images from a client's state, the same latents for all in a round.
+        state: what the server holds before the first round.
+        warm_up: rounds without action.
+        watch: first round whose evidence is remembered; before it the generators are too raw to be compared.
+        fpr: target false-positive rate of the flag, per client and round.
+        scale: standard deviations of an honest client's log ratios (`map_evidence`); chosen on tuning seeds.
+        window: number of rounds, this one included, that say how much clients usually differ.
+        loss_floor: least scale of the losses (nats).
+        drift, limit: of the CUSUM, in units of the threshold.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[State, int], Tensor],
+        state: State,
+        *,
+        warm_up: int,
+        watch: int,
+        fpr: float,
+        scale: tuple[float, float],
+        window: int,
+        loss_floor: float,
+        drift: float,
+        limit: float,
+    ):
+        self.draw, self.state, self.warm_up, self.watch = draw, state, warm_up, watch
+        self.scale, self.loss_floor = scale, loss_floor
+        self.threshold = flag_threshold(fpr)
+        self.drift, self.limit = drift * self.threshold, limit * self.threshold
+        self.suspicion: dict[int, float] = {}
+        self.recent: deque[Tensor] = deque(maxlen=window - 1)  # log peculiarities of the rounds before
+
+    def evidence(self, updates: Sequence[Update], round: int) -> np.ndarray:
+        """(m,) each client's evidence in this round, which is remembered as one of the last.
+
+        −inf where there are fewer than three to compare, ∞ for a generator whose images are not finite.
+        """
+        if len(updates) < LEAST_CLIENTS:
+            return np.full(len(updates), -np.inf)
+        with torch.no_grad():
+            images = torch.stack([self.draw(u.state, round) for u in updates])
+            drawn = torch.isfinite(images).flatten(1).all(1)
+            seen = torch.where(drawn, -math.inf, math.inf).double()
+            if drawn.sum() >= LEAST_CLIENTS:
+                log = peculiarity(images[drawn]).log()
+                seen[drawn] = map_evidence(log, self.scale, self.recent).double()
+                self.recent.append(log)
+        return np.maximum(seen.cpu().numpy(), loss_evidence(reported(updates, "loss_g"), self.loss_floor))
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        _need(updates)
+        clients = [u.client for u in updates]
+        found = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
+        if (found > -np.inf).any():
+            for client, e in zip(clients, found, strict=True):
+                if e == -np.inf:  # nothing was seen of it: neither accused nor forgiven
+                    continue
+                before = self.suspicion.get(client, 0.0)
+                self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))
+        weights = [1.0] * len(clients)
+        if round >= self.warm_up:
+            weights = [float(self.suspicion.get(client, 0.0) < self.limit) for client in clients]
+        if sum(weights) > 0:
+            self.state, shares = _average(updates, dict(zip(clients, weights, strict=True)))
+        else:
+            shares = dict.fromkeys(clients, 0.0)
+        return self.state, {
+            "weights": shares,
+            "flagged": _by_client(updates, found > self.threshold),
+            "evidence": dict(zip(clients, found.tolist(), strict=True)),
+        }
+
+
+def _by_client(updates: Sequence[Update], flags: np.ndarray) -> dict[int, bool]:
+    return {u.client: bool(flag) for u, flag in zip(updates, flags, strict=True)}

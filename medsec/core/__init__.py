@@ -1,0 +1,1 @@
+"""What everything stands on: errors, seeds, guards, paths, parameters, parallel cells."""

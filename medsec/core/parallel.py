@@ -1,0 +1,56 @@
+"""Where things run: independent cells in parallel processes, one thread each, on the device of the parameters."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import joblib
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from medsec.core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# The GNU C library gives large blocks of memory back at once and fetches them anew, page by page, in every training
+# step: a seventh of the time of networks this small. Told at a process's start, it keeps what it has, up to 1 GiB; no
+# number changes. Other C libraries ignore it.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+
+
+def device(name: str) -> "torch.device":
+    """The device of that name (parameter ``device``: "cpu" or "cuda").
+
+    Raises:
+        InputError: a GPU is asked for and PyTorch finds none.
+    """
+    import torch  # here: it is slow to import, and `medsec.evidence.execute` needs no device
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device: cuda, but PyTorch finds no CUDA GPU here; set device: cpu (the full profile instead of full-gpu)"
+        )
+    return torch.device(name)
+
+
+def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | None = None) -> list[Any]:
+    """``[function(*cell) for cell in cells]``, spread over processes.
+
+    One thread a process: two would change the bits of a result and, on networks this small, be slower. The result does
+    not depend on the number of processes.
+
+    Args:
+        function: importable (defined in a module, not in a notebook).
+        cells: arguments of each call; put the longest first.
+        processes: default ``MEDSEC_PROCESSES``, else the number of cores this process may use.
+    """
+    wanted = processes or int(os.environ.get("MEDSEC_PROCESSES", 0)) or joblib.cpu_count()
+    for key, value in HEAP.items():  # in processes that start from here on; who set it otherwise is not overruled
+        os.environ.setdefault(key, value)
+    calls = (joblib.delayed(function)(*cell) for cell in cells)
+    with threadpool_limits(1), joblib.parallel_config("loky", inner_max_num_threads=1):
+        found = joblib.Parallel(min(wanted, max(1, len(cells))), return_as="generator", batch_size=1)(calls)
+        # A bar only where somebody watches: in an executed notebook it would differ from run to run.
+        return list(tqdm(found, total=len(cells), disable=not sys.stderr.isatty()))

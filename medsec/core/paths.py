@@ -1,0 +1,57 @@
+"""Every place on disk, in one place.
+
+Inputs (parameters, data, notebooks, committed results) are always those of the repository. Outputs go to the
+repository too, unless ``MEDSEC_OUT`` names another folder: validation and temporary runs write there and can never
+overwrite a committed result.
+"""
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+PARAMS = ROOT / "params.yaml"
+PROFILES = ROOT / "profiles"
+DATA = ROOT / "data"
+NOTEBOOKS = ROOT / "notebooks"
+CLAIMS = ROOT / "claims"
+
+
+def out() -> Path:
+    """Folder that outputs are written below: ``$MEDSEC_OUT``, or the repository."""
+    return Path(os.environ.get("MEDSEC_OUT") or ROOT)
+
+
+def reference() -> Path:
+    """Folder whose tables a fresh table is compared with: ``$MEDSEC_REFERENCE``, or the repository."""
+    return Path(os.environ.get("MEDSEC_REFERENCE") or ROOT)
+
+
+def results(cohort: str, base: Path | None = None) -> Path:
+    """Quick-profile tables and figures of a cohort, below ``base`` (default: `out`)."""
+    return (base or out()) / "results" / cohort
+
+
+def executed(cohort: str, base: Path | None = None) -> Path:
+    """Executed notebooks of a cohort, below ``base`` (default: `out`)."""
+    return (base or out()) / "executed" / cohort
+
+
+def records(cohort: str, base: Path | None = None) -> Path:
+    """Full-profile evidence of a cohort, below ``base`` (default: the repository)."""
+    return (base or ROOT) / "records" / cohort
+
+
+def cells(cohort: str) -> Path:
+    """Finished cells of a cohort: ``$MEDSEC_CELLS``, or ``.cells`` in the repository; never in git."""
+    return Path(os.environ.get("MEDSEC_CELLS") or ROOT / ".cells") / cohort
+
+
+def networks(cohort: str) -> Path:
+    """Trained networks of a cohort that notebooks attack; a DVC output."""
+    return ROOT / "networks" / cohort
+
+
+def checkpoints(cohort: str) -> Path:
+    """Checkpoints of unfinished runs; safe to delete, never in git."""
+    return Path(os.environ.get("MEDSEC_CHECKPOINTS") or ROOT / ".checkpoints") / cohort

@@ -1,0 +1,222 @@
+"""One image file (PNG, JPEG, DICOM) as a small square array: what ``folder`` makes a cohort of."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsec.core.errors import InputError
+
+PILLOW = (".png", ".jpg", ".jpeg")
+DICOM = (".dcm", ".dicom")
+_LUMA = np.array([0.299, 0.587, 0.114])  # grey of a colour, ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file's central square at the size asked for.
+
+    ``pixels`` (C, S, S), C = 1 or 3: uint8, or float32 in the file's own units where ``top``, its highest value, is
+    not None: a 16-bit PNG does not say how many of its bits are used, only all of them together do. ``shape``
+    (height, width) of the file; ``notes`` on what was done to it; ``patient`` the PatientID of a DICOM file or "".
+    """
+
+    pixels: np.ndarray
+    top: int | None
+    shape: tuple[int, int]
+    notes: tuple[str, ...]
+    patient: str
+
+
+def is_image(file: Path) -> bool:
+    """Whether it is to be read: PNG and JPEG by the suffix, DICOM as in `is_dicom`.
+
+    Raises:
+        InputError: the file may not be opened.
+    """
+    try:
+        return file.suffix.lower() in PILLOW or is_dicom(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be opened ({error.strerror}); correct its permissions, or move it") from None
+
+
+def is_dicom(file: Path) -> bool:
+    """By its suffix, or, of a file with another one or none (``IM0001``, ``1.2.840.1``), by its first bytes."""
+    suffix = file.suffix.lower()
+    if suffix in DICOM or suffix in PILLOW:
+        return suffix in DICOM
+    with file.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def read(file: Path, size: int, where: str) -> Picture:
+    """``file``'s central square, resampled to ``size`` pixels a side: area averages, bilinear if it is smaller.
+
+    Raises:
+        InputError: begins with ``where``; the file cannot be read, has several frames, or colours of an unknown kind.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as remarks:  # many a DICOM header breaks a rule without harm
+            warnings.simplefilter("always")
+            values, white, notes, patient = (_dicom if is_dicom(file) else _pillow)(file)
+            pixels = _square(values, size)
+    except _RefusedError as refused:
+        raise InputError(f"{where} {refused}") from None
+    except Exception as error:  # the decoders meet damaged files with almost anything
+        what = (str(error).splitlines() or [""])[0][:160]
+        why = f"{type(error).__name__}: {what}".rstrip(": ")
+        raise InputError(f"{where} cannot be read ({why}); replace it, or take it out of the folder") from None
+    if remarks:
+        notes.append("their reader warned about the header")
+    if max(values.shape[:2]) != min(values.shape[:2]):
+        notes.append("not square: only the central square is kept")
+    if min(values.shape[:2]) < size:
+        notes.append(f"smaller than {size} px: enlarged")
+    top = None if white else int(values.max())
+    pixels = to_uint8(pixels / white) if white else pixels
+    return Picture(pixels, top, values.shape[:2], tuple(notes), patient)
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as 0 to 255, rounded; what lies outside is clipped."""
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """(C, S, S) uint8 with 1 channel (luma of the colours) or 3 (equal ones of a grey image)."""
+    if len(pixels) == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=0)
+    return np.rint(np.tensordot(_LUMA, pixels, axes=1)).astype(np.uint8)[None]
+
+
+class _RefusedError(Exception):
+    """Why a file that can be read is not used; the message continues "<file> …"."""
+
+
+def _square(values: np.ndarray, size: int) -> np.ndarray:
+    """(C, size, size) float32 of the central square of (H, W) or (H, W, 3) values."""
+    from PIL import Image
+
+    height, width = values.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = np.atleast_3d(values[top : top + side, left : left + side]).astype(np.float32)
+    how = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
+    planes = [Image.fromarray(np.ascontiguousarray(cut[..., c])) for c in range(cut.shape[2])]
+    return np.stack([np.asarray(plane.resize((size, size), how)) for plane in planes])
+
+
+# --------------------------------------------------------------------------------------------------------- PNG, JPEG
+
+
+def _pillow(file: Path) -> tuple[np.ndarray, float | None, list[str], str]:
+    """Values (H, W) or (H, W, 3), the value of white (None: 16 bits, see `Picture`), notes, and no patient."""
+    from PIL import Image, ImageOps
+
+    notes = []
+    with Image.open(file, formats=("PNG", "JPEG")) as opened:
+        if opened.format == "PNG" and getattr(opened, "n_frames", 1) > 1:
+            raise _RefusedError(f"has {opened.n_frames} frames; save the one that is meant as an image of its own")
+        if ";16" in str(opened.tile) and opened.mode in ("RGB", "RGBA", "LA"):
+            notes.append("colour or transparency at 16 bits: only the upper 8 are read")
+        if opened.getexif().get(0x0112, 1) != 1:
+            notes.append("turned as their EXIF orientation says")
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        return np.asarray(image).astype(np.float32), None, notes, ""
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("P", "PA"):
+        notes.append("colours of a palette: converted")
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+        pixels = np.asarray(image)
+        if (pixels[..., :3] == pixels[..., :1]).all():
+            image = image.convert("LA" if image.mode == "RGBA" else "L")
+    elif image.mode in ("CMYK", "YCbCr"):
+        notes.append(f"{image.mode} colours: converted")
+        image = image.convert("RGB")
+    if image.mode in ("LA", "RGBA"):
+        notes.append("transparency removed: put on black")
+        pixels = np.asarray(image).astype(np.float32)
+        values = pixels[..., :-1] * pixels[..., -1:] / 255
+        return values[..., 0] if image.mode == "LA" else values, 255, notes, ""
+    if image.mode not in ("L", "RGB"):
+        raise _RefusedError(f"has pixels of the kind {image.mode}; save it as 8-bit grey or RGB")
+    return np.asarray(image).astype(np.float32), 255, notes, ""
+
+
+# ------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def _dicom(file: Path) -> tuple[np.ndarray, float | None, list[str], str]:
+    """Values (H, W) or (H, W, 3) in [0, 1] as a viewer shows them, 1 for white, notes, and the PatientID."""
+    import pydicom
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    header = pydicom.dcmread(file)
+    patient = str(header.get("PatientID") or "").strip()
+    if "PixelData" not in header:
+        raise _RefusedError("is DICOM without an image; take it out of the folder")
+    frames = int(header.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise _RefusedError(f"has {frames} frames; save the one that is meant as a file of its own")
+    try:
+        stored = pixel_array(header)  # decompressed; YBR is RGB from here on
+    except (RuntimeError, NotImplementedError):  # no decoder for this compression
+        name = getattr(header.file_meta.get("TransferSyntaxUID"), "name", "unknown")
+        raise _RefusedError(f"is compressed in a way that is not read here ({name}); decompress it first") from None
+    kind = header.PhotometricInterpretation
+    if kind in ("MONOCHROME1", "MONOCHROME2"):
+        shown, notes = _grey(header, stored)
+        return (1 - shown if kind == "MONOCHROME1" else shown), 1, notes, patient
+    if kind == "PALETTE COLOR":
+        colours = apply_color_lut(stored, header)
+        return colours / np.iinfo(colours.dtype).max, 1, ["colours of a palette: converted"], patient
+    if stored.ndim == 3 and stored.shape[2] == 3:
+        return stored / (2.0**header.BitsStored - 1), 1, [], patient
+    raise _RefusedError(f"has pixels of the kind {kind}; save it as MONOCHROME2 or RGB")
+
+
+def _grey(header, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Stored values through the modality and the VOI transformation to [0, 1], black to white (DICOM PS3.3 C.11)."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = np.asarray(apply_modality_lut(stored, header), np.float64)
+    if header.get("VOILUTSequence"):
+        bits = header.VOILUTSequence[0].LUTDescriptor[2]
+        return apply_voi(np.rint(values).astype(np.int64), header) / (2.0**bits - 1), []
+    centre, width = (_first(header.get(key)) for key in ("WindowCenter", "WindowWidth"))
+    if centre is not None and width is not None:
+        return window(values, centre, width, str(header.get("VOILUTFunction") or "LINEAR").upper()), []
+    if header.BitsStored <= 8 and not header.PixelRepresentation and np.array_equal(values, stored):
+        return values / (2.0**header.BitsStored - 1), []  # eight bits are grey levels, not measured values
+    used = values[stored != header.PixelPaddingValue] if header.get("PixelPaddingValue") is not None else values
+    used = used if used.size else values
+    low, high = used.min(), used.max()
+    note = "DICOM without a window: stretched from its darkest to its brightest value"
+    return np.clip((values - low) / max(high - low, 1e-12), 0, 1), [note]
+
+
+def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
+    """Values seen through a window, in [0, 1] (DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width <= 0 or (function == "LINEAR" and width < 1):
+        raise _RefusedError(f"has an impossible window: {function}, centre {centre:g}, width {width:g}")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
+    if function == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    if width == 0:
+        return (values > centre).astype(np.float64)
+    return np.clip((values - centre) / width + 0.5, 0, 1)
+
+
+def _first(value) -> float | None:
+    """The first of one or several numbers; None where there is none."""
+    if value is None or value == "":
+        return None
+    many = value if isinstance(value, Sequence) else [value]
+    return float(many[0]) if len(many) else None

@@ -1,0 +1,238 @@
+"""Cohorts from files in MedMNIST's key layout: a file of one's own, or a MedMNIST flavour, found or downloaded."""
+
+import difflib
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from medsec.core import params, paths
+from medsec.core.errors import InputError
+from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
+
+OFFICIAL = ("train", "val", "test")  # the splits of a MedMNIST-like file
+STALL = 30.0  # seconds without an answer after which a download is given up
+
+_NO_PATIENTS = "no patient ids: client, public and reference are divided image-wise, one patient may be in several"
+_KNOWN_FLAWS = {
+    "pneumoniamnist": (
+        "no patient ids at all: the official train and val splits are image-wise as well",
+        "paediatric patients (one to five years) of one hospital: says nothing about adults",
+        "train-to-test shift: classifiers lose accuracy from val to test; val is the optimistic one",
+    ),
+}
+_IMAGES_FROM = {"pneumoniamnist": " Images: Kermany et al., Cell 172, 2018."}
+# sha256 of the canonical content of published files, by flavour and size
+_PUBLISHED = {("pneumoniamnist", 28): "a6d121a8dd1befcd5ccfcd5a103820bb35d487e9269e6f38ca07ee85f1601389"}
+
+
+def own(cohort: params.NpzCohort, size: int | None = None) -> Cohort:
+    """The cohort "npz": a file by path. ``size`` may only repeat the file's own.
+
+    Raises:
+        InputError: no path is set, or the file is missing, damaged or of another layout.
+    """
+    if not cohort.path:
+        raise InputError("cohorts.npz.path is not set; write the file's path, from the repository's root, into it")
+    file = paths.ROOT / Path(cohort.path).expanduser()
+    official = _read_npz(file)
+    side = official["train"].images.shape[2]
+    if side < 28 or side % 4:
+        raise InputError(f"{file.name}: images are {side} px a side; resize them to a multiple of 4, at least 28")
+    if size not in (None, side):
+        raise InputError(f"{file.name}: images are {side} px a side, not {size}; leave size out or give another file")
+    highest = max(int(split.labels.max()) for split in official.values())
+    if highest == 0:
+        raise InputError(f"{file.name}: every label is 0; a cohort needs two classes or more")
+    classes = tuple(str(label) for label in range(highest + 1))
+    facts = {"source": f"{file.name}, a file of your own", "licence": "not stated: the file's owner knows"}
+    return _from_official("npz", official, classes, cohort, file.name, flaws=(_NO_PATIENTS,), **facts)
+
+
+def flavour(name: str, cohort: params.MedMNISTCohort, size: int | None = None) -> Cohort:
+    """The MedMNIST flavour ``name`` at ``size`` (default: the parameters') pixels a side.
+
+    Raises:
+        InputError: it is unknown or not 2-D and single-label, its file cannot be had, is damaged or of another flavour.
+    """
+    info = _about(name)
+    size = cohort.size if size is None else size
+    if size not in (28, 64, 128, 224):
+        raise InputError(f"size {size} of cohort {name} must be 28, 64, 128 or 224")
+    file = _find(name, size)
+    official = _read_npz(file)
+    shape, wanted = official["train"].images.shape[1:], (info["n_channels"], size, size)
+    if shape != wanted:
+        raise InputError(f"{file.name}: images are {shape} (channels, height, width), not {wanted}; replace the file")
+    classes = tuple(str(info["label"][key]) for key in sorted(info["label"], key=int))
+    highest = max(int(split.labels.max()) for split in official.values())
+    if highest >= len(classes):
+        raise InputError(f"{file.name}: label {highest}, but {name} has {len(classes)} classes; replace the file")
+    flaws = (*_KNOWN_FLAWS.get(name, ()), _NO_PATIENTS)
+    found = fingerprint(official)
+    if (name, size) in _PUBLISHED:
+        if found != _PUBLISHED[name, size]:
+            flaws += (f"altered: fingerprint differs from the published content ({_PUBLISHED[name, size][:12]}…)",)
+    elif _md5(file) != info["MD5" if size == 28 else f"MD5_{size}"]:
+        flaws += ("the file's MD5 is not the published one: reordered, or altered",)
+    about = info["description"].split(". ")[0].rstrip(".")
+    source = f"MedMNIST v2, {info['python_class']} (Yang et al., Scientific Data 10, 41, 2023). {about}."
+    source += _IMAGES_FROM.get(name, "")
+    facts = {"source": source, "licence": info["license"]}
+    return _from_official(name, official, classes, cohort, file.name, flaws=flaws, **facts)
+
+
+def _from_official(name, official, classes, cohort, where, **facts) -> Cohort:
+    """A cohort from official train, val and test splits in canonical order; ``facts`` go to `Cohort` as they are."""
+    check_classes(official, classes, where)
+    clean, removed = deduplicate(official)
+    check_classes(clean, classes, f"{where} without duplicates")
+    splits = _divide(clean["train"], cohort.shares, cohort.seed) | {"val": clean["val"], "test": clean["test"]}
+    check_classes(splits, classes, f"{where}, train divided by shares")
+    return Cohort(name, splits, classes, (), fingerprint(official), removed=removed, **facts)
+
+
+def _divide(train: Split, shares: params.SplitShares, seed: int) -> dict[str, Split]:
+    """client, public and reference from an official training set: class by class, by a seeded permutation."""
+    rng = np.random.default_rng(seed)
+    chosen: dict[str, list[np.ndarray]] = {"client": [], "public": [], "reference": []}
+    for label in np.unique(train.labels):
+        members = rng.permutation(np.flatnonzero(train.labels == label))
+        cuts = np.round(np.cumsum([shares.client, shares.public]) * len(members)).astype(int)
+        for name, part in zip(chosen, np.split(members, cuts), strict=True):
+            chosen[name].append(part)
+    return {name: train.take(np.sort(np.concatenate(parts))) for name, parts in chosen.items()}
+
+
+def _about(name: str) -> dict:
+    """What the medmnist package knows about a flavour; `InputError` unless it is 2-D and has one label an image."""
+    from medmnist import INFO  # slow: imports torch
+
+    flat = [key for key, info in INFO.items() if not key.endswith("3d") and "multi-label" not in info["task"]]
+    if name in flat:
+        return INFO[name]
+    known = ["phantom", "fundus", "npz", "folder", *flat]
+    if name in INFO:
+        why = "is three-dimensional" if name.endswith("3d") else "has several labels an image"
+        raise InputError(f"cohort {name} {why}; choose one of {', '.join(known)}")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise InputError(f"unknown cohort {name!r}; {hint}known: {', '.join(known)}")
+
+
+def _find(name: str, size: int) -> Path:
+    """The flavour's file: in ``$MEDMNIST_ROOT``, in the medmnist package's own folder, or downloaded to the latter."""
+    from medmnist.info import DEFAULT_ROOT
+
+    file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
+    folders = [Path(DEFAULT_ROOT)] if DEFAULT_ROOT else []
+    if root := os.environ.get("MEDMNIST_ROOT"):
+        folders.insert(0, paths.ROOT / Path(root).expanduser())
+        if not folders[0].is_dir():
+            raise InputError(f"MEDMNIST_ROOT={root} is no folder; set it to the folder that holds {file}, or unset it")
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    if not folders:
+        raise InputError(f"there is no folder to download {file} to; set MEDMNIST_ROOT to one")
+    return _download(name, size, folders[-1], file)
+
+
+def _download(name: str, size: int, folder: Path, file: str) -> Path:
+    """Fetch ``file`` with the medmnist package, which compares its MD5; only a whole file reaches ``folder``."""
+    import medmnist
+
+    print(f"{file} is not on this machine: downloading it", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, _stall_limit(STALL):
+            fetch = getattr(medmnist, medmnist.INFO[name]["python_class"])
+            fetch(split="val", download=True, root=scratch, size=size)
+            return Path(shutil.move(Path(scratch) / file, folder / file))
+    except (RuntimeError, OSError, ValueError):
+        ways = f"set MEDMNIST_ROOT to a folder that holds {file}, choose cohort phantom or fundus, or cohort npz with its path"
+        raise InputError(f"{file} is not in MEDMNIST_ROOT or ~/.medmnist and cannot be downloaded; {ways}") from None
+
+
+@contextmanager
+def _stall_limit(seconds: float):
+    """Give up on a connection that stays silent for so long: urllib itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _read_npz(file: Path) -> dict[str, Split]:
+    """train, val and test of a file in MedMNIST's key layout, checked and in canonical order."""
+    splits = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in OFFICIAL:
+                images = _member(archive, f"{name}_images", file.name)
+                labels = _member(archive, f"{name}_labels", file.name)
+                splits[name] = canonical(_split(images, labels, name, file.name))
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; correct the path") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise InputError(f"{file.name} is damaged or no npz file ({error}); delete it and get it again") from None
+    shapes = {name: split.images.shape[1:] for name, split in splits.items()}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"{file.name}: splits differ in image shape (channels, height, width): {shapes}")
+    return splits
+
+
+def _member(archive: zipfile.ZipFile, key: str, where: str) -> np.ndarray:
+    """An array of an npz file, read to its end so that the zip's checksum is compared; never unpickled."""
+    try:
+        stream = archive.open(f"{key}.npy")
+    except KeyError:
+        raise InputError(f"{where}: key {key} is missing; needed: {{train,val,test}}_{{images,labels}}") from None
+    with stream:
+        try:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+        except Exception as error:  # numpy parses the header as Python: damage there raises almost anything
+            if "Object arrays" in str(error):
+                raise InputError(f"{where}: {key} holds pickled objects, never opened; save plain arrays") from None
+            raise InputError(f"{where}: {key} is damaged or too large ({type(error).__name__}); get it again") from None
+        if stream.read(1):
+            raise InputError(f"{where}: {key} is damaged (bytes after its end); get it again")
+    return array
+
+
+def _split(images: np.ndarray, labels: np.ndarray, name: str, where: str) -> Split:
+    """A `Split` from (N, H, W) or (N, H, W, C) uint8 images and (N,) or (N, 1) integer labels, or an `InputError`."""
+    for key, array in (("images", images), ("labels", labels)):
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise InputError(f"{where}: {name}_{key} is {array.dtype} and contains NaN")
+    if images.dtype != np.uint8:
+        raise InputError(f"{where}: {name}_images is {images.dtype}; it must be uint8, 0 to 255")
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"{where}: {name}_labels is {labels.dtype}; it must be an integer type")
+    shape = images.shape
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2]:
+        raise InputError(f"{where}: {name}_images is {shape}; it must be square, (N,H,W) or (N,H,W,1 or 3)")
+    if labels.shape not in ((len(images),), (len(images), 1)):
+        wanted = f"({len(images)},) or ({len(images)}, 1)"
+        raise InputError(f"{where}: {name}_labels is {labels.shape}; it must be {wanted}, one label an image")
+    if not len(images):
+        raise InputError(f"{where}: split {name} is empty; every split needs images")
+    if labels.min() < 0 or labels.max() > 10_000:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise InputError(f"{where}: {name}_labels contains {wrong}; labels count from 0")
+    return Split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.reshape(-1).astype(np.int64))

@@ -1,0 +1,1 @@
+"""Paper 3: adversarial examples, and training, pruning and attention against them."""

@@ -1,0 +1,209 @@
+"""Adversarial examples: small changes of an image that turn a classifier's answer (paper 3, and the attacks that it lacks).
+
+An attack is ``attack(model, x, y, eps, generator) -> x_adv``: x (N, C, S, S) in [0, 1], y (N,) int64 true labels, the result in
+[0, 1] and, for the attacks of the maximum norm, nowhere more than ``eps`` from x. Normalisation lives inside the model, so
+that eps means what it says. FGSM, BIM, PGD and DeepFool are here, short, because they are the subject; AutoAttack, Square and
+Carlini–Wagner are libraries' (`medsec.evasion.libraries`).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsec.core.errors import InputError
+from medsec.core.guards import check_images
+
+Attack = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def check(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0) -> None:
+    """Refuse what an attack would silently get wrong.
+
+    Raises:
+        InputError: images that are not (N, C, S, S) in [0, 1], labels that are not (N,) int64 >= 0, a module in training
+            mode, or eps outside [0, 1].
+    """
+    check_images(x)
+    if y.shape != (len(x),) or y.dtype != torch.int64 or (len(y) and int(y.min()) < 0):
+        raise InputError(f"labels of shape {tuple(y.shape)}, {y.dtype}: need ({len(x)},), torch.int64, none negative")
+    if any(module.training for module in model.modules()):
+        raise InputError("the model is in training mode: its answer would depend on the batch; call model.eval() first")
+    if not 0 <= eps <= 1:
+        raise InputError(f"eps {eps:g}: must be in [0, 1], in units of the image (4/255 is 0.0157)")
+
+
+def _check_classes(logits: Tensor, y: Tensor) -> None:
+    if int(y.max()) >= logits.shape[1]:
+        raise InputError(f"label {int(y.max())}, but the model has {logits.shape[1]} classes (labels start at 0)")
+
+
+# Losses that an attacker raises ---------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) cross-entropy. It saturates where a model is very sure, which can pass for robustness."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) highest other logit less that of the true class (Carlini & Wagner 2017, with κ = ∞): it does not saturate."""
+    true = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+# Attacks of the maximum norm ------------------------------------------------------------------------------------------
+
+
+def noise(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """The control that needs no gradient: every pixel up or down by eps, at random."""
+    check(model, x, y, eps)
+    signs = 2.0 * torch.randint(0, 2, x.shape, generator=generator).to(x) - 1
+    return (x + eps * signs).clamp(0, 1)
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """One step of eps along the sign of the gradient (Goodfellow et al. 2015, eq. 1)."""
+    return ascend(model, x, y, eps, steps=1, step=1.0)
+
+
+def bim(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    generator: torch.Generator | None = None,
+    *,
+    steps: int,
+    step: float,
+) -> Tensor:
+    """Several small steps from the image itself (Kurakin et al. 2017); ``step`` in units of eps."""
+    return ascend(model, x, y, eps, steps=steps, step=step)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    step: float,
+    loss: Loss = cross_entropy,
+    stop: bool = False,
+) -> Tensor:
+    """Several steps from a random start in the ball (Madry et al. 2018); arguments as of `ascend`."""
+    check(model, x, y, eps)
+    start = x + eps * (2 * torch.rand(x.shape, generator=generator).to(x) - 1)
+    return ascend(model, x, y, eps, start=start.clamp(0, 1), steps=steps, step=step, loss=loss, stop=stop)
+
+
+@torch.enable_grad()
+def ascend(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    steps: int,
+    step: float,
+    start: Tensor | None = None,
+    loss: Loss = cross_entropy,
+    stop: bool = False,
+) -> Tensor:
+    """Signed gradient ascent on a loss, projected on the ball of radius eps around x and on [0, 1].
+
+    Args:
+        steps: how many.
+        step: length of one, in units of eps.
+        start: where to begin; default x.
+        loss: what is raised, one value an example.
+        stop: leave an example alone as soon as it is misclassified. The same examples fall, in less time; but such an example
+            lies just behind the boundary and transfers badly, so that it must not be used against another model.
+
+    Raises:
+        InputError: see `check`; or steps < 1, step <= 0.
+    """
+    check(model, x, y, eps)
+    if steps < 1 or step <= 0:
+        raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    found, left = (x if start is None else start).clone(), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        at = found[left].requires_grad_()
+        logits = model(at)
+        _check_classes(logits, y)
+        (gradient,) = torch.autograd.grad(loss(logits, y[left]).sum(), at)
+        moved = (at.detach() + step * eps * gradient.sign()).clamp(low[left], high[left])
+        if stop:
+            right = logits.detach().argmax(1) == y[left]
+            left, moved = left[right], moved[right]
+        found[left] = moved
+        if not len(left):
+            break
+    return found
+
+
+# DeepFool -------------------------------------------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 50, overshoot: float = 0.02) -> Tensor:
+    """The nearest other answer, by repeated linearisation (Moosavi-Dezfooli et al. 2016, algorithm 2). It has no eps.
+
+    It leaves the model's *own* answer, right or wrong; true labels are only checked.
+
+    Args:
+        norm: which distance is kept small, "l2" or "linf".
+        steps: at most so many linearisations.
+        overshoot: share of the change that is added at the end, to get across the boundary.
+
+    Returns:
+        (N, C, S, S) in [0, 1]; examples whose answer did not change within ``steps`` are returned as far as they came.
+
+    Raises:
+        InputError: see `check`; or another norm.
+    """
+    check(model, x, y)
+    if norm not in ("l2", "linf"):
+        raise InputError(f"norm {norm!r}: must be l2 or linf")
+    found, left, first = x.clone(), torch.arange(len(x), device=x.device), None
+    for _ in range(steps):
+        at = found[left].requires_grad_()
+        logits = model(at)
+        _check_classes(logits, y)
+        answers = logits.detach().argmax(1)
+        first = answers if first is None else first
+        same = answers == first[left]
+        if not same.any():
+            break
+        step = _nearest_boundary(logits, at, first[left], norm)
+        left = left[same]
+        found[left] = (at.detach()[same] + step[same]).clamp(0, 1)
+    return (x + (1 + overshoot) * (found - x)).clamp(0, 1)
+
+
+def _nearest_boundary(logits: Tensor, x: Tensor, own: Tensor, norm: str) -> Tensor:
+    """The step to the nearest of the linearised boundaries between each example's own class and the others."""
+    n_classes = logits.shape[1]
+    gradients = torch.stack(
+        [torch.autograd.grad(logits[:, k].sum(), x, retain_graph=True)[0] for k in range(n_classes)], 1
+    )  # (N, K, C, S, S)
+    rows = torch.arange(len(x), device=x.device)
+    w = (gradients - gradients[rows, own][:, None]).flatten(2)
+    gap = (logits.detach() - logits.detach()[rows, own][:, None]).abs()
+    length = w.norm(dim=2) if norm == "l2" else w.abs().sum(2)  # the dual of the maximum norm
+    distance = gap / length.clamp_min(1e-7)
+    distance[rows, own] = torch.inf
+    nearest = distance.argmin(1)
+    w, gap, length = w[rows, nearest], gap[rows, nearest], length[rows, nearest].clamp_min(1e-7)
+    step = w / length[:, None] if norm == "l2" else w.sign()
+    return ((gap / length)[:, None] * step).view_as(x)
+
+
+def capped(x: Tensor, found: Tensor, eps: float) -> Tensor:
+    """An unbounded attack's examples, with every pixel's change cut to at most eps."""
+    return found.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))

@@ -1,0 +1,82 @@
+"""Where classifiers look: attributions and attention maps, on clean and adversarial images, beside the lesions of the phantom."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captum.attr import IntegratedGradients, LayerGradCam
+from torch import Tensor, nn
+
+from medsec.core.errors import InputError
+from medsec.evasion import attacks as adversarial
+from medsec.nets import cbam as attention
+
+STEPS = 16  # of the path of Integrated Gradients
+
+
+def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) of class y at the last convolutional map: (N, S, S), at least 0."""
+    adversarial.check(model, x, y)
+    with torch.enable_grad():
+        found = LayerGradCam(model, model.blocks).attribute(x, target=y, relu_attributions=True)
+    return _enlarged(found.detach(), x)
+
+
+def integrated_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """|Integrated Gradients| (Sundararajan et al. 2017) of class y from a grey image: (N, S, S), summed over channels."""
+    adversarial.check(model, x, y)
+    with torch.enable_grad():
+        found = IntegratedGradients(model).attribute(x, torch.full_like(x, 0.5), target=y, n_steps=STEPS)
+    return found.detach().abs().sum(1).float()
+
+
+def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Pixel gates of every attention module, ``cbam1`` the nearest to the image: (N, S, S) in (0, 1)."""
+    return {f"cbam{i}": _enlarged(m, x) for i, m in enumerate(attention.maps(model, x), start=1)}
+
+
+def _enlarged(found: Tensor, x: Tensor) -> Tensor:
+    return F.interpolate(found, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """All maps of a network by name, (N, S, S) each."""
+    found = {"grad_cam": grad_cam(model, x, y), "integrated_gradients": integrated_gradients(model, x, y)}
+    return found | (attention_maps(model, x) if attention.modules(model) else {})
+
+
+def pointing(maps: Tensor, masks: np.ndarray) -> np.ndarray:
+    """(N,) whether the highest point of every map lies in its mask (pointing game, Zhang et al. 2018, without a margin).
+
+    A map without a highest point, all of it equal, points nowhere: False.
+
+    Args:
+        maps: (N, S, S).
+        masks: (N, S, S) bool, none empty.
+
+    Raises:
+        InputError: shapes that differ, or an empty mask.
+    """
+    if tuple(maps.shape) != masks.shape:
+        raise InputError(f"maps of shape {tuple(maps.shape)}, masks of shape {masks.shape}")
+    if not masks.any((1, 2)).all():
+        raise InputError("an empty mask: leave out the images without a lesion")
+    flat = maps.flatten(1).numpy()
+    hit = masks.reshape(len(masks), -1)[np.arange(len(masks)), flat.argmax(1)]
+    return hit & (np.ptp(flat, axis=1) > 0)
+
+
+def controls(masks: np.ndarray, known: np.ndarray) -> Mapping[str, float]:
+    """What pointing scores without a look at the image.
+
+    ``area``: a point anywhere, the mean share of the image that the masks cover. ``prior``: always the place where most
+    lesions of other images lie.
+
+    Args:
+        masks: (N, S, S) bool, of the images that are pointed at.
+        known: (M, S, S) bool, of training images.
+    """
+    usual = known.mean(0)
+    at = np.unravel_index(usual.argmax(), usual.shape)
+    return {"area": float(masks.mean()), "prior": float(masks[:, at[0], at[1]].mean())}

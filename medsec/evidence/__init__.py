@@ -1,0 +1,1 @@
+"""Tables, intervals, claims and records."""

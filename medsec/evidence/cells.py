@@ -1,0 +1,226 @@
+"""Cells: what an experiment consists of, run in parallel, kept on disk, and found again by what they mean.
+
+A cell is one seed of one arm. Its *identity* is a hash of the experiment's ``generation``, the parameters that decide its
+numbers, and the cohort's fingerprint: not of source code, so that a comment or a moved module costs nothing. Who changes what
+an experiment measures raises its ``generation``; the golden cells of the tests notice who forgets.
+
+Notebooks, records and golden cells all go through `run`. A finished cell is one file below ``.cells/`` (never in git), written
+whole or not at all; an interrupted run goes on where it was. ``MEDSEC_FRESH=1`` runs everything anew.
+"""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medsec import data
+from medsec.core import parallel, params, paths
+from medsec.core.errors import InputError
+from medsec.core.params import Params
+from medsec.evidence import tables
+
+NOTE = ("cell", "identity", "seconds", "peak_mb")  # columns of a record beside the rows' own
+TIMES = ("ms",)  # units of times, which belong to records only
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One seed of one arm (of notebook 02: a scenario) under one change of the parameters.
+
+    Attributes:
+        arm, seed: which part of the experiment, and the seed of the run.
+        change: of the parameters, nested as in ``params.yaml``.
+        keys: the key columns that address its rows (empty for the headline).
+        size: another image size.
+        variants: the methods that are compared where a cell runs several.
+        group: names them in the file's name.
+        given: what the cell is given besides parameters.
+    """
+
+    arm: str
+    seed: int
+    change: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+    size: int | None = None
+    variants: tuple[str, ...] = ()
+    group: str = ""
+    given: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the cell in files and tables, such as ``attack-ratio=0.25-seed0``."""
+        keys = [f"{key}={value}" for key, value in self.keys.items()]
+        return "-".join([self.arm, *filter(None, [self.group]), *keys, f"seed{self.seed}"])
+
+
+Finished = tuple[pd.DataFrame, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a notebook runs.
+
+    Attributes:
+        name: of the notebook.
+        generation: raised by hand when numbers are meant to move; cells of another generation are not used.
+        sections: of the parameters that decide a cell's numbers.
+        run: ``run(cohort, params, cell) -> (rows, pictures)``, the parameters with the cell's change; defined in a module.
+        own: sections that hold a mapping method -> its own parameters; of these a cell depends on its own methods only, so that
+            a new method leaves every finished cell valid.
+        shared: methods whose parameters in ``own`` others use as well.
+    """
+
+    name: str
+    generation: int
+    sections: tuple[str, ...]
+    run: Callable[[str, Params, Cell], Finished]
+    own: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
+def resolved(p: Params, cell: Cell) -> Params:
+    """The parameters with the change of a cell.
+
+    Raises:
+        InputError: they are not valid.
+    """
+    return params.validate(params.merge(p.model_dump(), cell.change), f"cell {cell.name}") if cell.change else p
+
+
+def identity(experiment: Experiment, fingerprint: str, p: Params, cell: Cell) -> str:
+    """Hash of all that decides a cell's numbers: 16 hexadecimal digits.
+
+    Args:
+        experiment: the cell's.
+        fingerprint: of the cohort's content.
+        p: the parameters without the cell's change.
+        cell: which one.
+    """
+    tree = resolved(p, cell).model_dump()
+    decides = {name: tree[name] for name in experiment.sections}
+    for path in experiment.own:
+        *outer, last = path.split(".")
+        place = decides
+        for part in outer:
+            place[part] = dict(place[part])
+            place = place[part]
+        kept = {*cell.variants, *experiment.shared}
+        place[last] = {method: own for method, own in place[last].items() if method in kept}
+    what = {
+        "experiment": experiment.name,
+        "generation": experiment.generation,
+        "cohort": fingerprint,
+        "device": tree["device"],
+        "tuning": tree["seeds"]["tuning"],
+        "parameters": decides,
+        "cell": [cell.arm, cell.seed, cell.keys, cell.size, list(cell.variants), cell.given],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def place(experiment: Experiment, cohort: str, cell: Cell, name: str) -> Path:
+    """The file of a finished cell with the identity ``name``."""
+    return paths.cells(cohort) / experiment.name / f"{cell.name}.{name}.npz"
+
+
+def write(file: Path, finished: Finished, note: dict) -> None:
+    """Write a finished cell: its rows as CSV with all digits, its pictures, and a note; complete or not at all."""
+    rows, pictures = finished
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    texts = {"rows": rows.to_csv(index=False, na_rep="nan", lineterminator="\n"), "note": json.dumps(note)}
+    packed = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    with partial.open("wb") as handle:
+        np.savez_compressed(handle, **packed, **{f"picture {name}": array for name, array in pictures.items()})
+    partial.replace(file)
+
+
+def read(file: Path) -> tuple[Finished, dict] | None:
+    """A finished cell and its note; None where there is none.
+
+    One that cannot be read is set aside as ``….damaged``, said on stderr, and counts as unfinished.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            rows, note = (stored[name].tobytes().decode() for name in ("rows", "note"))
+            pictures = {name.removeprefix("picture "): stored[name] for name in stored if name.startswith("picture ")}
+        return (tables.parse(io.StringIO(rows)), pictures), json.loads(note)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        aside = file.with_name(f"{file.name}.damaged")
+        file.replace(aside)
+        print(f"{aside.name}: this cell cannot be read ({type(error).__name__}) and is run again", file=sys.stderr)
+        return None
+
+
+def _run_one(experiment: Experiment, cohort: str, p: Params, cell: Cell, name: str) -> str:
+    """Run one cell and write it with what it cost. Returns its name."""
+    start = time.perf_counter()
+    finished = experiment.run(cohort, resolved(p, cell), cell)
+    cost = {
+        "cell": cell.name,
+        "identity": name,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    write(place(experiment, cohort, cell, name), finished, cost)
+    return cell.name
+
+
+def run(
+    experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell], *, processes: int | None = None
+) -> list[Finished]:
+    """Rows and pictures of every cell of a plan, in its order; those that are finished are not run again.
+
+    Args:
+        experiment: what the cells belong to.
+        cohort: name of the cohort.
+        p: all parameters.
+        plan: the cells; put the longest first.
+        processes: see `medsec.core.parallel.run_cells`.
+
+    Raises:
+        InputError: a cohort that cannot be loaded, or parameters that a cell cannot run with.
+    """
+    todo = unfinished(experiment, cohort, p, plan)
+    if len(todo) < len(plan):
+        done = len(plan) - len(todo)
+        print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
+    names = names_of(experiment, cohort, p, plan)
+    calls = [(experiment, cohort, p, cell, names[cell.name]) for cell in todo]
+    parallel.run_cells(_run_one, calls, processes=processes)
+    found = [read(place(experiment, cohort, cell, names[cell.name])) for cell in plan]
+    if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
+        raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
+    return [finished for finished, _ in found]
+
+
+def names_of(experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell]) -> dict[str, str]:
+    """By a cell's name its identity."""
+    fingerprint = data.load(cohort, p.cohorts).fingerprint
+    return {cell.name: identity(experiment, fingerprint, p, cell) for cell in plan}
+
+
+def unfinished(experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell]) -> list[Cell]:
+    """Those cells of a plan of which there is no file with today's identity; with ``MEDSEC_FRESH=1`` all."""
+    if os.environ.get("MEDSEC_FRESH") == "1":
+        return list(plan)
+    names = names_of(experiment, cohort, p, plan)
+    return [cell for cell in plan if read(place(experiment, cohort, cell, names[cell.name])) is None]
+
+
+def table(finished: Sequence[Finished]) -> pd.DataFrame:
+    """The rows of several cells, one after the other, without those that are times: they differ from run to run."""
+    rows = pd.concat([rows for rows, _ in finished], ignore_index=True)
+    return rows[~rows["unit"].isin(TIMES)].reset_index(drop=True)

@@ -1,0 +1,145 @@
+"""Claims as data: ``claims/*.yaml`` name the row that decides, this module gives the verdict on one table.
+
+`medsec.evidence.ledger` puts the verdicts of all cohorts together.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.evidence import tables
+
+LEAST_RUNS = 3
+HOLDS, FAILS, OPEN, NOT_HERE = "holds", "does not hold", "undecided", "not testable here"
+NOT_YET, UNTESTED = "not measured yet", "untested"
+MOST_DIGITS = 4
+
+
+def load(name: str) -> dict:
+    """The claims of ``claims/<name>.yaml``: ``paper``, ``table``, and a list ``claims``.
+
+    Where a claim's ``given`` or ``needs`` names another of the list, that claim itself stands there.
+
+    Raises:
+        InputError: the file is missing, a claim has no row or not exactly one bound, or is given one that is not there.
+    """
+    file = paths.CLAIMS / f"{name}.yaml"
+    if not file.is_file():
+        raise InputError(f"claims/{name}.yaml is missing")
+    ledger = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for claim in ledger["claims"]:
+        if "where" not in claim or sum(key in claim for key in ("above", "below")) != 1:
+            raise InputError(f"{file.name}: claim {claim.get('id')!r} needs `where` and one of above, below")
+    by_id = {claim["id"]: claim for claim in ledger["claims"]}
+    for claim in ledger["claims"]:
+        for key, verb in (("given", "is given"), ("needs", "needs")):
+            if key in claim and claim[key] not in by_id:
+                raise InputError(f"{file.name}: claim {claim['id']!r} {verb} {claim[key]!r}, which is no claim there")
+            if key in claim:
+                claim[key] = by_id[claim[key]]
+    return ledger
+
+
+def verdict(claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> dict:
+    """One claim against a summary table.
+
+    Args:
+        cohort: whose table it is, for a claim about the images of certain ``cohorts`` only.
+        unfinished: of a record: a row that it lacks is *not measured yet*.
+
+    Returns:
+        ``id, by, claim, decides, verdict, n, measured``; ``decides`` is the quantity and its bound (`decides`), ``measured``
+        what the row has; the verdict is *holds* if the whole interval lies beyond the bound,
+        *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*;
+        *not testable here* for a claim marked ``record_only`` whose row the table lacks, for one about other images, and for
+        one at an eps at which nothing was attacked;
+        *untested* where it would hold, but the claim that it is ``given`` does not (a stopped attack that does not work
+        without a defence either proves nothing), and, whatever its row says, where the claim that it ``needs`` does not.
+
+    Raises:
+        InputError: the row that decides is not in the table.
+    """
+    base = {"id": claim["id"], "by": claim["by"], "claim": claim["text"], "decides": decides(claim)}
+    if absent := _absent(claim, table, cohort, unfinished):
+        word, why = absent
+        return {**base, "verdict": word, "n": 0, "measured": why}
+    row = tables.row(table, **claim["where"])
+    if "above" in claim:
+        holds, fails = row["low"] > claim["above"], row["high"] <= claim["above"]
+    else:
+        holds, fails = row["high"] < claim["below"], row["low"] >= claim["below"]
+    enough = row["n"] >= LEAST_RUNS  # fewer give an interval of next to no width, which would decide anything
+    word = HOLDS if holds and enough else FAILS if fails and enough else OPEN
+    others = [claim[key] for key in ("needs", *["given"] * (word == HOLDS)) if key in claim]
+    if any(verdict(other, table, cohort, unfinished=unfinished)["verdict"] != HOLDS for other in others):
+        word = UNTESTED
+    measured = _measured(row, claim.get("above", claim.get("below")))
+    return {**base, "verdict": word, "n": int(row["n"]), "measured": measured}
+
+
+def _absent(claim: dict, table: pd.DataFrame, cohort: str, unfinished: bool) -> tuple[str, str] | None:
+    """The verdict on a claim whose row a table need not have, and why; None for all others."""
+    where = claim["where"]
+    if "cohorts" in claim and cohort not in claim["cohorts"]:
+        return NOT_HERE, f"about the images of {', '.join(claim['cohorts'])}"
+    if not tables.select(table, where).empty:
+        return None
+    if unfinished:
+        return NOT_YET, "the record is not finished"
+    if "record_only" in claim:
+        return NOT_HERE, claim["record_only"]
+    if "eps" in where:  # params.yaml may name another headline
+        there = [eps for eps in table["eps"].unique() if eps and len(tables.select(table, {**where, "eps": eps}))]
+        if there:
+            return NOT_HERE, "only at " + ", ".join(f"{255 * float(eps):.3g}/255" for eps in there)
+    return None
+
+
+def decides(claim: dict) -> str:
+    """The quantity that decides a claim, and its bound: a sentence says "costs at most 0.01", the row is a difference."""
+    side, bound = ("<", claim["below"]) if "below" in claim else (">", claim["above"])
+    return f"`{claim['where']['metric']}` {side} {bound:g}"
+
+
+def _measured(row: pd.Series, bound: float) -> str:
+    """The row as text, with as many digits as tell the ends of its interval from the bound.
+
+    An interval over runs that all gave the same share has no width, whatever few items they rest on: then it is said how many.
+    """
+    if row["unit"] == "share" and row["low"] == row["high"]:
+        return f"{row['value']:.2f} in every run ({row['n_items']} items)"
+    ends = [row[end] for end in ("low", "high") if row[end] != bound]
+    digits = 2
+    while digits < MOST_DIGITS and any(round(end, digits) == bound for end in ends):
+        digits += 1
+    return tables.interval(row, digits)
+
+
+def verdicts(name: str, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> pd.DataFrame:
+    """The verdict on every claim of ``claims/<name>.yaml``, in the order of the file; see `verdict`."""
+    return pd.DataFrame([verdict(claim, table, cohort, unfinished=unfinished) for claim in load(name)["claims"]])
+
+
+def beside(
+    name: str, summary: pd.DataFrame, recorded: pd.DataFrame | None, cohort: str, *, unfinished: bool = False
+) -> pd.DataFrame:
+    """`verdicts` of a notebook's own table, with what the record says in a column beside them.
+
+    Args:
+        recorded: the record's table, or None where there is no record.
+        unfinished: the record has not all of its cells.
+    """
+    found = verdicts(name, summary, cohort)
+    found["record"] = "no record"
+    if recorded is not None:
+        long = verdicts(name, recorded, cohort, unfinished=unfinished)
+        found["record"] = long["verdict"] + ": " + long["measured"] + " (n = " + long["n"].astype(str) + ")"
+    return found
+
+
+def names() -> list[str]:
+    """All ledgers, in order."""
+    return sorted(f.stem for f in Path(paths.CLAIMS).glob("[0-9]*.yaml"))

@@ -1,0 +1,282 @@
+"""Records: the evidence behind a notebook, with more seeds and more cases than its quick run.
+
+``python -m medsec.evidence.record 01_backdoor_fedgan --cohort phantom --profile full`` runs the same cells of the same code as
+the notebook: the headline design on every evaluation seed, then sweeps that change one factor at a time. Each finished
+cell is written at once (`medsec.evidence.cells`), so a record can be interrupted and resumed. The record itself is three files in
+``records/<cohort>/``: ``NN_…_runs.csv.gz``, the rows of every cell with its identity and cost; ``NN_….csv``, the summary;
+``NN_….json``, how it was made. ``--plan`` prints the cells and their cost, and runs nothing.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+
+from medsec import data
+from medsec.core import parallel, params, paths
+from medsec.core.errors import InputError, command
+from medsec.core.params import Params
+from medsec.evidence import cells as store
+from medsec.evidence import tables
+from medsec.evidence.cells import NOTE, Cell, Experiment
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the record of one notebook is made.
+
+    Attributes:
+        experiment: what runs its cells.
+        cells: the plan, ``cells(cohort, params)``.
+        keep: those rows of a cell that a record keeps, ``keep(rows, cell)``.
+        summarise: the record's table, ``summarise(runs, params)``.
+        cost: seconds of a cell, ``cost(params, cell)``; a guess for what was never run.
+    """
+
+    experiment: Experiment
+    cells: Callable[[str, Params], list[Cell]]
+    keep: Callable[[pd.DataFrame, Cell], pd.DataFrame]
+    summarise: Callable[[pd.DataFrame, Params], pd.DataFrame]
+    cost: Callable[[Params, Cell], float]
+
+
+NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense", "04_adversarial_pruning_defense")
+
+
+def design(notebook: str) -> Design:
+    """How the record of a notebook is made."""
+    # By name: who only reads a record shall not depend on all the modules that make records.
+    return importlib.import_module("experiments.record_designs").DESIGNS[notebook]
+
+
+def place(cohort: str, p: Params) -> Path:
+    """Where the records of a cohort lie; those made on a GPU, whose bits differ, in a folder of their own."""
+    return paths.records(cohort if p.device == "cpu" else f"{cohort}-gpu")
+
+
+# What is finished -----------------------------------------------------------------------------------------------------
+
+
+def runs_file(records: Path, notebook: str) -> Path:
+    """The table with the rows of every finished cell of a record."""
+    return records / f"{notebook}_runs.csv.gz"
+
+
+def committed(records: Path, notebook: str) -> pd.DataFrame:
+    """The rows of every cell of a record, with the columns `NOTE`; an empty table where there is no record.
+
+    Raises:
+        InputError: the file is damaged; nothing is run or written, so that nothing is lost.
+    """
+    file = runs_file(records, notebook)
+    if not file.is_file():
+        return pd.DataFrame(columns=NOTE)
+    try:
+        return tables.read(file)
+    except InputError as error:
+        raise InputError(f"{error}; restore it with: git checkout {file.relative_to(paths.ROOT)}") from None
+
+
+def gathered(
+    design: Design, cohort: str, p: Params, plan: Sequence[Cell], names: dict[str, str]
+) -> dict[str, pd.DataFrame]:
+    """By a cell's name the rows of those that are finished, from the record or from ``.cells``."""
+    records, experiment = place(cohort, p), design.experiment
+    old = committed(records, experiment.name)
+    mine = old[old["cell"].map(names) == old["identity"]]
+    found = {name: rows.reset_index(drop=True) for name, rows in mine.groupby("cell", sort=False)}
+    for cell in plan:
+        if cell.name in found:
+            continue
+        stored = store.read(store.place(experiment, cohort, cell, names[cell.name]))
+        if stored is not None:
+            (rows, _), note = stored
+            found[cell.name] = design.keep(rows, cell).assign(**{key: note[key] for key in NOTE})
+    return found
+
+
+def build(notebook: str, cohort: str, p: Params, profile: str) -> Path:
+    """Write the three files of a record from the cells that are finished, in the order of the plan.
+
+    Raises:
+        InputError: none is finished.
+    """
+    how, records = design(notebook), place(cohort, p)
+    plan = how.cells(cohort, p)
+    names = store.names_of(how.experiment, cohort, p, plan)
+    found = gathered(how, cohort, p, plan, names)
+    done = [found[cell.name] for cell in plan if cell.name in found]
+    if not done:
+        raise InputError(f"no cell of {notebook} is finished for {cohort}")
+    rows = pd.concat(done, ignore_index=True)
+    tables.write(rows[[*NOTE, *(column for column in rows if column not in NOTE)]], runs_file(records, notebook))
+    runs = tables.read(runs_file(records, notebook))  # with six digits, as everybody else reads them
+    target = records / f"{notebook}.csv"
+    tables.write(how.summarise(runs.drop(columns=list(NOTE)), p), target)
+    costs = runs.groupby("cell", sort=False)[["seconds", "peak_mb"]].first()
+    made = {
+        "profile": profile,
+        "generation": how.experiment.generation,
+        "cells_planned": len(plan),
+        "cells_finished": len(done),
+        "cpu_seconds": round(costs["seconds"].sum()),
+        "peak_mb_of_a_process": int(costs["peak_mb"].max()),
+        "cohort_fingerprint": data.load(cohort, p.cohorts).fingerprint,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
+        "hardware": {
+            "processor": processor(),
+            "gpu": torch.cuda.get_device_name() if p.device == "cuda" else None,
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "threads": 1,
+        },
+        "params": p.model_dump(),
+    }
+    about_file = target.with_suffix(".json")
+    partial = about_file.with_suffix(".partial")
+    partial.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    partial.replace(about_file)
+    return target
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# Reading records ------------------------------------------------------------------------------------------------------
+
+
+def about(notebook: str, cohort: str) -> dict | None:
+    """How a record was made: cells, cost, generation, versions, hardware, parameters; None where there is none."""
+    file = paths.records(cohort) / f"{notebook}.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_finished(notebook: str, cohort: str) -> bool:
+    """Whether the record has all cells of its plan (False where there is none)."""
+    found = about(notebook, cohort) or {}
+    return "cells_planned" in found and found.get("cells_finished") == found["cells_planned"]
+
+
+def is_stale(notebook: str, cohort: str) -> bool:
+    """Whether a record was made by another generation of the experiment, or does not say by which.
+
+    Raises:
+        InputError: there is no such record.
+    """
+    found = about(notebook, cohort)
+    if found is None and load(notebook, cohort) is None:
+        raise InputError(
+            f"no record of {notebook} for {cohort}; make it with: python -m medsec.evidence.record {notebook}"
+        )
+    return (
+        found is None or notebook not in NOTEBOOKS or found.get("generation") != design(notebook).experiment.generation
+    )
+
+
+def load(notebook: str, cohort: str) -> pd.DataFrame | None:
+    """The committed summary of a record, or None where there is none."""
+    file = paths.records(cohort) / f"{notebook}.csv"
+    return tables.read(file) if file.is_file() else None
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m medsec.evidence.record", description="Make or resume a record.")
+    parser.add_argument("notebook", choices=NOTEBOOKS)
+    parser.add_argument("--cohort", default="phantom")
+    parser.add_argument("--profile", default="full")
+    parser.add_argument("--plan", action="store_true", help="print the cells and their cost, run nothing")
+    parser.add_argument(
+        "--restart", action="store_true", help="run again what other parameters or another generation made"
+    )
+    parser.add_argument("--processes", type=int, default=joblib.cpu_count())
+    args = parser.parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        # Ended from outside, take the worker processes along: they would go on writing cells.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return run(args)
+
+
+def costs(how: Design, p: Params, plan: Sequence[Cell], old: pd.DataFrame) -> dict[str, float]:
+    """By a cell's name its CPU seconds: of itself in the committed record, of its arm there, else the design's guess."""
+    known = old.groupby("cell")["seconds"].first() if len(old) else pd.Series(dtype=float)
+    arms = {cell.name: (cell.arm, cell.group) for cell in plan}
+    alike: dict[tuple[str, str], list[float]] = {}
+    for name, seconds in known.items():
+        if name in arms:
+            alike.setdefault(arms[name], []).append(seconds)
+    found = {}
+    for cell in plan:
+        near = [known[cell.name]] if cell.name in known else alike.get(arms[cell.name], [])
+        found[cell.name] = float(np.median(near)) if near else how.cost(p, cell)
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, run what is missing, write the tables.
+
+    Raises:
+        InputError: wrong parameters or cohort, or a record of other parameters or another generation without ``--restart``.
+    """
+    torch.set_num_threads(1)
+    p = params.load(args.profile)
+    parallel.device(p.device)  # a missing GPU is named before anything is planned
+    how, records = design(args.notebook), place(args.cohort, p)
+    plan = how.cells(args.cohort, p)
+    names, old = store.names_of(how.experiment, args.cohort, p, plan), committed(records, args.notebook)
+    found = gathered(how, args.cohort, p, plan, names)
+    planned = old[old["cell"].isin(names)]
+    stale = list(dict.fromkeys(planned["cell"][planned["cell"].map(names) != planned["identity"]]))
+    if stale and not (args.restart or args.plan):
+        raise InputError(
+            f"{len(stale)} cells, such as {stale[0]}, were made with other parameters or by another generation; "
+            "they stay as they are; add --restart to run them again"
+        )
+    todo = [cell for cell in plan if cell.name not in found]
+    cost = costs(how, p, plan, old)
+    if args.plan:
+        for cell in plan:
+            state = f"done in {found[cell.name]['seconds'].iloc[0]:.0f} s" if cell.name in found else "to do"
+            print(f"{cell.name:42s} {cost[cell.name]:6.0f} CPU-s  {state}")
+    left = sum(cost[cell.name] for cell in todo) / 60
+    print(f"{len(plan)} cells, {len(todo)} to do: about {left:.0f} CPU-minutes, {left / args.processes:.0f} minutes")
+    if args.plan:
+        return 0
+    lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}-{p.device}.lock"
+    from medsec.evidence.execute import locked  # here: a notebook that only reads records need not load papermill
+
+    with locked(lock):
+        try:
+            store.run(how.experiment, args.cohort, p, todo, processes=args.processes)
+        finally:  # also where it is ended from outside: a record cut short is a record in part
+            if gathered(how, args.cohort, p, plan, names):
+                print(build(args.notebook, args.cohort, p, args.profile).relative_to(paths.ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

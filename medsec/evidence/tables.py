@@ -1,0 +1,228 @@
+"""Reading, writing and addressing the tidy tables."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import pandas as pd
+
+from medsec.core.errors import InputError
+from medsec.evidence.intervals import bootstrap_interval
+
+MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
+
+
+def run_row(
+    keys: Sequence[str],
+    seed: int,
+    variant: str,
+    scenario: str,
+    metric: str,
+    value: float,
+    n_items: int,
+    unit: str,
+    **cells: int | str,
+) -> dict:
+    """One row of a runs table; the key columns ``keys`` that ``cells`` does not name are empty."""
+    if unknown := set(cells) - set(keys):
+        raise KeyError(f"{sorted(unknown)[0]!r} is no key column; they are {', '.join(keys)}")
+    fixed = {"seed": seed, "variant": variant, "scenario": scenario, "metric": metric}
+    return {**fixed, "value": float(value), "n_items": n_items, "unit": unit} | {
+        key: str(cells.get(key, "")) for key in keys
+    }
+
+
+class Rows:
+    """Collects the rows of one seed of one variant in one scenario; ``units`` gives every metric's unit."""
+
+    def __init__(self, keys: Sequence[str], units: Mapping[str, str], seed: int, variant: str, scenario: str):
+        self.keys, self.units, self.fixed = keys, units, (seed, variant, scenario)
+        self.rows: list[dict] = []
+
+    def add(self, metric: str, value: float, n_items: int, **cells: int | str) -> None:
+        self.rows.append(run_row(self.keys, *self.fixed, metric, value, n_items, self.units[metric], **cells))
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows)
+
+
+def write(table: pd.DataFrame, file: Path) -> None:
+    """Write a table as CSV with six significant digits, packed if the name ends in .gz; complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    packed = {"method": "gzip", "mtime": 1} if file.suffix == ".gz" else None  # without the time: the same bytes again
+    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n", compression=packed)
+    partial.replace(file)
+
+
+def read(file: Path) -> pd.DataFrame:
+    """Read a table that `write` wrote; key columns are text, and empty where a row has no such key.
+
+    Raises:
+        InputError: the file is missing or no table.
+    """
+    if not file.is_file():
+        raise InputError(f"{file.name} is missing from {file.parent.name}; make it with: make repro")
+    try:
+        return parse(file)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file.name} is no table: {error}") from None
+
+
+def parse(source: Path | TextIO) -> pd.DataFrame:
+    """A table from CSV; numbers are the float64 values that were written, to the bit."""
+    table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    numeric = [c for c in ("value", "low", "high", "seconds") if c in table]
+    counts = [c for c in ("n", "n_items", "seed", "peak_mb") if c in table]
+    return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
+
+
+def write_metrics(summary: pd.DataFrame, file: Path) -> None:
+    """The headline rows (no key set) as nested JSON, ``variant -> scenario -> metric``, for ``dvc metrics``."""
+    tree: dict = {}
+    for row in without_keys(summary).to_dict("records"):
+        tree.setdefault(row["variant"], {}).setdefault(row["scenario"], {})[row["metric"]] = float(
+            f"{row['value']:.6g}"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def keys(table: pd.DataFrame) -> list[str]:
+    """The columns that address a row."""
+    return [column for column in table.columns if column not in MEASURES]
+
+
+def select(table: pd.DataFrame, where: Mapping[str, str]) -> pd.DataFrame:
+    """Rows that match ``where``; a key that it does not name must be empty.
+
+    Raises:
+        InputError: ``where`` names a column that is no key of the table.
+    """
+    if unknown := set(where) - set(keys(table)):
+        raise InputError(f"no column {sorted(unknown)[0]!r} in the table; it has {', '.join(keys(table))}")
+    places = np.arange(len(table))
+    for column in keys(table):  # each on what the former have left: comparing text is slow
+        places = places[np.asarray(table[column].array[places] == str(where.get(column, "")))]
+    return table.iloc[places]
+
+
+def row(table: pd.DataFrame, **where: str) -> pd.Series:
+    """The one row that matches; see `select`.
+
+    Raises:
+        InputError: no such row, or several.
+    """
+    found = select(table, where)
+    if len(found) != 1:
+        raise InputError(f"{len(found)} rows match {where}, expected one")
+    return found.iloc[0]
+
+
+def minus(rows: pd.DataFrame, base: pd.DataFrame, by: Sequence[str], name: str) -> pd.DataFrame:
+    """Rows of a runs table less those of ``base`` with the same seed, metric and ``by``: ``<metric>_minus_<name>``.
+
+    A row without its counterpart is left out.
+    """
+    by = ["seed", "metric", *by]
+    joined = rows.join(base.set_index(by)["value"].rename("base"), on=by).dropna(subset="base")
+    joined["value"] -= joined["base"]
+    joined["metric"] += f"_minus_{name}"
+    return joined[rows.columns]
+
+
+def headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a metric that have no key column set, one a variant and scenario."""
+    rows = without_keys(table)
+    return rows[rows["metric"] == metric]
+
+
+def without_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have no key column set: one a variant, scenario and metric."""
+    return table[(table[keys(table)[3:]] == "").all(axis=1)]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table without padding, so that its text changes only where a value does."""
+    lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
+    lines += [" | ".join(str(cell).replace("|", "\\|") for cell in record) for record in table.itertuples(index=False)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def interval(record: pd.Series, digits: int = 2) -> str:
+    """``value [low, high]`` of a summary row; of a single run the value only, since it has no interval."""
+    if record.get("n") == 1:
+        return f"{record['value']:.{digits}f}"
+    return f"{record['value']:.{digits}f} [{record['low']:.{digits}f}, {record['high']:.{digits}f}]"
+
+
+def counted(n: pd.Series, what: str) -> str:
+    """``n = 5 seeds``, or ``n = 1 to 5 seeds`` where rows have different numbers: for the title of a figure."""
+    low, high = int(n.min()), int(n.max())
+    number = f"{low}" if low == high else f"{low} to {high}"
+    return f"n = {number} {what[: -1 if high == 1 and what.endswith('s') else None]}"
+
+
+def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
+    """The row that matches as text, see `interval`; empty where there is none."""
+    found = select(summary, where)
+    return interval(found.iloc[0], digits) if len(found) else ""
+
+
+SUMMARY = ["variant", "scenario", "metric", "value", "low", "high", "n", "n_items", "unit"]
+
+
+def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | None = None) -> pd.DataFrame:
+    """The summary of a runs table: mean over seeds, interval, number of seeds.
+
+    Args:
+        runs: columns ``seed, variant, scenario, metric, value, n_items, unit`` and ``keys``; one row a seed.
+        keys: the notebook's key columns; empty strings in a headline row.
+        paired_with: a variant; adds rows ``scenario = minus_<variant>``, the paired differences of every row that
+            both variants have for the same seeds, except per-round rows and controls.
+
+    Returns:
+        Columns `SUMMARY` + ``keys``, every row unique, in the order in which they first appear in ``runs``.
+
+    Raises:
+        ValueError: a seed that occurs twice in one row of the summary, a value that is not finite, or a variant that is
+            to be paired and has several scenarios.
+    """
+    by = ["variant", "scenario", "metric", *keys]
+    rows = []
+    for group, part in runs.groupby(by, sort=False, dropna=False):
+        if part["seed"].duplicated().any():
+            raise ValueError(f"seed counted twice in {dict(zip(by, group, strict=True))}")
+        rows.append({**dict(zip(by, group, strict=True)), **_row(part["value"]), **_items(part)})
+    if paired_with:
+        rows += _paired_rows(runs, keys, paired_with)
+    return pd.DataFrame(rows)[SUMMARY + list(keys)]
+
+
+def _paired_rows(runs: pd.DataFrame, keys: Sequence[str], base: str) -> list[dict]:
+    table = runs[(runs["scenario"] != "control") & (runs["round"] == "" if "round" in keys else True)]
+    rows = []
+    for (variant, metric, *cell), part in table.groupby(["variant", "metric", *keys], sort=False):
+        if part["seed"].duplicated().any():
+            raise ValueError(f"cannot pair {variant} with {base}: it has several scenarios; pair each by itself")
+        like = (table["variant"] == base) & (table["metric"] == metric) & (table[list(keys)] == cell).all(axis=1)
+        control, mine = (t.set_index("seed")["value"] for t in (table[like], part))
+        if control.index.has_duplicates:
+            raise ValueError(f"cannot pair with {base}: it has several scenarios")
+        if variant == base or control.empty or set(mine.index) != set(control.index):
+            continue
+        row = {"variant": variant, "scenario": f"minus_{base}", "metric": metric, **dict(zip(keys, cell, strict=True))}
+        rows.append({**row, **_row(mine - control.loc[mine.index]), **_items(part)})
+    return rows
+
+
+def _row(values: pd.Series) -> dict:
+    low, high = bootstrap_interval(values.to_numpy())
+    return {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
+def _items(part: pd.DataFrame) -> dict:
+    return {"n_items": int(part["n_items"].sum()), "unit": part["unit"].iloc[0]}

@@ -1,0 +1,1 @@
+"""Federated learning: rounds, aggregators, and a classifier that is trained by a federation."""

@@ -1,0 +1,1 @@
+"""Paper 2: images from gradients, and the defences of gradients and images."""
