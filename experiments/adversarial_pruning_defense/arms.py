@@ -21,6 +21,7 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.params import Cohorts, EvasionParams, Params, Recipe
 from medsec.core.seeds import derive_seed
+from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
 
 
@@ -91,8 +92,7 @@ def prepare(cohort: str, params: Params) -> Setup:
 @functools.lru_cache(maxsize=1)  # a process runs several cells of one cohort
 def _load(name: str, cohorts_json: str) -> tuple[data.Cohort, dict[str, tuple[Tensor, Tensor]]]:
     loaded = data.load(name, Cohorts.model_validate_json(cohorts_json))
-    parts = loaded.splits.items()
-    return loaded, {split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in parts}
+    return loaded, tensors(loaded)
 
 
 def test_order(params: Params, n: int) -> Tensor:

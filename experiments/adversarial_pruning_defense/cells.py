@@ -25,16 +25,12 @@ from torch import Tensor, nn
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense.arms import Setup, prepare
-from medsec.core.params import EvasionAttacks, Params
+from experiments.adversarial_pruning_defense.scenarios import craft, eps_key
+from medsec.core.params import Params
 from medsec.core.seeds import derive_seed
-from medsec.evasion import attacks as adversarial
-from medsec.evasion import libraries as evasion_library
-from medsec.evasion import maps as evasion_maps
-from medsec.evasion import pruning
-from medsec.evasion import sanity as evasion_checks
-from medsec.evasion.sanity import SLOW
+from medsec.evasion import libraries, maps, pruning, sanity
+from medsec.evasion.attacks import deepfool
 from medsec.evidence import cells, tables
-from medsec.nets import cbam as attention
 from medsec.nets import fit as classifier
 
 KEYS = ("eps", "norm", "prune", "map")
@@ -54,57 +50,6 @@ UNITS = {
 SWEPT = ("noise", "fgsm", "pgd20")
 PRUNED = ("pgd20", "pgd_margin")  # at other shares of pruning
 TRANSFERRED = ("fgsm", "pgd20", "deepfool_capped")
-
-
-def eps_key(eps: float) -> str:
-    """How an eps in [0, 1] stands in a table: 4/255 is 0.0156863."""
-    return f"{eps:.6g}"
-
-
-def craft(
-    scenario: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    p: EvasionAttacks,
-    seed: int,
-    *,
-    stop: bool = True,
-) -> Tensor:
-    """The examples of one attack of the maximum norm.
-
-    Args:
-        scenario: ``noise`` or one of ``evasion.attacks.scenarios``.
-        stop: end at the first success (`medsec.evasion.attacks.ascend`); not for examples that shall transfer.
-    """
-    rng = torch.Generator().manual_seed(derive_seed(seed, scenario, eps_key(eps)))
-    usual = {"steps": p.steps, "stop": stop}
-    if scenario == "noise":
-        return adversarial.noise(model, x, y, eps, rng)
-    if scenario == "fgsm":
-        return adversarial.fgsm(model, x, y, eps)
-    if scenario == "bim":
-        return adversarial.bim(model, x, y, eps, steps=p.steps, step=p.bim_step)
-    if scenario == "deepfool_capped":
-        found = adversarial.deepfool(model, x, y, norm="linf", steps=p.deepfool_steps, overshoot=p.overshoot)
-        return adversarial.capped(x, found, eps)
-    if scenario == "square":
-        return evasion_library.square(model, x, y, eps, seed=seed, queries=p.square_queries)
-    if scenario == "autoattack":
-        return evasion_library.autoattack(
-            model, x, y, eps, seed=seed, iterations=p.apgd_iterations, queries=p.square_queries, restarts=p.restarts
-        )
-    if scenario == "pgd20_eps10":
-        return adversarial.pgd(model, x, y, eps, rng, step=p.small_step, **usual)
-    if scenario == "pgd_margin":
-        return adversarial.pgd(model, x, y, eps, rng, step=p.step, loss=adversarial.margin, **usual)
-    if scenario == "pgd_detached":
-        with attention.gates_detached(model):
-            return adversarial.pgd(model, x, y, eps, rng, step=p.step, **usual)
-    if scenario == "pgd20":
-        return adversarial.pgd(model, x, y, eps, rng, step=p.step, **usual)
-    raise ValueError(f"no attack {scenario!r}")
 
 
 def attacks_for(variant: str, wanted: Sequence[str]) -> list[str]:
@@ -189,7 +134,7 @@ def attacked(
         scenarios: attacks at the headline's eps.
         sweep: other eps, in 255ths, for `SWEPT`.
 
-    `SLOW` attacks are run on the first ``evasion.attacks.slow_images``.
+    The attacks of `sanity.SLOW` are run on the first ``evasion.attacks.slow_images``.
     """
     p, (x, y) = setup.params.evasion, setup.splits["test"]
     headline = p.eps / 255
@@ -202,7 +147,7 @@ def attacked(
     plan += [("autoattack", e / 255) for e in p.attacks.autoattack_more if "autoattack" in scenarios]
     for scenario, eps in plan:
         rows = _Rows(KEYS, UNITS, seed, variant, scenario)
-        some = slice(p.attacks.slow_images if scenario in SLOW else None)
+        some = slice(p.attacks.slow_images if scenario in sanity.SLOW else None)
         found = craft(scenario, model, x[some], y[some], eps, p.attacks, seed)
         right = outcomes[scenario, eps] = rows.answers(classifier.predict(model, found), y[some], eps=eps_key(eps))
         for rate, value in rates({"clean": clean[some], "own": right}).items():
@@ -253,15 +198,11 @@ def _norm_rows(setup: Setup, variant: str, model: nn.Module, clean: np.ndarray, 
     right = torch.from_numpy(clean)
     parts = []
     for norm in p.deepfool_norms:
-        found = adversarial.deepfool(
-            model, x[right], y[right], norm=norm, steps=p.deepfool_steps, overshoot=p.overshoot
-        )
+        found = deepfool(model, x[right], y[right], norm=norm, steps=p.deepfool_steps, overshoot=p.overshoot)
         parts.append(_median_norm("deepfool", variant, model, x[right], y[right], found, norm, seed))
     if variant in p.cw.variants:
         few = right.nonzero()[: p.cw.images, 0]
-        found = evasion_library.cw_l2(
-            model, x[few], y[few], iterations=p.cw.iterations, searches=p.cw.searches, lr=p.cw.lr
-        )
+        found = libraries.cw_l2(model, x[few], y[few], iterations=p.cw.iterations, searches=p.cw.searches, lr=p.cw.lr)
         parts.append(_median_norm("cw_l2", variant, model, x[few], y[few], found, "l2", seed))
     return pd.concat(parts, ignore_index=True)
 
@@ -280,38 +221,28 @@ def _median_norm(scenario: str, variant: str, model, x: Tensor, y: Tensor, found
 
 
 def _check_rows(setup: Setup, variant: str, model: nn.Module, outcomes, seed: int) -> pd.DataFrame:
-    rows = tables.Rows(KEYS, dict(UNITS), seed, variant, "check")
-    result, checks = reviewed(setup, variant, model, outcomes, seed)
-    n = len(outcomes["clean", 0.0])
+    """The reviewer's checks, from the outcomes of the attacks and a few more runs on fewer images."""
+    p, rows = setup.params.evasion, tables.Rows(KEYS, dict(UNITS), seed, variant, "check")
+    checks, unit = sanity.reviewed(
+        model,
+        *(part[: p.checks.images] for part in setup.splits["test"]),
+        p.eps / 255,
+        outcomes,
+        steps=p.attacks.steps,
+        more=p.checks.more_steps,
+        step=p.attacks.step,
+        grey=p.checks.large_eps / 255,
+        images=p.checks.planted,
+        inner=p.checks.inner,
+        seed=derive_seed(seed, "checks"),
+        undefended=variant == "base",
+    )
     for check in checks:
         rows.units[check.name] = "passes"
-        rows.add(check.name, float(check.passes), n)
-    rows.add("planted_found", result.found, result.n)
-    rows.add("planted_by_chance", result.by_chance, result.n)
+        rows.add(check.name, float(check.passes), len(outcomes["clean", 0.0]))
+    rows.add("planted_found", unit.found, unit.n)
+    rows.add("planted_by_chance", unit.by_chance, unit.n)
     return rows.table()
-
-
-def reviewed(
-    setup: Setup, variant: str, model: nn.Module, outcomes, seed: int
-) -> tuple[evasion_checks.Planted, list[evasion_checks.Check]]:
-    """The reviewer's checks of one arm, from the outcomes of its attacks and a few more runs on fewer images."""
-    p, attacks = setup.params.evasion, setup.params.evasion.attacks
-    images, labels = (part[: p.checks.images] for part in setup.splits["test"])
-    eps, seed = p.eps / 255, derive_seed(seed, "checks")
-    usual = {"steps": attacks.steps, "step": attacks.step, "seed": seed}
-    result = evasion_checks.planted(model, images[: p.checks.planted], eps, inner=p.checks.inner, **usual)
-    checks = [
-        *evasion_checks.of_outcomes(outcomes, eps),
-        evasion_checks.of_gradients(model, images, labels),
-        *evasion_checks.of_steps(model, images, labels, eps, more=p.checks.more_steps, **usual),
-        evasion_checks.of_large_eps(
-            model, images, labels, p.checks.large_eps / 255, **usual | {"steps": p.checks.more_steps}
-        ),
-        evasion_checks.of_planted(result),
-    ]
-    if variant == "base":
-        checks.append(evasion_checks.of_undefended(outcomes, eps))
-    return result, checks
 
 
 def _attribution_rows(setup: Setup, variant: str, model: nn.Module, seed: int) -> pd.DataFrame:
@@ -323,12 +254,12 @@ def _attribution_rows(setup: Setup, variant: str, model: nn.Module, seed: int) -
     if not len(ill):
         return rows.table()
     x, y, masks = x[ill], y[ill], masks[ill]
-    for kind, value in evasion_maps.controls(masks, setup.cohort["client"].lesion.astype(bool)).items():
+    for kind, value in maps.controls(masks, setup.cohort["client"].lesion.astype(bool)).items():
         rows.add("pointing_game", value, len(ill), map=kind)
     found = craft("pgd20", model, x, y, p.eps / 255, p.attacks, seed)
     for keys, images in (({}, x), ({"eps": eps_key(p.eps / 255)}, found)):
-        for kind, maps in evasion_maps.of(model, images, y).items():
-            rows.add("pointing_game", evasion_maps.pointing(maps, masks).mean(), len(ill), **keys, map=kind)
+        for kind, shown in maps.attributions(model, images, y).items():
+            rows.add("pointing_game", maps.pointing(shown, masks).mean(), len(ill), **keys, map=kind)
     return rows.table()
 
 
@@ -344,25 +275,17 @@ def prune_cell(cohort: str, params: Params, variant: str, seed: int, ratio: floa
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """A runs table with paired differences to ``base`` on the same seed, ``<metric>_minus_base``.
+def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """The summary of a runs table, with paired differences to ``base`` on the same seed, ``<metric>_minus_base``.
 
     For ``clean`` (what a defence costs) and for the headline's eps (what it wins).
     """
     headline = runs[runs["eps"].isin(["", eps_key(params.evasion.eps / 255)]) & (runs["scenario"] != "check")]
     headline = headline[headline["metric"].isin(["accuracy", "balanced_accuracy", "auc", "dr_whitebox"])]
-    is_base = (headline["variant"] == "base") & (headline["prune"] == "")
-    by = ["seed", "scenario", "metric", "eps", "norm"]
-    base = headline[is_base].set_index(by)["value"].rename("base")
-    joined = headline[headline["variant"] != "base"].join(base, on=by).dropna(subset="base")
-    joined["value"] -= joined["base"]
-    joined["metric"] += "_minus_base"
-    return pd.concat([runs, joined[runs.columns]], ignore_index=True)
-
-
-def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The summary of a runs table, after `complete`."""
-    return tables.summarise(complete(runs, params), KEYS)
+    is_base = headline["variant"] == "base"
+    base = headline[is_base & (headline["prune"] == "")]
+    paired = tables.minus(headline[~is_base], base, ["scenario", "eps", "norm"], "base")
+    return tables.summarise(pd.concat([runs, paired], ignore_index=True), KEYS)
 
 
 # What the notebook and its record run ---------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Views of notebook 04's summary table: what its figures and tables show. All read a table, none attacks a model."""
 
+from collections.abc import Mapping, Sequence
+
 import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import ARMS
-from experiments.adversarial_pruning_defense.cells import UNITS, eps_key
+from experiments.adversarial_pruning_defense.cells import UNITS
+from experiments.adversarial_pruning_defense.scenarios import eps_key
 from medsec.core.params import EvasionParams
+from medsec.evasion.sanity import QUESTIONS
 from medsec.evidence import tables
 
 RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
@@ -20,44 +24,48 @@ def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> p
     return found.sort_values("variant", key=lambda column: column.map(order), kind="stable")
 
 
+def by_arm(summary: pd.DataFrame, columns: Mapping[str, tuple[int, dict]], arms: Sequence[str]) -> pd.DataFrame:
+    """One line an arm, one column a quantity: value and interval as text, empty where there is none.
+
+    Args:
+        columns: heading -> digits and the row that is shown, without its arm (`medsec.evidence.tables.cell`).
+    """
+    return pd.DataFrame(
+        {"arm": arm} | {name: tables.cell(summary, d, variant=arm, **where) for name, (d, where) in columns.items()}
+        for arm in arms
+    )
+
+
+CLEAN = {  # what a defence costs
+    "balanced accuracy": (3, {"scenario": "clean", "metric": "balanced_accuracy"}),
+    "minus base": (3, {"scenario": "clean", "metric": "balanced_accuracy_minus_base"}),
+    "AUC": (3, {"scenario": "clean", "metric": "auc"}),
+}
+
+
 def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     """One line an arm: what it costs on clean images, and what is left when several attacks that know it are tried.
 
     Rates have the arm's own right answers as their denominator; ``worst case, of all images`` has every image, so that arms can
     be ranked by it: a network that is less often right without an attack has fewer answers to lose.
     """
-    at, lines = eps_key(p.eps / 255), []
-    for variant in _arms(summary):
-        clean = {"variant": variant, "scenario": "clean"}
-        worst = {"variant": variant, "scenario": "worst_case", "eps": at}
-        transfer = {"variant": variant, "scenario": "pgd20", "metric": "dr_transfer", "eps": at}
-        lines.append(
-            {
-                "arm": variant,
-                "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
-                "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-                "AUC": tables.cell(summary, 3, **clean, metric="auc"),
-                "worst case, rate": tables.cell(summary, 2, **worst, metric="dr_whitebox"),
-                "worst case, of all images": tables.cell(summary, 2, **worst, metric="accuracy"),
-                "transfer": tables.cell(summary, 2, **transfer),
-                "n": tables.row(summary, **clean, metric="accuracy")["n"],
-            }
-        )
-    return pd.DataFrame(lines)
+    at, arms = eps_key(p.eps / 255), _arms(summary)
+    worst = {"scenario": "worst_case", "eps": at}
+    columns = CLEAN | {
+        "worst case, rate": (2, worst | {"metric": "dr_whitebox"}),
+        "worst case, of all images": (2, worst | {"metric": "accuracy"}),
+        "transfer": (2, {"scenario": "pgd20", "metric": "dr_transfer", "eps": at}),
+    }
+    n = [tables.row(summary, variant=arm, scenario="clean", metric="accuracy")["n"] for arm in arms]
+    return by_arm(summary, columns, arms).assign(n=n)
 
 
 def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     """One line an attack that knows the network, one column an arm: the defence rate at the headline's eps."""
-    at = eps_key(p.eps / 255)
-    rows = summary[(summary["metric"] == "dr_whitebox") & (summary["eps"] == at) & (summary["prune"] == "")]
-    return pd.DataFrame(
-        {"attack": scenario.replace("_", " ")}
-        | {
-            variant: tables.cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
-            for variant in _arms(summary)
-        }
-        for scenario in dict.fromkeys(rows["scenario"])
-    )
+    at = {"metric": "dr_whitebox", "eps": eps_key(p.eps / 255)}
+    rows = summary[(summary["metric"] == at["metric"]) & (summary["eps"] == at["eps"]) & (summary["prune"] == "")]
+    columns = {s.replace("_", " "): (2, at | {"scenario": s}) for s in dict.fromkeys(rows["scenario"])}
+    return by_arm(summary, columns, _arms(summary)).set_index("arm").T.rename_axis("attack").reset_index()
 
 
 def _arms(summary: pd.DataFrame) -> list[str]:
@@ -103,23 +111,13 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
 
     A rate has the arm's own right answers as its denominator, the accuracy has all images.
     """
-    lines = []
-    rates_ = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
-    for variant in ("base", "at", "hardened_plain", "hardened"):
-        clean = {"variant": variant, "scenario": "clean"}
-        line = {
-            "arm": variant,
-            "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
-            "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-            "AUC": tables.cell(summary, 3, **clean, metric="auc"),
-        }
-        for eps in sorted(set(rates_["eps"]), key=float):
-            where = {"variant": variant, "scenario": "autoattack", "metric": "dr_whitebox", "eps": eps}
-            name = f"AutoAttack, {255 * float(eps):.3g}/255"
-            line[f"{name}: rate"] = tables.cell(summary, 3, **where)
-            line[f"{name}: accuracy"] = tables.cell(summary, 3, **{**where, "metric": "accuracy"})
-        lines.append(line)
-    return pd.DataFrame(lines)
+    columns = dict(CLEAN)
+    rows = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
+    for eps in sorted(set(rows["eps"]), key=float):
+        name, attacked = f"AutoAttack, {255 * float(eps):.3g}/255", {"scenario": "autoattack", "eps": eps}
+        columns[f"{name}: rate"] = (3, attacked | {"metric": "dr_whitebox"})
+        columns[f"{name}: accuracy"] = (3, attacked | {"metric": "accuracy"})
+    return by_arm(summary, columns, ["base", "at", "hardened_plain", "hardened"])
 
 
 def distances(summary: pd.DataFrame) -> pd.DataFrame:
@@ -196,21 +194,6 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
     return {"accuracy, clean": rows[rows["scenario"] == "clean"], f"accuracy, PGD {p.eps:g}/255": rows[attacked]}
 
 
-ASKED = {  # of a check: what is true where it passes
-    "iterative_beats_single_step": "PGD leaves no more right than FGSM",
-    "noise_weaker_than_fgsm": "noise of the same size leaves more right than FGSM",
-    "larger_eps_never_weaker": "a larger eps leaves no more right",
-    "whitebox_beats_transfer": "what withstands PGD does not fall to examples made for the plain network",
-    "gradient_free_weaker": "nor to Square, which uses no gradient",
-    "no_zero_gradients": "the gradient is nowhere exactly 0",
-    "more_steps_never_weaker": "many more steps leave no more right",
-    "converged": "nor many fewer: the steps are enough",
-    "large_eps_breaks_all": "where any image may become grey, nothing is left",
-    "undefended_breaks": "the same attack breaks the plain network",
-    "attack_unit_test": "an adversarial example that is there is found",
-}
-
-
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
     rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
@@ -225,7 +208,7 @@ def checks(summary: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "check": name.replace("_", " "),
-                "it passes where": ASKED[name],
+                "it passes where": QUESTIONS[name],
                 "passed": f"{passed.sum()} of {part['n'].sum()} runs",
                 "arms in which it failed": "; ".join(failing),
             }

@@ -75,6 +75,16 @@ class Cohort:
         return self["client"].images.shape[2]
 
 
+def tensors(cohort: Cohort, device=None) -> dict:
+    """By split its images, a tensor (N, C, H, W) of float32 in [0, 1], and its labels, (N,) int64; on ``device``."""
+    import torch  # slow, and the only place that needs it
+
+    return {
+        name: (torch.from_numpy(split.float()).to(device), torch.from_numpy(split.labels).to(device))
+        for name, split in cohort.splits.items()
+    }
+
+
 # ----------------------------------------------------------------------------------------------------- canonical content
 
 
