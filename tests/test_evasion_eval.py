@@ -76,9 +76,9 @@ def test_defence_rates_by_hand():
 def test_a_constant_classifier_has_a_perfect_rate_and_no_balanced_accuracy():
     """Why the rates are never shown alone."""
     y = torch.tensor([0, 0, 1, 1, 1])
-    rows = ev._Rows(ev.KEYS, ev.UNITS, 0, "base", "clean")
-    right = rows.answers(torch.tensor([[0.0, 1.0]]).expand(5, 2), y)
-    values = {row["metric"]: row["value"] for row in rows.rows}
+    run = ev.Run(None, "base", None, 0)
+    right = run.answers("clean", torch.tensor([[0.0, 1.0]]).expand(5, 2), y)
+    values = {row["metric"]: row["value"] for row in run.rows}
     assert ev.rates({"clean": right, "own": right}) == {"dr_whitebox": 1.0}
     assert values == pytest.approx({"accuracy": 0.6, "balanced_accuracy": 0.5, "auc": 0.5})
 
@@ -116,7 +116,8 @@ def test_slow_attacks_on_fewer_images(p):
     few = params.validate(params.merge(p.model_dump(), {"evasion": {"attacks": {"slow_images": 16}}}))
     setup = ev.prepare("npz", few)
     model = evasion_arms.train(setup, "base", 0)
-    table, outcomes = ev.attacked(setup, "base", model, model, 0, ["pgd20", "square"], [])
+    run = ev.Run(setup, "base", model, 0)
+    outcomes, table = ev.attack(run, model, ["pgd20", "square"], []), run.table()
     n = table[table["metric"] == "accuracy"].set_index("scenario")["n_items"]
     assert n.to_dict() == {"clean": 40, "noise": 40, "pgd20": 40, "square": 16, "worst_case": 16}
     eps = few.evasion.eps / 255
@@ -390,10 +391,14 @@ def test_an_arm_is_measured_beside_the_lesions_of_the_phantom(p):
     y = setup.splits["test"][1]
     assert masks.shape == (p.evasion.test_images, *setup.splits["test"][0].shape[2:])
     assert not masks[(y == 0).numpy()].any(), "masks are in the order of the images"
-    rows = ev._attribution_rows(setup, "cbam", evasion_arms.train(setup, "cbam", 0), 0)
+    run = ev.Run(setup, "cbam", evasion_arms.train(setup, "cbam", 0), 0)
+    ev.measure_attribution(run)
+    rows = run.table()
     assert set(rows["map"]) == {"area", "prior", "grad_cam", "integrated_gradients", "cbam1", "cbam2", "cbam3"}
     assert not rows.duplicated(["map", "eps"]).any()
-    assert ev._attribution_rows(evasion_arms.prepare("npz", p), "base", None, 0).empty
+    without = ev.Run(evasion_arms.prepare("npz", p), "base", None, 0)
+    ev.measure_attribution(without)
+    assert not without.rows
 
 
 # The record -----------------------------------------------------------------------------------------------------------
@@ -575,6 +580,6 @@ def test_an_attack_that_fails_has_no_short_way():
     nn.init.zeros_(sure[1].weight)
     sure[1].bias.data = torch.tensor([1.0, 0.0])
     found = adversarial.deepfool(sure.eval(), x, y, norm="l2", steps=2)
-    rows = ev._median_norm("deepfool", "base", sure, x, y, found, "l2", 0)
-    assert rows["metric"].tolist() == ["accuracy"]
-    assert rows["value"].item() == 1
+    run = ev.Run(None, "base", sure, 0)
+    ev.median_norm(run, "deepfool", x, y, found, "l2")
+    assert [(row["metric"], row["value"]) for row in run.rows] == [("accuracy", 1)]
