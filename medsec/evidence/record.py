@@ -176,6 +176,11 @@ def is_stale(experiment: Experiment, cohort: str) -> bool:
     return (found or {}).get("generation") != experiment.generation
 
 
+def made_by(experiment: Experiment, cohort: str) -> str:
+    """Which code made a record, in words; see `is_stale`."""
+    return "another generation of the code than today's (stale)" if is_stale(experiment, cohort) else "today's code"
+
+
 def load(notebook: str, cohort: str) -> pd.DataFrame | None:
     """The committed summary of a record, or None where there is none."""
     file = paths.records(cohort) / f"{notebook}.csv"
