@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from medsec.core.errors import InputError
 
+__all__ = ["device", "run_cells"]
+
 if TYPE_CHECKING:
     import torch
 

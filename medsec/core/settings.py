@@ -7,6 +7,20 @@ from pydantic import Field, field_validator, model_validator
 
 from medsec.core.params import Count, Eps255, Positive, Rate, Section, Seed
 
+__all__ = [
+    "AttentionParams",
+    "AutoencoderParams",
+    "ClassifierParams",
+    "Cohorts",
+    "FedClsParams",
+    "FedGANParams",
+    "InversionSettings",
+    "PurifierParams",
+    "Recipe",
+    "ShadowParams",
+    "TriggerParams",
+]
+
 
 class SplitCounts(Section):
     """Images of each split of a cohort that we make ourselves."""

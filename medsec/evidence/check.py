@@ -25,6 +25,8 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence import claims, tables
 
+__all__ = ["against_reference", "compare", "run"]
+
 SHOWN = 10
 ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right
 # Share of a value by which it may move as well: a distance in the feature space of a classifier that is trained anew, which has

@@ -42,6 +42,8 @@ from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts
 from medsec.show import png
 
+__all__ = ["Job", "RunError", "execute"]
+
 PIPELINES = paths.ROOT / "pipelines"
 VOLATILE = [
     "metadata.papermill",  # paths, times

@@ -26,6 +26,8 @@ from medsec.evidence import cells as store
 from medsec.evidence import tables
 from medsec.evidence.cells import NOTE, Cell, Experiment
 
+__all__ = ["Design", "about", "is_finished", "is_stale", "load", "made_by", "run"]
+
 
 @dataclass(frozen=True)
 class Design:
