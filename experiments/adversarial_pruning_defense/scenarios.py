@@ -15,7 +15,7 @@ from medsec.evasion.attacks import ATTACKS, Attack, bim, capped, deepfool, margi
 from medsec.nets.cbam import gates_detached
 
 if TYPE_CHECKING:  # the parameters are checked against `names`
-    from medsec.core.params import EvasionAttacks
+    from experiments.adversarial_pruning_defense.params import EvasionAttacks
 
 
 def eps_key(eps: float) -> str:

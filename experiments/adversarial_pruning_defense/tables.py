@@ -6,8 +6,8 @@ import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import ARMS
 from experiments.adversarial_pruning_defense.cells import UNITS
+from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.adversarial_pruning_defense.scenarios import eps_key
-from medsec.core.params import EvasionParams
 from medsec.evasion.sanity import QUESTIONS
 from medsec.evidence import tables
 

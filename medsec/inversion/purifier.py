@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.core.params import PurifierParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import PurifierParams
 from medsec.nets.fit import train
 
 Purifier = Callable[[Tensor], Tensor]
