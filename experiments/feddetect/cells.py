@@ -16,34 +16,28 @@ import torch
 from torch import Tensor
 
 from experiments.backdoor_fedgan import cells as fedgan_eval
-from experiments.backdoor_fedgan.cells import Setup
+from experiments.backdoor_fedgan.cells import GANSetup
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
-from medsec.backdoor.attackers import SCENARIOS, Attack, Aware, special_trigger
-from medsec.backdoor.feddetect import uniform_mean
+from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
+from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.core import params as parameters
 from medsec.core.errors import InputError
 from medsec.core.params import Params
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
-from medsec.federated import aggregators, rounds
-from medsec.federated.rounds import State, Update
+from medsec.federated import aggregators
+from medsec.federated.aggregators import RULES, uniform_mean
+from medsec.federated.rounds import Aggregator, State, Update, rounds_until, screen
 from medsec.nets import fit as classifier
 
 KEYS = ("m", "partition", "trigger", "evade", "source", "real", "round", "client")
-VARIANTS = (
-    "none",
-    "feddetect_released",
-    "feddetect_described",
-    "feddetect_hardened",
-    "median",
-    "trimmed_mean",
-    "krum",
-    "multi_krum",
-    "norm_clip",
+READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
+# In the order of the tables; a rule that joins `RULES` comes last.
+VARIANTS = tuple(
+    dict.fromkeys(("none", *READS_LOSSES, "median", "trimmed_mean", "krum", "multi_krum", "norm_clip", *RULES))
 )
 ORACLE = "oracle"  # a control, no defence: the server is told who attacks, and leaves them out
-READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
 # To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
 SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "boost", "boost_liar": "boost"}
 # Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
@@ -108,13 +102,13 @@ def settings(params: Params, scenario: str, keys: dict | None = None) -> Params:
     return parameters.validate(tree, f"scenario {scenario}")
 
 
-def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> Setup:
+def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> GANSetup:
     """The cohort's instruments, with the trigger of the scenario and a detector calibrated for it."""
     setup = fedgan_eval.prepare(cohort, params)
     kind = SCENARIOS[scenario].trigger or changed.fedgan.trigger.kind
     if kind == params.fedgan.trigger.kind:
         return dataclasses.replace(setup, params=changed)
-    trigger = special_trigger(
+    trigger = triggers.make_trigger(
         kind,
         image_size=setup.cohort.size,
         channels=setup.cohort.channels,
@@ -127,28 +121,28 @@ def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> 
 
 def warm_up_rounds(params: Params) -> int:
     """Rounds in which no defence acts."""
-    return fedgan.rounds_until(params.feddetect.warm_up, params.fedgan.rounds)
+    return rounds_until(params.feddetect.warm_up, params.fedgan.rounds)
 
 
-def drawer(federation: fedgan.Federation, n: int) -> Callable[[State, int], Tensor]:
+def drawer(federation: FederatedGAN, n: int) -> Callable[[State, int], Tensor]:
     """What the server draws from a client's state: fresh secret latents every round, the same for all clients."""
     model = federation.generator()
 
     def draw(state: State, round: int) -> Tensor:
-        model.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
+        model.load_state_dict(fedgan.part_of(state, "generator"))
         return fedgan.synthesise(model.eval(), n, derive_seed(federation.seed, "server", round))[0]
 
     return draw
 
 
-def hardened(params: Params, federation: fedgan.Federation) -> feddetect.Hardened:
+def hardened(params: Params, federation: FederatedGAN) -> feddetect.Hardened:
     """The hardened defence with the parameters' settings."""
     p, warm_up = params.feddetect.hardened, warm_up_rounds(params)
     return feddetect.Hardened(
         drawer(federation, p.draws),
         federation.state,
         warm_up=warm_up,
-        watch=fedgan.rounds_until(p.watch, warm_up),
+        watch=rounds_until(p.watch, warm_up),
         fpr=p.fpr,
         scale=(p.scale, p.scale_relative),
         window=p.window,
@@ -163,17 +157,22 @@ def flag_threshold(params: Params) -> float:
     return feddetect.flag_threshold(params.feddetect.hardened.fpr)
 
 
-def nearest_krum(updates: Sequence[Update], *, n_malicious: int, keep: int) -> tuple[State, dict]:
-    """Krum (``keep`` = 1) or Multi-Krum, told how many attack, also where n < 2 f + 3.
-
-    Blanchard et al. ask for n ≥ 2 f + 3, which four clients with one attacker miss by one: without the guarantee, the
-    rule itself (sum of squared distances to the n − f − 2 nearest, at least one) can still be computed.
-    """
-    scores = aggregators._krum_scores(updates, max(1, len(updates) - n_malicious - 2))
-    kept = [updates[i] for i in sorted(np.argsort(scores, kind="stable")[:keep])]
-    state, _ = uniform_mean(kept)
-    chosen = {u.client for u in kept}
-    return state, {"weights": {u.client: (u.client in chosen) / keep for u in updates}}
+def defence(variant: str, params: Params, federation: FederatedGAN, watcher: feddetect.Hardened) -> Aggregator:
+    """A fresh defence for the rounds after the warm-up; the hardened one remembers what ``watcher`` saw during it."""
+    p, malicious = params.feddetect, params.fedgan.malicious
+    if variant == "feddetect_released":
+        return feddetect.Released(warm_up_rounds(params), p.decay)
+    if variant == "feddetect_described":
+        return feddetect.Described(warm_up_rounds(params), p.patience)
+    if variant == "feddetect_hardened":
+        fresh = hardened(params, federation)
+        fresh.suspicion, fresh.recent = dict(watcher.suspicion), copy.copy(watcher.recent)
+        return fresh
+    if variant == "norm_clip":
+        return feddetect.NormClip(federation.state)
+    if variant == ORACLE:
+        return lambda updates, round: without(updates, malicious, federation.state)
+    return aggregators.rule(variant, max(1, len(malicious)))
 
 
 def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -> tuple[State, dict]:
@@ -182,27 +181,7 @@ def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -
     return uniform_mean(honest) if honest else (state, {"weights": {}})
 
 
-def defence(variant: str, params: Params, federation: fedgan.Federation, watcher: feddetect.Hardened):
-    """A fresh defence for the rounds after the warm-up; the hardened one remembers what ``watcher`` saw during it."""
-    p, f = params.feddetect, max(1, len(params.fedgan.malicious))
-    if variant == "feddetect_hardened":
-        fresh = hardened(params, federation)
-        fresh.suspicion, fresh.recent = dict(watcher.suspicion), copy.copy(watcher.recent)
-        return fresh
-    return {
-        "none": lambda: uniform_mean,
-        ORACLE: lambda: lambda updates, round: without(updates, params.fedgan.malicious, federation.state),
-        "feddetect_released": lambda: feddetect.Released(warm_up_rounds(params), p.decay),
-        "feddetect_described": lambda: feddetect.Described(warm_up_rounds(params), p.patience),
-        "median": lambda: aggregators.median,
-        "trimmed_mean": lambda: lambda updates, round: aggregators.trimmed_mean(updates, trim=f),
-        "krum": lambda: lambda updates, round: nearest_krum(updates, n_malicious=f, keep=1),
-        "multi_krum": lambda: lambda updates, round: nearest_krum(updates, n_malicious=f, keep=len(updates) - f),
-        "norm_clip": lambda: feddetect.NormClip(federation.state),
-    }[variant]()
-
-
-def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watcher: feddetect.Hardened) -> Attack:
+def attack_of(scenario: str, setup: GANSetup, federation: FederatedGAN, watcher: feddetect.Hardened) -> BackdoorAttack:
     """The attackers of a scenario."""
     what, p, warm_up = SCENARIOS[scenario], setup.params.feddetect, warm_up_rounds(setup.params)
     last, every, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, None
@@ -230,10 +209,10 @@ def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watche
             recent=watcher.recent,
             begin=warm_up,
         )
-    return Attack(what, setup.params.fedgan.malicious, strikes, aware)
+    return BackdoorAttack(what, setup.params.fedgan.malicious, strikes, aware)
 
 
-def warm_up(setup: Setup, seed: int, scenario: str) -> tuple[fedgan.Federation, feddetect.Hardened]:
+def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, feddetect.Hardened]:
     """A federation after the rounds in which no defence acts, and the hardened defence that looked on."""
     what, p = SCENARIOS[scenario], setup.params
     images, labels = fedgan_eval.deal(setup, seed)
@@ -254,8 +233,8 @@ def warm_up(setup: Setup, seed: int, scenario: str) -> tuple[fedgan.Federation, 
 
 
 def run_variant(
-    setup: Setup, start: fedgan.Federation, watcher: feddetect.Hardened, scenario: str, variant: str
-) -> tuple[fedgan.Federation, list[dict]]:
+    setup: GANSetup, start: FederatedGAN, watcher: feddetect.Hardened, scenario: str, variant: str
+) -> tuple[FederatedGAN, list[dict]]:
     """Continue a copy of a warm-up with one defence to the end.
 
     Returns:
@@ -269,13 +248,13 @@ def run_variant(
     attack = attack_of(scenario, setup, federation, watcher)
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        arrived, _ = rounds.screen(attack(updates, round), federation.state)
+        arrived, _ = screen(attack(updates, round), federation.state)
         begin = time.perf_counter()
         state, diagnostics = rule(arrived, round)
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
         return state, diagnostics
 
-    def look(federation: fedgan.Federation) -> None:
+    def look(federation: FederatedGAN) -> None:
         if not log or log[-1]["round"] != federation.round:
             return  # nobody sent anything usable, and no rule was asked
         seed = derive_seed(federation.seed, "per round")
@@ -286,7 +265,7 @@ def run_variant(
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
 
-    def train(client: fedgan.Client, state: State, federation: fedgan.Federation, round: int) -> Update:
+    def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan.train_client(client, state, constant if faithless else federation, round)
 
@@ -336,7 +315,7 @@ def run_cell(
     return pd.concat(parts, ignore_index=True), galleries
 
 
-def _image_rows(rows: tables.Rows, setup: Setup, federation: fedgan.Federation, seed: int) -> np.ndarray:
+def _image_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN, seed: int) -> np.ndarray:
     n, draw = setup.params.fedgan.measure.synthetic, derive_seed(seed, "measure")
     labels = fedgan_eval.reference_labels(setup, n, draw)
     images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
@@ -348,7 +327,7 @@ def _image_rows(rows: tables.Rows, setup: Setup, federation: fedgan.Federation, 
 def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     """Rows on flags, weights and evidence; only those that the defence gives.
 
-    An update that was turned away because it is broken (`rounds.screen`) counts as flagged and as weighing nothing.
+    An update that was turned away because it is broken (`screen`) counts as flagged and as weighing nothing.
     """
     m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
     for entry in log:
@@ -457,7 +436,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
     return rows.table()
 
 
-def _few(setup: Setup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+def _few(setup: GANSetup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     """A few images of every class of ``public``.
 
     Raises:
@@ -475,7 +454,9 @@ def _few(setup: Setup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     return images[index], labels[index]
 
 
-def _augmented_auc(setup: Setup, few: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor] | None, seed: int) -> float:
+def _augmented_auc(
+    setup: GANSetup, few: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor] | None, seed: int
+) -> float:
     """Test AUC of a classifier on few real images, or on as many real as synthetic ones, after equally many steps."""
     p, batch = setup.params.feddetect.downstream, setup.params.classifier.batch
     images, labels = few

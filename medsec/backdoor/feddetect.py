@@ -11,6 +11,7 @@ said in each class, and a finite one is taken as at most ±`LARGEST_LOSS`; a cli
 count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
 """
 
+import dataclasses
 import math
 import warnings
 from collections import deque
@@ -23,8 +24,11 @@ from scipy import stats
 from torch import Tensor
 
 from medsec.core.errors import InputError
-from medsec.federated.aggregators import fedavg
-from medsec.federated.rounds import State, Update
+from medsec.federated.aggregators import fedavg, uniform_mean
+from medsec.federated.rounds import State, Update, scale_update
+
+__all__ = ["Described", "Hardened", "NormClip", "Released"]
+__all__ += ["flag_threshold", "isolation_flags", "loss_evidence", "map_evidence", "null_rates", "peculiarity"]
 
 LEAST_CLIENTS = 3
 LARGEST_LOSS = 1e6  # beyond float32 the isolation forest would flag the wrong ones, and a median would overflow
@@ -80,8 +84,9 @@ def reported(updates: Sequence[Update], name: str) -> np.ndarray:
     return np.where(np.isfinite(values), values.clip(-LARGEST_LOSS, LARGEST_LOSS), math.nan)
 
 
-def _forest(losses: np.ndarray) -> np.ndarray:
-    """`isolation_flags` of those who report a loss; who does not is flagged (our choice: the released code crashes)."""
+def _forest(updates: Sequence[Update], name: str) -> np.ndarray:
+    """`isolation_flags` of those who report that loss; the others are flagged (our choice: the released code crashes)."""
+    losses = reported(updates, name)
     known = np.isfinite(losses)
     flags = ~known
     flags[known] = isolation_flags(losses[known])
@@ -98,8 +103,8 @@ def _average(updates: Sequence[Update], weights: Mapping[int, float]) -> tuple[S
     raw = np.array([weights[u.client] for u in updates])
     if not raw.sum() > 0:
         raw = np.ones(len(updates))
-    state, found = fedavg(updates, weights=raw.tolist())
-    return state, found["weights"]
+    state, diagnostics = fedavg(updates, weights=raw.tolist())
+    return state, diagnostics["weights"]
 
 
 class Released:
@@ -124,7 +129,7 @@ class Released:
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
-        flags = _forest(reported(updates, "last_loss_g"))
+        flags = _forest(updates, "last_loss_g")
         for u in updates:  # a client that joins later starts with the mean weight of the others
             self.weights.setdefault(u.client, float(np.mean([*self.weights.values()] or [1.0])))
             self.counts.setdefault(u.client, 0)
@@ -159,7 +164,7 @@ class Described:
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
-        flags = _forest(reported(updates, "loss_g"))
+        flags = _forest(updates, "loss_g")
         if round >= self.warm_up and flags.sum() < len(updates) // 2:
             for u, flagged in zip(updates, flags, strict=True):
                 self.row[u.client] = self.row.get(u.client, 0) + 1 if flagged else 0
@@ -167,11 +172,6 @@ class Described:
                     self.blocked.add(u.client)
         state, shares = _average(updates, {u.client: float(u.client not in self.blocked) for u in updates})
         return state, {"weights": shares, "flagged": _by_client(updates, flags)}
-
-
-def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
-    """No defence: the plain mean, every client alike, as released."""
-    return fedavg(updates, weights=[1.0] * len(updates))
 
 
 class NormClip:
@@ -193,13 +193,9 @@ class NormClip:
         clipped = []
         for u, length in zip(updates, lengths, strict=True):
             factor = min(1.0, limit / length) if length > 0 else 1.0
-            state = {
-                k: self.state[k] + factor * (v - self.state[k]) if v.is_floating_point() else v
-                for k, v in u.state.items()
-            }
-            clipped.append(Update(u.client, state, u.n_samples, u.metrics))
-        self.state, found = uniform_mean(clipped)
-        return self.state, found
+            clipped.append(dataclasses.replace(u, state=scale_update(u.state, self.state, factor)))
+        self.state, diagnostics = uniform_mean(clipped)
+        return self.state, diagnostics
 
 
 def update_length(sent: State, received: State) -> float:
@@ -278,14 +274,14 @@ def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
 
     −inf (no evidence) without a finite loss of its own or without two others: what is not reported accuses nobody.
     """
-    found = np.full(len(losses), -np.inf)
+    evidence = np.full(len(losses), -np.inf)
     for i, loss in enumerate(losses):
         others = np.delete(losses, i)
         others = others[np.isfinite(others)]
         if np.isfinite(loss) and len(others) >= LEAST_CLIENTS - 1:
             centre = np.median(others)
-            found[i] = (loss - centre) / max(MAD_TO_SD * np.median(np.abs(others - centre)), floor)
-    return found
+            evidence[i] = (loss - centre) / max(MAD_TO_SD * np.median(np.abs(others - centre)), floor)
+    return evidence
 
 
 def flag_threshold(fpr: float) -> float:
@@ -293,6 +289,7 @@ def flag_threshold(fpr: float) -> float:
     return float(stats.norm.isf(fpr / (4 * (len(WINDOWS) + 1) + 1)))
 
 
+@dataclasses.dataclass(eq=False)
 class Hardened:
     """Our repair: two kinds of evidence, calibrated, with a memory that forgives.
 
@@ -328,26 +325,23 @@ class Hardened:
         drift, limit: of the CUSUM, in units of the threshold.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[State, int], Tensor],
-        state: State,
-        *,
-        warm_up: int,
-        watch: int,
-        fpr: float,
-        scale: tuple[float, float],
-        window: int,
-        loss_floor: float,
-        drift: float,
-        limit: float,
-    ):
-        self.draw, self.state, self.warm_up, self.watch = draw, state, warm_up, watch
-        self.scale, self.loss_floor = scale, loss_floor
-        self.threshold = flag_threshold(fpr)
-        self.drift, self.limit = drift * self.threshold, limit * self.threshold
+    draw: Callable[[State, int], Tensor]
+    state: State
+    _: dataclasses.KW_ONLY
+    warm_up: int
+    watch: int
+    fpr: float
+    scale: tuple[float, float]
+    window: int
+    loss_floor: float
+    drift: float
+    limit: float
+
+    def __post_init__(self):
+        self.threshold = flag_threshold(self.fpr)
+        self.drift, self.limit = self.drift * self.threshold, self.limit * self.threshold
         self.suspicion: dict[int, float] = {}
-        self.recent: deque[Tensor] = deque(maxlen=window - 1)  # log peculiarities of the rounds before
+        self.recent: deque[Tensor] = deque(maxlen=self.window - 1)  # log peculiarities of the rounds before
 
     def evidence(self, updates: Sequence[Update], round: int) -> np.ndarray:
         """(m,) each client's evidence in this round, which is remembered as one of the last.
@@ -369,24 +363,21 @@ class Hardened:
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
         clients = [u.client for u in updates]
-        found = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
-        if (found > -np.inf).any():
-            for client, e in zip(clients, found, strict=True):
-                if e == -np.inf:  # nothing was seen of it: neither accused nor forgiven
-                    continue
+        evidence = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
+        for client, e in zip(clients, evidence, strict=True):
+            if e != -np.inf:  # else nothing was seen of it: neither accused nor forgiven
                 before = self.suspicion.get(client, 0.0)
                 self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))
-        weights = [1.0] * len(clients)
+        weights = dict.fromkeys(clients, 1.0)
         if round >= self.warm_up:
-            weights = [float(self.suspicion.get(client, 0.0) < self.limit) for client in clients]
-        if sum(weights) > 0:
-            self.state, shares = _average(updates, dict(zip(clients, weights, strict=True)))
-        else:
-            shares = dict.fromkeys(clients, 0.0)
+            weights = {client: float(self.suspicion.get(client, 0.0) < self.limit) for client in clients}
+        shares = weights
+        if sum(weights.values()) > 0:
+            self.state, shares = _average(updates, weights)
         return self.state, {
             "weights": shares,
-            "flagged": _by_client(updates, found > self.threshold),
-            "evidence": dict(zip(clients, found.tolist(), strict=True)),
+            "flagged": _by_client(updates, evidence > self.threshold),
+            "evidence": dict(zip(clients, evidence.tolist(), strict=True)),
         }
 
 
