@@ -9,6 +9,7 @@ from experiments.adversarial_pruning_defense import cells as evasion_eval
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.data_and_threats import cells as cohort_eval
 from experiments.feddetect import cells as feddetect_eval
+from experiments.feddetect import tables as feddetect_tables
 from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
 from medsec import data
@@ -120,7 +121,7 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
     found = []
     for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
-            variants = CONTENDERS if scenario in feddetect_eval.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
+            variants = CONTENDERS if scenario in feddetect_tables.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
             if scenario == "boost_liar":  # a run that is the same for every attacker of this warm-up
                 variants = (*variants, feddetect_eval.ORACLE)
             found.append(Cell(scenario, seed, variants=variants))
@@ -154,11 +155,11 @@ def cells_02(cohort: str, p: Params) -> list[Cell]:
 
 
 def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
-    """Those that `experiments.feddetect.cells.complete` cannot copy from another."""
+    """Those that `experiments.feddetect.tables.complete` cannot copy from another."""
     copied = set()
-    if feddetect_eval.has_twin(p) and not SCENARIOS[scenario].colluders:
-        copied.add(feddetect_eval.TWIN[0])
-    if scenario in feddetect_eval.SAME_BUT_FOR_LOSSES:
+    if feddetect_tables.has_twin(p) and not SCENARIOS[scenario].colluders:
+        copied.add(feddetect_tables.TWIN[0])
+    if scenario in feddetect_tables.SAME_BUT_FOR_LOSSES:
         copied |= set(BASELINES) - set(feddetect_eval.READS_LOSSES)
     return tuple(variant for variant in BASELINES if variant not in copied)
 
@@ -320,7 +321,7 @@ DESIGNS = {
     design.experiment.name: design
     for design in (
         _design(fedgan_eval.EXPERIMENT, cells_01, keep_01, summarise_01, rounds_01),
-        _design(feddetect_eval.EXPERIMENT, cells_02, keep_02, feddetect_eval.summarise, rounds_02),
+        _design(feddetect_eval.EXPERIMENT, cells_02, keep_02, feddetect_tables.summarise, rounds_02),
         _design(inversion_eval.EXPERIMENT, cells_03, keep_03, inversion_eval.summarise, rounds_03),
         _design(evasion_eval.EXPERIMENT, cells_04, lambda rows, cell: rows, summarise_04, rounds_04),
     )

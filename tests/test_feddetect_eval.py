@@ -14,7 +14,8 @@ import yaml
 from experiments import record_designs
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
-from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
+from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, UNITS, VARIANTS
+from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
@@ -576,7 +577,7 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
     """The copied rows are those that running the cell gives; what was run itself stays."""
     honest, boost, ran = (cell(scenario)[0] for scenario in ("honest", "boost", "boost_liar"))
     ran = ran[ran["variant"] == "none"].assign(value=0.125)
-    full = feddetect_eval.complete(pd.concat([honest, boost, ran], ignore_index=True), p)
+    full = complete(pd.concat([honest, boost, ran], ignore_index=True), p)
     assert not full.duplicated(ADDRESS).any()
     names = full.groupby("scenario")["variant"].unique().map(set).to_dict()
     blind = {"none", "median", "trimmed_mean", "norm_clip"}
@@ -602,12 +603,12 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
 
 def test_the_twin_is_not_copied_where_it_is_none(p):
     median = [row("median", s, "frechet", 3.0, **k) for s, k in (("colluders", {}), ("honest", {"m": 8}))]
-    assert len(feddetect_eval.complete(pd.DataFrame(median[:1]), p)) == 1
-    assert TWIN[0] not in set(feddetect_eval.complete(pd.DataFrame(median), p)["variant"])
+    assert len(complete(pd.DataFrame(median[:1]), p)) == 1
+    assert TWIN[0] not in set(complete(pd.DataFrame(median), p)["variant"])
     five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
     honest = pd.DataFrame([row("median", "honest", "frechet", 3.0)])
-    assert TWIN[0] not in set(feddetect_eval.complete(honest, five)["variant"])
-    assert TWIN[0] in set(feddetect_eval.complete(honest, p)["variant"])
+    assert TWIN[0] not in set(complete(honest, five)["variant"])
+    assert TWIN[0] in set(complete(honest, p)["variant"])
 
 
 def test_differences_to_the_clean_federation_by_hand(p):
@@ -638,7 +639,7 @@ def test_differences_to_the_clean_federation_by_hand(p):
             row(hardened, "aware", "frechet", 17.0, evade=0.5),
         ]
     )
-    full = feddetect_eval.complete(runs, p)
+    full = complete(runs, p)
     found = full[full["metric"].str.endswith("_minus_clean")]
     columns = ["variant", "scenario", "metric", "seed", "m", "partition", "evade"]
     assert {tuple(map(str, r[:-1])): r[-1] for r in found[[*columns, "value"]].itertuples(index=False)} == {
@@ -737,7 +738,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
 def planned(p, cells):
     """What the record's table will hold: the (variant, scenario, seed) of the headline, after `complete`."""
     rows = [row(v, c.arm, "label_accuracy", 1.0, c.seed) for c in cells if not c.keys for v in c.variants]
-    full = feddetect_eval.complete(pd.DataFrame(rows), p)
+    full = complete(pd.DataFrame(rows), p)
     assert not full.duplicated(ADDRESS).any(), "two cells give the same row"
     return set(full[["variant", "scenario", "seed"]].itertuples(index=False, name=None))
 

@@ -32,15 +32,9 @@ KEYS = ("trigger", "area", "ratio", "m", "attackers", "partition", "size", "clie
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
 ATTRIBUTED = 64  # held-out images whose attribution is averaged
-PER_CLIENT = (
-    "generator_loss",
-    "d_accuracy_clean",
-    "d_accuracy_triggered",
-    "d_train_test_gap",
-    "d_membership_auc",
-    "d_trigger_effect",
-)
-PER_ROUND = 100  # synthetic images for the trigger rate of every generator after every round
+PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered")
+PER_CLIENT += ("d_train_test_gap", "d_membership_auc", "d_trigger_effect")
+PER_ROUND = 100  # synthetic images of every generator for its trigger rate after every round
 UNITS = {
     "trigger_rate": "share",
     "trigger_ncc": "correlation",
@@ -168,8 +162,13 @@ def downstream_auc(setup: GANSetup, images: Tensor, labels: Tensor, seed: int) -
     model = classifier.fit(
         images, labels, setup.cohort.n_classes, p.classifier, epochs=p.fedgan.measure.downstream_epochs, seed=seed
     )
-    test, truth = setup.splits["test"]
-    return classifier.auc(classifier.predict(model, test), truth)
+    return auc_on_test(setup, model)
+
+
+def auc_on_test(setup: GANSetup, model: SmallResNet) -> float:
+    """AUC of a classifier on the split ``test``."""
+    images, labels = setup.splits["test"]
+    return classifier.auc(classifier.predict(model, images), labels)
 
 
 @torch.no_grad()
@@ -248,18 +247,23 @@ def attribution(setup: GANSetup, client: GANClient, n: int = ATTRIBUTED) -> Tens
     return (maps / maps.abs().sum((1, 2), keepdim=True)).mean(0)
 
 
+def rate_each_round(setup: GANSetup, federation: FederatedGAN, client: int | None = None) -> float:
+    """Trigger rate of `PER_ROUND` images, the same latents in every round, of the averaged generator or a client's."""
+    seed = derive_seed(federation.seed, "per round")
+    labels = reference_labels(setup, PER_ROUND, seed)
+    return trigger_rate(setup, fedgan.synthesise(federation.generator(client), PER_ROUND, seed, labels)[0])[0]
+
+
 def measure_round(setup: GANSetup, federation: FederatedGAN) -> None:
     """Append to the history what can be seen after a round: each client's discriminator and trigger rate."""
-    n, seed = PER_ROUND, derive_seed(federation.seed, "per round")
-    labels = reference_labels(setup, n, seed)
     for client in federation.clients:
-        images, _ = fedgan.synthesise(federation.generator(client.index), n, seed, labels)
-        found = {"trigger_rate": trigger_rate(setup, images)[0], **probe_discriminator(setup, federation, client)}
-        federation.history.append({"round": federation.round, "client": client.index, **found})
-    images, _ = fedgan.synthesise(federation.generator(), n, seed, labels)
-    federation.history.append(
-        {"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]}
-    )
+        measured = {
+            "trigger_rate": rate_each_round(setup, federation, client.index),
+            **probe_discriminator(setup, federation, client),
+        }
+        federation.history.append({"round": federation.round, "client": client.index, **measured})
+    rate = rate_each_round(setup, federation)
+    federation.history.append({"round": federation.round, "client": "server", "trigger_rate": rate})
 
 
 # Cells ---------------------------------------------------------------------------------------------------------------
@@ -310,20 +314,35 @@ def boost_start(params: Params) -> int:
 def _measure_variant(
     setup: GANSetup, federation: FederatedGAN, seed: int, variant: str
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    n = setup.params.fedgan.measure.synthetic
-    draw = derive_seed(seed, "measure")
-    labels = reference_labels(setup, n, draw)
-    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
-    found = describe(setup, images, labels, seed)
     rows = tables.Rows(KEYS, UNITS, seed, variant, "no_attack" if variant == "clean" else "attack")
-    for metric, value in found.items():
-        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+    images, labels = generator_rows(rows, setup, federation)
     _history_rows(setup, federation, rows)
     maps = _attribution_rows(setup, federation, rows)
-    first = torch.cat(
-        [(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()]
-    )
+    each = -(-GALLERY // setup.cohort.n_classes)
+    first = torch.cat([(labels == k).nonzero().flatten()[:each] for k in labels.unique()])
     return rows.table(), {variant: images[first[:GALLERY]].cpu().numpy(), f"{variant}_attribution": maps}
+
+
+def generator_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN) -> tuple[Tensor, Tensor]:
+    """Draw from the averaged generator and add rows on the images; returns images and labels."""
+    n, draw = setup.params.fedgan.measure.synthetic, derive_seed(federation.seed, "measure")
+    images, labels = fedgan.synthesise(federation.generator(), n, draw, reference_labels(setup, n, draw))
+    image_rows(rows, setup, images, labels, federation.seed)
+    return images, labels
+
+
+def image_rows(rows: tables.Rows, setup: GANSetup, images: Tensor, labels: Tensor | None, seed: int) -> None:
+    """Rows on images, real or synthetic; ``labels``, where they can be trusted, add what a classifier makes of them."""
+    rate, ncc = trigger_rate(setup, images)
+    measured = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
+    if labels is not None:
+        agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
+        measured["label_accuracy"] = float(agreement)
+    for metric, value in measured.items():
+        rows.add(metric, value, len(images))
+    if labels is not None:
+        auc = downstream_auc(setup, images, labels, derive_seed(seed, "downstream"))
+        rows.add("downstream_auc", auc, len(setup.splits["test"][0]))
 
 
 def _attribution_rows(setup: GANSetup, federation: FederatedGAN, rows: tables.Rows) -> np.ndarray:
@@ -341,19 +360,6 @@ def _attribution_rows(setup: GANSetup, federation: FederatedGAN, rows: tables.Ro
         if torch.isfinite(share):  # a discriminator that has diverged explains nothing
             rows.add("d_attribution", share, ATTRIBUTED * int(at.sum()), client=seat)
     return torch.stack(pictures).cpu().numpy()
-
-
-def describe(setup: GANSetup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """What is measured on every set of labelled images, real or synthetic; a metric's name -> its value."""
-    rate, ncc = trigger_rate(setup, images)
-    agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
-    return {
-        "trigger_rate": rate,
-        "trigger_ncc": ncc,
-        "frechet": frechet(setup, images),
-        "label_accuracy": float(agreement),
-        "downstream_auc": downstream_auc(setup, images, labels, derive_seed(seed, "downstream")),
-    }
 
 
 def _history_rows(setup: GANSetup, federation: FederatedGAN, rows: tables.Rows) -> None:
@@ -395,23 +401,13 @@ def _controls(setup: GANSetup, seed: int) -> tuple[pd.DataFrame, dict[str, np.nd
     blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
     noisy = (real + 0.1 * torch.randn(real.shape, generator=rng).to(real.device)).clamp(0, 1)
     stamped = triggers.stamp(setup.trigger, real, rng)
-    parts, galleries = [], {}
-    for variant, images in {
-        "real": real,
-        "real_triggered": stamped,
-        "real_blurred": blurred,
-        "real_noisy": noisy,
-    }.items():
+    controls = {"real": real, "real_triggered": stamped, "real_blurred": blurred, "real_noisy": noisy}
+    parts = []
+    for variant, images in controls.items():
         rows = tables.Rows(KEYS, UNITS, seed, variant, "control")
-        if variant == "real":
-            found = describe(setup, images, labels, seed)
-        else:
-            rate, ncc = trigger_rate(setup, images)
-            found = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
-        for metric, value in found.items():
-            rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+        image_rows(rows, setup, images, labels if variant == "real" else None, seed)
         parts.append(rows.table())
-        galleries[variant] = images[:GALLERY].cpu().numpy()
+    galleries = {variant: images[:GALLERY].cpu().numpy() for variant, images in controls.items()}
     return pd.concat(parts, ignore_index=True), galleries
 
 

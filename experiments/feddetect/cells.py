@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.backdoor_fedgan import cells as fedgan_eval
-from experiments.backdoor_fedgan.cells import GANSetup
+from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
@@ -38,10 +38,6 @@ VARIANTS = tuple(
     dict.fromkeys(("none", *READS_LOSSES, "median", "trimmed_mean", "krum", "multi_krum", "norm_clip", *RULES))
 )
 ORACLE = "oracle"  # a control, no defence: the server is told who attacks, and leaves them out
-# To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
-SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "boost", "boost_liar": "boost"}
-# Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
-TWIN = ("trimmed_mean", "median")
 QUICK = {  # what the notebook itself runs; the rest is in the record
     "no_attack": ("none", "feddetect_released", "feddetect_hardened"),
     "boost_liar": ("none", "feddetect_hardened"),
@@ -64,11 +60,7 @@ UNITS = {
     "benign_weight_min": "share",
     "weight": "share",
     "evidence": "z",
-    "trigger_rate": "share",
-    "trigger_ncc": "correlation",
-    "frechet": "distance",
-    "label_accuracy": "share",
-    "downstream_auc": "AUC",
+    **{m: fedgan_eval.UNITS[m] for m in ("trigger_rate", "trigger_ncc", "frechet", "label_accuracy", "downstream_auc")},
     "frechet_minus_clean": "distance",
     "downstream_auc_minus_clean": "AUC",
     "augmented_auc": "AUC",
@@ -76,7 +68,6 @@ UNITS = {
     "augmented_auc_minus_attacked": "AUC",
     "server_ms": "ms",
 }
-DRAWN_EACH_ROUND = 100  # images for the trigger rate after every round
 
 
 # One run -------------------------------------------------------------------------------------------------------------
@@ -143,12 +134,8 @@ def hardened(params: Params, federation: FederatedGAN) -> feddetect.Hardened:
         federation.state,
         warm_up=warm_up,
         watch=rounds_until(p.watch, warm_up),
-        fpr=p.fpr,
         scale=(p.scale, p.scale_relative),
-        window=p.window,
-        loss_floor=p.loss_floor,
-        drift=p.drift,
-        limit=p.limit,
+        **p.model_dump(include={"fpr", "window", "loss_floor", "drift", "limit"}),
     )
 
 
@@ -184,17 +171,15 @@ def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -
 def attack_of(scenario: str, setup: GANSetup, federation: FederatedGAN, watcher: feddetect.Hardened) -> BackdoorAttack:
     """The attackers of a scenario."""
     what, p, warm_up = SCENARIOS[scenario], setup.params.feddetect, warm_up_rounds(setup.params)
-    last, every, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, None
+    last, every, settings, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, p.scenario.aware, None
 
     def evade(round: int) -> float:
-        settings = p.scenario.aware
         return settings.late_evade if what.late and round > last - settings.late_rounds else settings.evade
 
     def strikes(round: int) -> bool:
         return round >= warm_up and (last - round) % every == 0
 
     if what.aware:
-        settings = p.scenario.aware
         aware = Aware(
             federation.generator(),
             setup.trigger,
@@ -202,9 +187,7 @@ def attack_of(scenario: str, setup: GANSetup, federation: FederatedGAN, watcher:
             scale=watcher.scale,
             threshold=watcher.threshold,
             evade=evade,
-            steps=settings.steps,
-            draws=settings.draws,
-            lr=settings.lr,
+            **settings.model_dump(include={"steps", "draws", "lr"}),
             measure=p.hardened.draws,
             recent=watcher.recent,
             begin=warm_up,
@@ -254,13 +237,9 @@ def run_variant(
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
         return state, diagnostics
 
-    def look(federation: FederatedGAN) -> None:
-        if not log or log[-1]["round"] != federation.round:
-            return  # nobody sent anything usable, and no rule was asked
-        seed = derive_seed(federation.seed, "per round")
-        labels = fedgan_eval.reference_labels(setup, DRAWN_EACH_ROUND, seed)
-        images, _ = fedgan.synthesise(federation.generator(), DRAWN_EACH_ROUND, seed, labels)
-        log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
+    def measure(federation: FederatedGAN) -> None:
+        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
+            log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
@@ -269,7 +248,7 @@ def run_variant(
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan.train_client(client, state, constant if faithless else federation, round)
 
-    fedgan.run(federation, train=train, aggregate=aggregate, after_round=look)
+    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure)
     return federation, log
 
 
@@ -310,18 +289,10 @@ def run_cell(
         _detection_rows(rows, log, changed)
         if timed:
             rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
-        galleries[variant] = _image_rows(rows, setup, federation, seed)
+        images, _ = fedgan_eval.generator_rows(rows, setup, federation)
+        galleries[variant] = images[: fedgan_eval.GALLERY].cpu().numpy()
         parts.append(rows.table().assign(**{k: str(v) for k, v in (keys or {}).items()}))
     return pd.concat(parts, ignore_index=True), galleries
-
-
-def _image_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN, seed: int) -> np.ndarray:
-    n, draw = setup.params.fedgan.measure.synthetic, derive_seed(seed, "measure")
-    labels = fedgan_eval.reference_labels(setup, n, draw)
-    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
-    for metric, value in fedgan_eval.describe(setup, images, labels, seed).items():
-        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
-    return images[: fedgan_eval.GALLERY].cpu().numpy()
 
 
 def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
@@ -331,7 +302,7 @@ def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     """
     m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
     for entry in log:
-        rows.add("trigger_rate", entry["trigger_rate"], DRAWN_EACH_ROUND, round=entry["round"])
+        rows.add("trigger_rate", entry["trigger_rate"], PER_ROUND, round=entry["round"])
     found = [entry["diagnostics"] for entry in log]
     if "flagged" in found[0]:
         flags = pd.DataFrame([d["flagged"] for d in found]).reindex(columns=range(m)).astype(float).fillna(1.0)
@@ -473,74 +444,7 @@ def _augmented_auc(
     model = classifier.fit(
         x, y, setup.cohort.n_classes, setup.params.classifier, epochs=1, seed=derive_seed(seed, "augmented")
     )
-    test, truth = setup.splits["test"]
-    return classifier.auc(classifier.predict(model, test), truth)
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The summary of a runs table, after `complete`."""
-    return tables.summarise(complete(runs, params), KEYS)
-
-
-def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """A runs table with the rows that follow from others.
-
-    (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
-    losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
-    (3) For all others ``<metric>_minus_clean``: the difference to the undefended federation without
-    attack, on the same seed and the same size and partition of the federation.
-    """
-    if has_twin(params):
-        like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
-        runs = _with(runs, like.assign(variant=TWIN[0]))
-    for liar, truthful in SAME_BUT_FOR_LOSSES.items():
-        like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
-        runs = _with(runs, like.assign(scenario=liar))
-    return pd.concat([runs, _minus_clean(runs, params)], ignore_index=True)
-
-
-def has_twin(params: Params) -> bool:
-    """Whether the two variants of `TWIN` are the same rule in the headline's federation."""
-    return params.fedgan.n_clients == 4 and len(params.fedgan.malicious) == 1
-
-
-def _with(runs: pd.DataFrame, copied: pd.DataFrame) -> pd.DataFrame:
-    """The runs and those copied rows that are not among them."""
-    address = [c for c in runs.columns if c not in ("value", "n_items", "unit")]
-    there = pd.MultiIndex.from_frame(runs[address].astype(str))
-    copied = copied[copied["metric"] != "server_ms"]  # a time is measured or not there
-    fresh = copied[~pd.MultiIndex.from_frame(copied[address].astype(str)).isin(there)]
-    return pd.concat([runs, fresh], ignore_index=True)
-
-
-def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The aware attacker's final trigger rate and how often it is blocked, by the evidence that it allows itself.
-
-    Returns:
-        Rows of the summary with ``name`` (defence) and ``x`` (share of the threshold), the headline's included.
-    """
-    metric = summary["metric"].isin(["trigger_rate", "blocked_tpr"])
-    rows = summary[metric & (summary["scenario"] == "aware") & summary["variant"].isin(["none", "feddetect_hardened"])]
-    rows = rows[(rows[["m", "partition", "trigger", "round", "client"]] == "").all(axis=1)]
-    share = rows["evade"].where(rows["evade"] != "", str(params.feddetect.scenario.aware.evade)).astype(float)
-    return rows.assign(name=rows["variant"], x=share).sort_values(["name", "x"], ascending=[False, True])
-
-
-def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    compared = ("frechet", "downstream_auc")
-    rows = runs[runs["metric"].isin(compared) & (runs["round"] == "") & (runs["client"] == "")].copy()
-    many = str(params.feddetect.scenario.colluders[1])
-    rows["size"] = rows["m"].where(~((rows["scenario"] == "colluders") & (rows["m"] == "")), many)
-    checker = (rows["variant"] == "none") & (rows["scenario"] == "no_attack") & (rows["trigger"] == "")
-    by = ["seed", "metric", "size", "partition"]
-    clean = rows[checker].set_index(by)["value"]
-    joined = rows[~checker].join(clean.rename("clean"), on=by).dropna(subset="clean")
-    joined["value"] -= joined["clean"]
-    joined["metric"] += "_minus_clean"
-    return joined[runs.columns]
+    return fedgan_eval.auc_on_test(setup, model)
 
 
 # What the notebook and its record run ---------------------------------------------------------------------------------
