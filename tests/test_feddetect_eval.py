@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import numpy as np
@@ -11,18 +10,19 @@ import pytest
 import torch
 import yaml
 
-from experiments import record_designs
+from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
+from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, UNITS, VARIANTS
 from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
-from medsec.evidence import record, tables
+from medsec.evidence import tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import Update
 from medsec.nets import fit as classifier
@@ -710,14 +710,14 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
 @pytest.fixture(autouse=True)
 def swept(monkeypatch):
     """The small cohort of these tests is planned like those that the companion is about."""
-    monkeypatch.setattr(record_designs, "SWEPT", (COHORT,))
+    monkeypatch.setattr(record_plans, "SWEPT", (COHORT,))
 
 
 def plan(p, profile=None):
     if profile is not None:
         tree = params.merge(params.load(profile).model_dump(), {"cohorts": {"npz": {"path": p.cohorts.npz.path}}})
         p = params.validate(tree)
-    return p, record_designs.cells_02(COHORT, p)
+    return p, feddetect_record.plan(COHORT, p)
 
 
 @pytest.mark.parametrize("profile", [None, "quick", "full", "full-gpu"])
@@ -767,59 +767,20 @@ def test_the_plan_has_every_defence_against_every_attacker(p, profile):
 def test_the_plan_of_another_federation_has_the_trimmed_mean(p):
     """With five clients it is no twin of the median, so it has to be run."""
     five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
-    found = planned(five, record_designs.cells_02(COHORT, five))
+    found = planned(five, feddetect_record.plan(COHORT, five))
     assert {s for v, s, _ in found if v == "trimmed_mean"} == set(SCENARIOS)
 
 
-def test_interrupted_and_resumed_gives_the_same_table(p, tmp_path, monkeypatch):
-    cells = [
-        record.Cell("no_attack", 0, variants=("none", "feddetect_hardened")),
-        record.Cell("honest", 0, variants=("none", "median"), group="baselines"),
-        record.Cell("boost_liar", 0, keys={"m": 5}, variants=("feddetect_released",)),
-        record.Cell("null", 0, keys={"m": 4}),
-    ]
-    small = dataclasses.replace(record_designs.DESIGNS[NOTEBOOK], cells=lambda cohort, p: cells)
-    monkeypatch.setitem(record_designs.DESIGNS, NOTEBOOK, small)
-    monkeypatch.setattr(params, "load", lambda profile: p)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "records", lambda cohort: tmp_path / "records" / cohort)
-
-    def call():
-        return record.main([NOTEBOOK, "--cohort", COHORT, "--processes", "1"])
-
-    assert call() == 0
-    place = record.place(COHORT, p) / NOTEBOOK
-    target = paths.records(COHORT) / f"{NOTEBOOK}.csv"
-    whole = tables.read(target)
-    about = json.loads(target.with_suffix(".json").read_text())
-    assert about["cells_finished"] == about["cells_planned"] == 4
-    assert {"feddetect", "fedgan_attackers", "feddetect_eval"} <= about["modules"].keys()
-
-    # Killed: one cell is missing, one half written, one has no note.
-    for name in ("no_attack-seed0", "null-m=4-seed0"):
-        (place / f"{name}.csv.gz").unlink()
-        (place / f"{name}.json").unlink()
-    (place / "no_attack-seed0.csv.partial").write_text("seed,variant\n")
-    (place / "honest-baselines-seed0.json").unlink()
-    target.unlink()
-    ran, run_cell = [], record.run_cell
-    monkeypatch.setattr(record, "run_cell", lambda *args: ran.append(args[3].name) or run_cell(*args))
-    assert call() == 0
-    assert sorted(ran) == ["honest-baselines-seed0", "no_attack-seed0", "null-m=4-seed0"]
-    resumed = tables.read(target)
-    times = [table["metric"] == "server_ms" for table in (whole, resumed)]
-    assert list(whole[times[0]][SUMMARY].itertuples(index=False)) == list(
-        resumed[times[1]][SUMMARY].itertuples(index=False)
-    )
-    assert {"none", "feddetect_hardened", "feddetect_released", "median"} <= set(whole[times[0]]["variant"])
-    pd.testing.assert_frame_equal(whole[~times[0]], resumed[~times[1]], check_exact=True)
-
-    # Rows of clients stay in the cells' tables of the notebook; rounds only without a key.
-    assert (whole["client"] == "").all()
-    assert (whole.loc[whole["m"] == "5", "round"] == "").all()
-    assert tables.row(whole, variant="median", scenario="liar", metric="frechet")["n"] == 1
-    assert tables.row(whole, variant="feddetect_hardened", scenario="no_attack", metric="frechet_minus_clean")["n"] == 1
-    assert not record.is_stale(NOTEBOOK, COHORT)
+def test_a_new_rule_has_cells_of_its_own(p, monkeypatch):
+    """So every finished cell of the record stays valid, and only the new ones are to be run."""
+    before = feddetect_record.plan(COHORT, p)
+    monkeypatch.setattr(feddetect_record, "ADDED", ("geometric_median",))
+    after = feddetect_record.plan(COHORT, p)
+    added = [c for c in after if c not in before]
+    assert [c for c in after if c not in added] == before
+    assert {c.variants for c in added} == {("geometric_median",)}
+    assert {c.arm for c in added} == set(SCENARIOS) - set(SAME_BUT_FOR_LOSSES)
+    assert len({c.name for c in after}) == len(after)
 
 
 # --------------------------------------------------------------------------------------------------------------- claims

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.params import Params
 from medsec import data
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
@@ -21,7 +22,6 @@ from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.backdoor.triggers import Trigger
 from medsec.core import parallel
 from medsec.core.errors import InputError
-from medsec.core.params import Params
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
 from medsec.federated.rounds import rounds_until

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from experiments.feddetect.cells import KEYS, READS_LOSSES
-from medsec.core.params import Params
+from experiments.params import Params
 from medsec.evidence import tables
 
 # To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
