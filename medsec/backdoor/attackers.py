@@ -26,7 +26,7 @@ from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import State, Update
 from medsec.nets.models import Generator
 
-__all__ = ["SCENARIOS", "Aware", "BackdoorAttack", "Scenario", "falsified"]
+__all__ = ["SCENARIOS", "Aware", "BackdoorAttack"]
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ class BackdoorAttack:
 class Aware:
     """An attacker who knows the hardened defence and optimises its update against it.
 
-    It starts from the mean of the others' updates, the least suspicious thing to send, and changes that generator by
-    gradient steps (Adam) so that the *average* that the server will form shows the trigger, while its own evidence,
-    computed by the defence's own code on the others' real updates, this round's and the last ones', stays below ``evade``
-    times the flag's threshold. In the end it measures its evidence on as many fresh latents as the server draws and, where
-    it is too high, moves back towards the mean by bisection; where even the mean is too peculiar, it sends that. It knows
-    everything but the server's secret latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
+    It starts from the mean of the others' updates, the least suspicious thing to send. Gradient steps (Adam) change that
+    generator so that the *average* that the server will form shows the trigger, while its own evidence, computed by the
+    defence's own code on the others' real updates, stays below ``evade`` times the flag's threshold. In the end it measures
+    its evidence on as many fresh latents as the server draws. Where that is too high, it moves back towards the mean by
+    bisection, if need be all the way. It knows everything but the server's secret latents. With ``evade`` at most the
+    CUSUM's drift it never gathers suspicion.
 
     Args:
         generator: any generator of the federation, for its architecture.

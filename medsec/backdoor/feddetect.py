@@ -1,14 +1,13 @@
 """FedDetect (Jin & Li 2023), as released, as described and hardened, and the clipping that it is compared with.
 
 FedDetect looks for malicious clients of a federated GAN in the losses that they report, and takes away their weight.
-Every defence here is an aggregator with a memory: ``defence(updates, round) -> (state, diagnostics)``, one object a
-run. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for attackers,
-``flagged`` says whom it suspects in this round. Rounds are counted from 0, as `medsec.federated.rounds.run_round` does.
+Every defence here is a rule with a memory: ``defence(updates, round) -> (state, diagnostics)``, one object a run, rounds
+counted from 0. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for
+attackers, ``flagged`` says whom it suspects in this round.
 
-What happens to odd input, in all of them: with fewer than three updates nobody can be compared with anybody, so no
-comparison is made (what a defence remembers still counts); what becomes of a loss that is missing, NaN or infinite is
-said in each class, and a finite one is taken as at most ±`LARGEST_LOSS`; a client that is away for some rounds keeps its
-count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
+All of them treat odd input alike. Fewer than three updates are not compared; what a defence remembers still counts. A
+finite loss is taken as at most ±`LARGEST_LOSS`; each class says what becomes of one that is missing, NaN or infinite. A
+client that is away keeps its count or evidence: absence proves no innocence. If nobody is left, the state stays.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from medsec.federated.aggregators import fedavg, uniform_mean
 from medsec.federated.rounds import State, Update, scale_update
 
 __all__ = ["Described", "Hardened", "NormClip", "Released"]
-__all__ += ["flag_threshold", "isolation_flags", "loss_evidence", "map_evidence", "null_rates", "peculiarity"]
+__all__ += ["flag_threshold", "isolation_flags", "loss_evidence", "map_evidence", "peculiarity"]
 
 LEAST_CLIENTS = 3
 LARGEST_LOSS = 1e6  # beyond float32 the isolation forest would flag the wrong ones, and a median would overflow
@@ -213,8 +212,8 @@ def peculiarity(images: Tensor) -> Tensor:
     """How far what each client's generator draws lies from what the others' draw, for the same latents and labels.
 
     Of every client's images the mean and the standard deviation over the latents are taken, pixel by pixel: two maps.
-    From each map the median of the *other* clients' maps is subtracted; the root mean square of the difference is
-    searched for its largest value over all `WINDOWS`, and over the whole image. A second time the difference is divided
+    From each map the median of the *other* clients' maps is subtracted. The root mean square of the difference is taken
+    over all `WINDOWS`, of which the largest counts, and over the whole image. A second time the difference is divided
     by what is usual around the pixel (the lower median over the clients of its size, averaged over 5 × 5 pixels, plus a
     tenth of the image's mean), so that a faint pattern in a quiet corner counts too.
 
@@ -254,13 +253,13 @@ def map_evidence(log: Tensor, scale: tuple[float, float], before: Sequence[Tenso
     """How peculiar each client is for this federation: (m, 12) -> (m,), differentiable.
 
     The largest over the columns of ``log`` minus the (lower) median of this round's and the last rounds' values of all
-    clients, in units of the standard deviation ``scale`` that it has for honest clients: of the columns as they are, and
-    of those divided by what is usual. The earlier rounds steady that median where clients are few: of four, one that
-    sends the mean of the others, and so draws what is least peculiar, would else make honest ones stand out.
+    clients, in units of the standard deviation ``scale`` that it has for honest clients. The earlier rounds steady that
+    median where clients are few: of four, one that sends the mean of the others, and so draws what is least peculiar, would
+    otherwise make honest ones stand out.
 
     Args:
         log: logarithm of `peculiarity`.
-        scale: for the two kinds of columns.
+        scale: for columns as they are, and for those divided by what is usual.
         before: the same of earlier rounds, (clients, 12) each.
     """
     columns = len(WINDOWS) + 1
@@ -298,20 +297,17 @@ class Hardened:
     that it keeps secret, and looks for a place where one client's images differ from the others' by more than clients
     differed from each other in this and the last rounds (`map_evidence`). A client's evidence e is the larger of the two.
 
-    *Flag.* e above the standard normal quantile of 1 − ``fpr`` / (number of statistics), Bonferroni's correction.
+    *Flag.* e above `flag_threshold`.
 
     *Memory.* A one-sided CUSUM (Page 1954, Biometrika 41:100): S ← clip(S + e − drift, 0, 2 limit), with drift and limit
-    in units of the flag's threshold. Who is below the limit counts fully, who is not counts nothing: one very strong
+    in units of the flag's threshold. A client below the limit counts fully, any other counts nothing: one very strong
     sign, or weaker ones in a row, take a client out, and quiet rounds bring it back. (A weight that fades with S looks
     milder and is not: an honest client that counts less in the average is less like it in the next round, so that its
     suspicion feeds itself.)
 
-    It looks on during the second part of the warm-up and acts after it.
-
-    With fewer than three updates there is no new evidence, and old suspicion still weighs; without a finite loss the
-    images alone speak; a generator that draws NaN counts as caught, and the others are compared without it. If
-    everybody's weight is 0, the server keeps the state that it has. It costs drawing n images from every generator a
-    round, and it needs each client's update in the clear: plain secure aggregation rules it out.
+    It looks on during the second part of the warm-up and acts after it. Without a finite loss the images alone speak. A
+    generator that draws NaN counts as caught, and the others are compared without it. The price: n images from every
+    generator a round, and each client's update in the clear, which rules out plain secure aggregation.
 
     Args:
         draw: ``(state, round) -> (n, C, S, S)`` images from a client's state, the same latents for all in a round.

@@ -24,7 +24,7 @@ from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import Aggregator, State, Update, rounds_until, run_round, scale_update
 from medsec.nets.models import Discriminator, Generator
 
-__all__ = ["FederatedGAN", "GANClient", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]
+__all__ = ["FederatedGAN", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import State, Update, run_round
 from medsec.nets import fit as classifier
 
-__all__ = ["best_threshold", "train", "utility"]
+__all__ = ["train", "utility"]
 
 Defend = Callable[[nn.Module, Tensor, Tensor, int], Sequence[Tensor]]  # ``defend(model, x, y, round) -> gradients``
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Aggregator", "State", "Update", "rounds_until", "run_round", "scale_update", "screen"]
+__all__ = ["Update", "rounds_until", "run_round", "scale_update", "screen"]
 
 State = dict[str, Tensor]
 
