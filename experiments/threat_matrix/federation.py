@@ -7,7 +7,7 @@ model of notebook 02 gives it: it also scales what it sends, and reports the los
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from experiments.threat_matrix import arms as matrix_arms
 from experiments.threat_matrix.arms import Row
 from experiments.threat_matrix.params import MatrixParams
 from medsec.backdoor import triggers
+from medsec.backdoor.attackers import falsified
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import FedClsParams
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import State, Update, run_round
+from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update
 
 ATTACKER = 0
 FORGETFUL = ("none", "shadow_hardened", "public_only")  # image defences whose epochs depend on nothing that was before
@@ -173,7 +174,7 @@ def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> 
     model = matrix_arms.network(setup, row, seed)
     train_client = trainer(setup, row, them, model, p, seed)
     aggregate = matrix_arms.aggregator(setup, row, p, model, seed)
-    boost_from, prune_at = (matrix_arms.first_round(share, rounds) for share in (p.warm_up, p.prune_after))
+    boost_from, prune_at = (rounds_until(share, rounds) for share in (p.warm_up, p.prune_after))
     states, keep, found = [{k: v.clone() for k, v in model.state_dict().items()}], None, []
 
     def client(i: int, state: State, round: int) -> Update:
@@ -222,11 +223,9 @@ def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: 
     honest, changed = [u for u in updates if u.client != ATTACKER], []
     for u in updates:
         if u.client == ATTACKER and attack.boosts:
-            state = {k: received[k] + boost * (v - received[k]) for k, v in u.state.items()}
-            u = Update(u.client, state, u.n_samples, u.metrics)
+            u = replace(u, state=scale_update(u.state, received, boost))
         if u.client == ATTACKER and attack.lies and honest:
-            invented = {name: float(np.median([h.metrics[name] for h in honest])) for name in u.metrics}
-            u = Update(u.client, u.state, u.n_samples, invented)
+            u = replace(u, metrics={k: falsified([h.metrics[k] for h in honest], "median") for k in u.metrics})
         changed.append(u)
     return changed
 
