@@ -46,11 +46,11 @@ from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import Client, Setup
+from experiments.params import Params
 from experiments.threat_matrix import arms, federation
 from experiments.threat_matrix.arms import ROWS, Row
 from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec.backdoor import triggers
-from medsec.core.params import Params
 from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
 from medsec.evidence import tables
@@ -104,6 +104,10 @@ class Column:
     @property
     def high_is_bad(self) -> bool:
         return self.scale[1] > self.scale[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.threat.split(':')[0]}: {self.name}"
 
 
 COLUMNS = (

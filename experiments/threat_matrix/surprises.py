@@ -48,24 +48,23 @@ def table(summary: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
         column = COLUMNS[place]
         where = {"scenario": column.scenario, "metric": f"{column.metric}_minus_none"}
         rows = [f"`{variant}` {tables.cell(summary, 2, variant=variant, **where)}" for variant in part["variant"]]
-        name = f"{column.threat.split(':')[0]}: {column.name}"
-        lines.append({"column": name, "effect": effect, "rows, minus none": "; ".join(rows)})
+        lines.append({"column": column.label, "effect": effect, "rows, minus none": "; ".join(rows)})
     return pd.DataFrame(lines, columns=["column", "effect", "rows, minus none"])
 
 
 def ledger() -> list[dict]:
-    """Our readings: ``rows``, ``scenario`` and ``metrics`` of the cells that each is about, their ``effect``, and ``text``."""
+    """Our readings: ``rows``, ``scenario`` and ``metric`` of the cells that each is about, their ``effect``, and ``text``."""
     return yaml.safe_load((paths.CLAIMS / "matrix-readings.yaml").read_text(encoding="utf-8"))
 
 
 def readings(effects: pd.DataFrame) -> str:
-    """Markdown: each reading that fits cells of `side_effects`, after the names of these cells; the others are left out."""
+    """Markdown: each reading that fits cells of `side_effects`, after the names of their rows; the others are left out."""
     paragraphs = []
     for each in ledger():
-        places = [i for i, c in enumerate(COLUMNS) if c.scenario == each["scenario"] and c.metric in each["metrics"]]
-        fits = effects["variant"].isin(each["rows"]) & effects["column"].isin(places)
-        cells = effects[fits & (effects["effect"] == each["effect"])]
-        named = [f"`{cell.variant}`, {COLUMNS[cell.column].name}" for cell in cells.itertuples()]
-        if named:
-            paragraphs.append(f"**{'; '.join(named)}: {each['effect']}.** {each['text'].strip()}")
+        place, column = next(
+            (i, c) for i, c in enumerate(COLUMNS) if (c.scenario, c.metric) == (each["scenario"], each["metric"])
+        )
+        fits = effects[(effects["column"] == place) & (effects["effect"] == each["effect"])]
+        if named := [f"`{variant}`" for variant in fits["variant"] if variant in each["rows"]]:
+            paragraphs.append(f"**{column.label}: {', '.join(named)} {each['effect']}.** {each['text']}")
     return "\n\n".join(paragraphs)
