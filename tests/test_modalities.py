@@ -79,7 +79,6 @@ def small(changes):
 def experiments(tmp_path_factory):
     """Tables of one cell of every experiment, by name; and the code of the package that ran on the way."""
     patch, called = pytest.MonkeyPatch(), set()
-    patch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path_factory.mktemp("checkpoints")))
     sys.setprofile(lambda frame, event, _: called.add(frame.f_code) if event == "call" else None)
     try:
         tables = dict(run(tmp_path_factory.mktemp("root")))
