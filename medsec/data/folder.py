@@ -18,7 +18,7 @@ import pandas as pd
 
 from medsec.core import paths
 from medsec.core.errors import InputError
-from medsec.core.params import Cohorts, FolderCohort, FolderShares
+from medsec.core.settings import Cohorts, FolderCohort, FolderShares
 from medsec.data import images as image_files
 from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, deduplicate, fingerprint
 from medsec.data.images import Picture

@@ -15,7 +15,7 @@ import numpy as np
 
 from medsec.core import paths
 from medsec.core.errors import InputError
-from medsec.core.params import Cohorts, MedMNISTCohort, NpzCohort, SplitShares
+from medsec.core.settings import Cohorts, MedMNISTCohort, NpzCohort, SplitShares
 from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
 
 __all__ = ["FLAVOURS", "OFFICIAL"]

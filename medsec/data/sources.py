@@ -21,7 +21,7 @@ import medphantom.chest
 import medphantom.fundus
 from medsec.core import params, paths
 from medsec.core.errors import InputError, command
-from medsec.core.params import Cohorts, FundusCohort, PhantomCohort
+from medsec.core.settings import Cohorts, FundusCohort, PhantomCohort
 from medsec.data import folder, medmnist
 from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, fingerprint
 
@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cohort", default="phantom", help=f"describe: {', '.join(SOURCES)}")
     parser.add_argument("--size", type=int, help="describe: pixels a side (default: the parameters')")
     args = parser.parse_args(argv)
-    cohorts = params.load(args.profile).cohorts
+    tree, name = params.read(args.profile)
+    cohorts = params.validated(Cohorts, tree.get("cohorts"), f"{name}, section cohorts")
     if args.command == "describe":
         print(describe(load(args.cohort, cohorts, size=args.size)), end="")
     else:
