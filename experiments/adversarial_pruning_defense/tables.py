@@ -4,24 +4,25 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from experiments.adversarial_pruning_defense.arms import ARMS
+from experiments.adversarial_pruning_defense.arms import VARIANTS
 from experiments.adversarial_pruning_defense.cells import UNITS
 from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.adversarial_pruning_defense.scenarios import eps_key
 from medsec.evasion.sanity import QUESTIONS
 from medsec.evidence import tables
 
-RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
 
-
-def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> pd.DataFrame:
-    """The three defence rates of every arm at the headline's eps; ``whitebox``: the attack that knows the arm."""
+def rates(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """The three defence rates of every arm under PGD at the headline's eps."""
     rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
-    white = rows[(rows["metric"] == "dr_whitebox") & (rows["scenario"] == whitebox)]
-    others = rows[rows["metric"].isin(RATES[1:]) & (rows["scenario"] == "pgd20")]
-    found = pd.concat([white, others])
-    order = {variant: place for place, variant in enumerate(ARMS)}
-    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    rows = rows[rows["scenario"] == "pgd20"]
+    white = rows["metric"] == "dr_whitebox"
+    return _in_order(pd.concat([rows[white], rows[rows["metric"].isin(["dr_transfer", "dr_recovered"])]]))
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """The arms in the order of notebook 04."""
+    return rows.sort_values("variant", key=lambda column: column.map(VARIANTS.index), kind="stable")
 
 
 def by_arm(summary: pd.DataFrame, columns: Mapping[str, tuple[int, dict]], arms: Sequence[str]) -> pd.DataFrame:
@@ -71,7 +72,7 @@ def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
 def _arms(summary: pd.DataFrame) -> list[str]:
     """The arms that a table has, other shares of pruning aside."""
     there = summary[(summary["scenario"] == "clean") & (summary["prune"] == "")]["variant"]
-    return [variant for variant in ARMS if variant in set(there)]
+    return [variant for variant in VARIANTS if variant in set(there)]
 
 
 def recipes(p: EvasionParams) -> pd.DataFrame:
@@ -122,26 +123,27 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
 
 def distances(summary: pd.DataFrame) -> pd.DataFrame:
     """Median length of the change that turns an answer, by attacks without a cap: one line an arm."""
-    lines = []
-    for variant in ARMS:
-        line = {"arm": variant}
-        for name, scenario, norm, unit in (
-            ("DeepFool, L2", "deepfool", "l2", 1),
-            ("DeepFool, largest change (255ths)", "deepfool", "linf", 255),
-            ("Carlini–Wagner, L2", "cw_l2", "l2", 1),
-        ):
-            where = {"variant": variant, "scenario": scenario, "norm": norm}
-            median = tables.select(summary, {**where, "metric": "median_norm"})
-            line[name] = ""
-            if len(median):
-                scaled = median.iloc[0].copy()
-                scaled[["value", "low", "high"]] *= unit
-                line[name] = f"{tables.interval(scaled)} (n = {scaled['n']})"
-                left = tables.cell(summary, 2, **where, metric="accuracy")
-                line[name] += "" if left.startswith("0.00 ") else f"; {left} not turned"
-        lines.append(line)
-    found = pd.DataFrame(lines)
-    return found[(found.drop(columns="arm") != "").any(axis=1)]
+    attacks = {
+        "DeepFool, L2": ("deepfool", "l2", 1),
+        "DeepFool, largest change (255ths)": ("deepfool", "linf", 255),
+        "Carlini–Wagner, L2": ("cw_l2", "l2", 1),
+    }
+
+    def told(variant: str, scenario: str, norm: str, unit: float) -> str:
+        where = {"variant": variant, "scenario": scenario, "norm": norm}
+        median = tables.select(summary, {**where, "metric": "median_norm"})
+        if median.empty:
+            return ""
+        scaled = median.iloc[0].copy()
+        scaled[["value", "low", "high"]] *= unit
+        left = tables.cell(summary, 2, **where, metric="accuracy")
+        aside = "" if left.startswith("0.00 ") else f"; {left} not turned"
+        return f"{tables.interval(scaled)} (n = {scaled['n']}){aside}"
+
+    lines = pd.DataFrame(
+        {"arm": variant} | {name: told(variant, *attack) for name, attack in attacks.items()} for variant in VARIANTS
+    )
+    return lines[(lines.drop(columns="arm") != "").any(axis=1)]
 
 
 READINGS = {  # of a "defence rate": the metric, and what the attacker must know
@@ -197,23 +199,17 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
     rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
-    lines = []
-    for name, part in rows.groupby("metric", sort=False):
-        passed = (part["value"] * part["n"]).round().astype(int)
-        failing = [
-            f"`{variant}`, {k} of {n}"
-            for variant, k, n in zip(part["variant"], passed, part["n"], strict=True)
-            if k < n
-        ]
-        lines.append(
-            {
-                "check": name.replace("_", " "),
-                "it passes where": QUESTIONS[name],
-                "passed": f"{passed.sum()} of {part['n'].sum()} runs",
-                "arms in which it failed": "; ".join(failing),
-            }
-        )
-    return pd.DataFrame(lines)
+    rows = rows.assign(passed=(rows["value"] * rows["n"]).round().astype(int))
+    failed = [f"`{row.variant}`, {row.passed} of {row.n}" if row.passed < row.n else "" for row in rows.itertuples()]
+    return pd.DataFrame(
+        {
+            "check": name.replace("_", " "),
+            "it passes where": QUESTIONS[name],
+            "passed": f"{part['passed'].sum()} of {part['n'].sum()} runs",
+            "arms in which it failed": "; ".join(filter(None, part["failed"])),
+        }
+        for name, part in rows.assign(failed=failed).groupby("metric", sort=False)
+    )
 
 
 def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -221,6 +217,4 @@ def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
     rows = summary[(summary["scenario"] == "attribution") & (summary["eps"] == "")]
     names = {"area": "a point at random", "prior": "always where most lesions are"}
     controls = {names[row["map"]]: row["value"] for row in rows.to_dict("records") if row["map"] in names}
-    order = {variant: place for place, variant in enumerate(ARMS)}
-    found = rows[~rows["map"].isin(names)]
-    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable"), controls
+    return _in_order(rows[~rows["map"].isin(names)]), controls
