@@ -24,6 +24,7 @@ from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import FedClsParams
+from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.federated.rounds import State, Update, run_round
