@@ -1,12 +1,10 @@
 """Golden cells: tiny cells of every experiment still give the committed numbers, and no method is without one."""
 
-import typing
-
 import pytest
 from golden import cells
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
-from experiments.adversarial_pruning_defense.params import EvasionAttacks
+from experiments.adversarial_pruning_defense import scenarios
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.catalogue import DESIGNS
 from experiments.feddetect import cells as feddetect_eval
@@ -18,7 +16,7 @@ from medsec.backdoor import attackers as fedgan_attackers
 from medsec.backdoor import triggers
 from medsec.core import paths
 
-EVASIONS = typing.get_args(typing.get_args(EvasionAttacks.model_fields["scenarios"].annotation)[0])
+EVASIONS = [*scenarios.CONFIGURED, "fgsm"]
 
 
 @pytest.mark.parametrize("name", cells.CELLS)
