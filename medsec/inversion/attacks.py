@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from medsec.core.errors import InputError
 from medsec.core.guards import check_images, check_norm, normalises_by_batch
-from medsec.core.params import InversionSettings
 from medsec.core.seeds import torch_generator
+from medsec.core.settings import InversionSettings
 from medsec.nets.convnet import logits_and_statistics
 
 ATTACKS = ("dlg", "ig", "bn", "prior")
