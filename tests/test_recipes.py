@@ -60,7 +60,7 @@ def run(number, p, cell):
 
 
 def attack():
-    from experiments.adversarial_pruning_defense import scenarios
+    from medsec.evasion import scenarios
     named = params.load("mine").evasion.attacks.scenarios  # the recipe's profile
     assert "best_corner" in named
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
