@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import re
 
 import matplotlib
 import nbformat
@@ -25,92 +24,64 @@ WRONG = [
     ("00.2", "np.array([image.tobytes() in seen for image in test])", "np.zeros(len(test))", "True or False"),
     ("00.3", "np.full(n_clients, alpha)", "np.full(n_clients, 1.0)", "is alpha used"),
     ("00.3", "held.append(part)", "held.append(part[1:])", "belong to nobody"),
-    ("00.3", "held.append(part)", "held.append(labels[part])", "an index stands twice"),
     ("00.4", "balanced[home] - np.array(balanced)", "np.array(balanced) - balanced[home]", "the sign is flipped"),
     ("00.4", "100 * (", "(", "multiply by 100"),
-    ("00.4", "balanced[home]", "balanced[1]", "the home hospital loses"),
     ("00.5", '"b": "knowledge"', '"b": "allowed"', "action b"),
     ("00.5", '"e": "allowed"', '"e": "capability"', "is allowed: the card says under capability"),
-    ("00.5", '"c": "out_of_scope"', '"c": "knowledge"', "action c is ruled out, but not by knowledge"),
     ("01.1", "-k:, -k:] = pattern", "1 - k :, 1 - k :] = pattern[:, 1:, 1:]", "your trigger covers 9 pixels"),
     ("01.1", "-k:, -k:", ":k, :k", "your patch begins at row 0 and column 0"),
-    ("01.1", "images.clone()", "images", "you changed the images"),
     ("01.2", "descending=True", "descending=False", "look at the highest scores"),
     ("01.2", 'splits["public"]', 'splits["test"]', "you looked at the split test"),
-    ("01.2", "values[allowed]", "values[0]", "a lower threshold misses fewer"),
     ("01.3", "n / total *", "1 / len(states) *", "plain mean"),
     ("01.3", "n / total *", "n *", "divide by the number of all images"),
-    ("01.3", "for name in states[0]", 'for name in ["weight"]', "no entry 'bias'"),
     ("01.4", "received[name] + (", "(", "add what you received"),
     ("01.4", "/ share", "* (1 / share - 1)", "0.75 of your update arrives"),
-    ("01.4", "/ share", "* share", "0.06 of your update arrives"),
     ("01.5", "poison - clean", "clean - poison", "the sign is flipped"),
     ("01.5", "(poison - clean).sort_index()", "poison.sort_index()", "subtract the control"),
-    ("01.5", '"clean")', '"real")', "you compared with real images"),
     ("02.1", "ranked[trim : len(models) - trim]", "models", "the plain mean"),
     ("02.1", "ranked[trim : len(models) - trim]", "ranked[: len(models) - trim]", "the smallest go as well"),
-    ("02.1", "trim : len(models) - trim", "trim:-trim", "is your slice empty"),
     ("02.2", "np.fill_diagonal(squared, np.inf)", "pass", "counts itself as its nearest neighbour"),
     ("02.2", "** 2).sum(2)", "** 2).sum(2) ** 0.5", "Krum sums their squares"),
-    ("02.2", "n - n_malicious - 2", "n - n_malicious - 1", "you count 5 neighbours"),
     ("02.3", "np.delete(losses, i)", "losses", "include the client itself"),
     ("02.3", "(loss - centre)", "abs(loss - centre)", "leave out the absolute value"),
-    ("02.3", "max(spread, floor)", "spread", "the floor is missing"),
     ("02.4", "+ z**2 / (4 * n**2))", ")", "divided by 1 + z²/n"),
     ("02.4", "0.975", "0.95", "leaves 5 % on each side"),
-    ("02.4", "(centre - half)", "(centre + 2 * half)", "are exchanged"),
     ("02.5", "float(np.median(honest))", "own_loss", "evidence against you in 8 of 8"),
     ("02.5", "float(np.median(honest))", "0.0", "a loss below the honest ones"),
-    ("02.5", "float(np.median(honest))", "float(honest.max() + 0.5)", "a loss above the honest ones"),
     ("02.6", ".abs().max()", ".abs().mean()", "take the largest difference, not the mean"),
     ("02.6", "torch.cat([maps[:i], maps[i + 1 :]])", "maps", "your median is over all clients"),
-    ("02.6", "others.quantile(0.5, dim=0)", "others.mean(0)", "take the median"),
     ("03.1", "bias_gradient.abs().argmax()", "0", "is something divided by 0"),
     ("03.1", " / bias_gradient[k]", "", "divide by the gradient of the same unit's bias"),
-    ("03.1", "weight_gradient[k] /", "weight_gradient.mean(1) /", "shape"),
     ("03.2", "argmin", "argmax", "look at the signs"),
     ("03.2", "int(bias_gradient.argmin())", "bias_gradient.argmin()", "one number"),
-    ("03.2", "int(bias_gradient.argmin())", "7", "a label is one of 0 to 4"),
     ("03.3", "1 - first @ second", "first @ second", "this is the cosine itself"),
     ("03.3", "return 1 -", "return 0.5 -", "from itself is -0.500"),
     ("03.4", "-10 *", "10 *", "the sign is flipped"),
     ("03.4", "-10 *", "-20 *", "10 log10"),
-    ("03.4", ".mean((1, 2, 3))", ".sum((1, 2, 3))", "take their mean"),
     ("03.5", "argmax(1)", "argmin(1)", "largest correlation"),
     ("03.5", "flat - flat.mean(1, keepdims=True)", "flat", "remove brightness and contrast"),
     ("03.6", "0.5 * images", "images + 0.2", "that is no image in [0, 1]"),
     ("03.6", "0.5 * images", "0.95 * images", "asked for is at most 20"),
-    ("03.6", "0.5 * images", "0.5 - 0.5 * images", "you do hide something"),
     ("04.1", "x + eps", "x - eps", "is the sign flipped"),
     ("04.1", ".clamp(0, 1)", "", "you forgot to clip"),
-    ("04.1", "eps / 255", "eps", "divide eps by 255"),
     ("04.2", ".clamp(x - eps, x + eps)", "", "project after each step"),
     ("04.2", ".clamp(x - eps, x + eps).clamp(0, 1)", ".clamp(x - eps, x + eps)", "you forgot to clip"),
-    ("04.2", "found + step", "found - step", "ascent, not descent"),
     ("04.3", "own[clean].mean()", "own.mean()", "accuracy over all images"),
     ("04.3", "own[clean].mean()", "(own & clean).mean()", "divide by the number that is right before"),
-    ("04.3", "base_clean & ~base_own", "~base_own", "were not turned by the attack"),
     ("04.4", "copy.deepcopy(model)", "model", "you changed the model"),
     ("04.4", "w[w.abs() < threshold] = 0", "w[w.abs() > threshold] = 0", "of the weights are zero"),
-    ("04.4", "threshold] = 0", "threshold] = 0\n            w *= 2", "must keep their values"),
     ("04.5", 'right["pgd"].mean() - right["fgsm"].mean()', "0", "iterative_beats_single_step fails"),
     ("04.5", "> tolerance", "> 0", "within the tolerance"),
-    ("04.5", '"whitebox_beats_transfer":', '"white_beats_transfer":', "none of the three names"),
     ("04.6", "rate[0] - rate[1]", "rate[1] - rate[0]", "the sign is flipped"),
     ("04.6", "after[clean]", "after", "you compared accuracies"),
-    ("04.6", "rate[0] - rate[1]", "rate[0]", "subtract the control's"),
     ("05.1", "(labels != target) & (clean == labels)", "np.ones(len(labels), bool)", "you count all images"),
     ("05.1", "(labels != target) & (clean == labels)", "clean == labels", "you count images of the target class"),
-    ("05.1", "(labels != target) & (clean == labels)", "labels != target", "called wrongly without the trigger"),
     ("05.2", "those[seed] - reference[seed]", "reference[seed] - those[seed]", "the sign is flipped"),
     ("05.2", "sorted(those.keys() & reference.keys())", "[s for s in those if s in reference]", "by rising seed"),
-    ("05.2", "np.array([", "([", "asked for is an array"),
     ("05.3", "updates * (lengths.median() / lengths).clamp(max=1)", "updates", "plain mean"),
     ("05.3", ".clamp(max=1)", "", "lengthen updates"),
-    ("05.3", "lengths.median()", "lengths.mean()", "take the median"),
     ("05.4", "(both - none) - (first - none) - (second - none)", "both - none", "take off what each part"),
     ("05.4", "(both - none) - (first - none) - (second - none)", "both - first - second", "compared with none"),
-    ("05.4", "(both - none) - (first - none) - (second - none)", "both - min(first, second)", "the worse part only"),
 ]
 
 # Answers that are wrong in every exercise, in place of the TODO.
@@ -174,13 +145,6 @@ def test_the_students_version_is_what_the_script_makes(file):
     assert not tagged(made, "answer")
 
 
-def test_links_lead_somewhere(file):
-    for notebook in (file, FOLDER / file.name):
-        for cell in nbformat.read(notebook, as_version=4).cells:
-            for link in re.findall(r"\]\(([^)#:]+)\)", cell.source if cell.cell_type == "markdown" else ""):
-                assert (notebook.parent / link).exists(), f"{notebook.name}: {link}"
-
-
 def test_solutions_run_to_their_end_and_pass(file):
     notebook, namespace, number = nbformat.read(file, as_version=4), {}, 0
     for i, cell in enumerate(notebook.cells):
@@ -230,15 +194,3 @@ def test_a_notebook_runs_in_a_kernel_of_its_own(tmp_path, monkeypatch):
     printed = [output["text"] for cell in tagged(notebook, "check") for output in cell.outputs]
     assert printed == [f"Exercise {i + 1}: {checks.UNDONE}\n" for i in range(len(printed))]
     assert len(printed) >= 3
-
-
-def test_a_marked_block_must_be_where_its_tag_is():
-    cell = nbformat.v4.new_code_cell("def f():\n    # BEGIN SOLUTION\n    return 1\n    # END SOLUTION")
-    notebook = nbformat.v4.new_notebook(cells=[cell])
-    with pytest.raises(ValueError, match="expected 0"):
-        build.student(notebook)
-    cell.metadata["tags"] = ["solution"]
-    assert build.student(notebook).cells[0].source.endswith("    raise NotImplementedError")
-    cell.source = "def f():\n    return 1"
-    with pytest.raises(ValueError, match="expected 1"):
-        build.student(notebook)

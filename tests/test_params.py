@@ -41,7 +41,6 @@ def test_the_shipped_profiles_are_valid_and_change_something(file):
         ("fedgam", {}, "did you mean fedgan?"),
         ("seeds.evalation", [1], "did you mean evaluation?"),
         ("fedgan.round", 5, "did you mean rounds?"),
-        ("cohorts.phantom.images.tset", 5, "did you mean test?"),
         ("fedgan.gan.zzzzzz", 5, "known: z_dim, "),
     ],
 )
@@ -56,23 +55,15 @@ def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
     [
         # of the wrong type
         ("seeds.tuning", 101),
-        ("seeds.tuning", ["101"]),
         ("threats.gallery", "8"),
-        ("threats.gallery", True),
         ("fedgan.gan.beta1", None),
         # impossible
         ("seeds.tuning", []),
-        ("seeds.evaluation", [-1]),
         ("cohorts.phantom.size", 27),
-        ("cohorts.phantom.images.client", 0),
-        ("cohorts.npz.shares.client", 1.5),
-        ("cohorts.folder.channels", 2),
         ("threats.dirichlet_alpha", float("nan")),
         ("fedgan.partition", "idd"),
         ("fedgan.gan.beta1", 1.0),
         ("fedgan.gan.batch", 1),
-        ("fedgan.poison.boost", 0.5),
-        ("classifier.lr", 0.0),
     ],
 )
 def test_a_wrong_value_names_key_and_value(dotted, value):
@@ -87,7 +78,6 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("seeds.tuning", [1, 2, 101], "seeds: seeds [1, 2] are both tuning and evaluation seeds"),
         ("seeds.evaluation", [0, 0], "seeds: evaluation seeds repeat"),
         ("cohorts.medmnist.shares.client", 0.6, "cohorts.medmnist.shares: client + public + reference must be 1"),
-        ("cohorts.folder.shares.val", 0.2, "cohorts.folder.shares: client + public + reference + val + test must be 1"),
         ("cohorts.folder.patient_pattern", "_.*", "cohorts.folder.patient_pattern: '_.*' has 0 groups"),
         ("cohorts.folder.patient_pattern", "(", "cohorts.folder.patient_pattern: '(' is no regular expression"),
         ("fedgan.malicious", [0, 0], "fedgan: malicious names a client twice"),
@@ -95,7 +85,6 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("evasion.hardened.finetune_epochs", 0, "evasion.hardened: ema > 0 with finetune_epochs 0"),
         ("matrix.prune_after", 0.05, "matrix: prune_after 0.05 of 8 rounds is before the first: nothing is pruned"),
         ("fedgan.malicious", [99], "fedgan: malicious client 99 does not exist"),
-        ("fedgan.malicious", [0, 1, 2, 3, 4], "fedgan: 5 malicious clients of only 4"),
     ],
 )
 def test_values_that_do_not_fit_together(dotted, value, expected):

@@ -26,7 +26,8 @@ ROOT = paths.ROOT
 LIMIT_FILES, LIMIT_MB, LIMIT_README = 450, 25, 8000
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "executed").glob("*/*.ipynb"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXERCISES = sorted((ROOT / "exercises").glob("**/[!.]*.ipynb"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *SOURCES, *EXERCISES]
 
 # Cells of each notebook whose output a replay does not compare: training cells only, and this is how many there are.
 IGNORED = dict.fromkeys(("00", "01", "02", "03", "04"), 1)
@@ -123,8 +124,7 @@ def test_no_tracked_file_names_a_machine_or_holds_a_secret(tracked):
 
 
 def test_sources_hold_no_outputs():
-    files = [*SOURCES, *(ROOT / "exercises").glob("**/[!.]*.ipynb")]
-    command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, files)]
+    command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, [*SOURCES, *EXERCISES])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\nrun: nbstripout notebooks/*.ipynb"
 
@@ -164,19 +164,24 @@ def test_the_three_ways_to_install_are_one(project):
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
-def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def markdown(page):
+    """The text of a page, of a notebook that of its Markdown cells; without code."""
+    content = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = nbformat.reads(content, as_version=4).cells
+        content = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.sub(r"^```.*?^```", "", content, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    for path, anchor in re.findall(r"\]\((?!\w+:)([^()\s#]*)(?:#([^()\s]+))?\)", page.read_text(encoding="utf-8")):
+    for path, anchor in re.findall(r"\]\((?!\w+:)([^()\s#]*)(?:#([^()\s]+))?\)", markdown(page)):
         target = page.parent / path if path else page
         assert target.exists(), path
         if anchor and target.suffix == ".md":
-            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+            headings = re.findall(r"^#+ (.*)$", markdown(target), re.MULTILINE)  # their anchors as GitHub makes them
+            found = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in found, f"{path}#{anchor}"
 
 
 def test_the_pages_show_the_verdicts_and_the_times_of_today():
