@@ -47,7 +47,7 @@ API = {
         "The attack on a federated GAN, and the defences against it (notebooks 01 and 02).",
         "medsec.backdoor.frechet experiments.backdoor_fedgan.figures experiments.feddetect.figures "
         "medsec.backdoor.gan medsec.backdoor.triggers medsec.backdoor.attackers experiments.backdoor_fedgan.cells "
-        "medsec.backdoor.feddetect experiments.feddetect.cells",
+        "medsec.backdoor.feddetect experiments.feddetect.cells experiments.feddetect.tables",
     ),
     "inversion": (
         "Paper 2: gradient inversion",

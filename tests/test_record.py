@@ -43,7 +43,7 @@ SMALL = {
 
 @pytest.fixture
 def small(tiny_npz, tmp_path, monkeypatch):
-    """Parameters of a record of seconds, for a cohort in a file; records and checkpoints go to a temporary folder."""
+    """Parameters of a record of seconds, for a cohort in a file; records go to a temporary folder."""
     tree = params.merge(params.load().model_dump(), SMALL)
     tree = params.merge(tree, {"cohorts": {"npz": {"path": str(tiny_npz(per_class=120))}}})
     p = params.validate(tree)
@@ -51,7 +51,6 @@ def small(tiny_npz, tmp_path, monkeypatch):
     monkeypatch.setattr(record_designs, "SWEPT", (COHORT,))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "records", lambda cohort: tmp_path / "records" / cohort)
-    monkeypatch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path / "checkpoints"))
     yield p
     fedgan_eval._prepare.cache_clear()
 

@@ -29,7 +29,8 @@ from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import Aggregator, State
+from medsec.federated.aggregators import uniform_mean
+from medsec.federated.rounds import Aggregator, State, rounds_until
 from medsec.nets.autoencoder import train_autoencoder
 from medsec.nets.cbam import CBAM
 
@@ -218,7 +219,7 @@ def masks(model: nn.Module, row: Row, p: EvasionParams, seed: int) -> Masks | No
 
 def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: int) -> Aggregator:
     """A fresh aggregator for one run. ``model`` is what the server starts with."""
-    warm_up, state = first_round(p.warm_up, p.federation.rounds), {k: v.clone() for k, v in model.state_dict().items()}
+    warm_up, state = rounds_until(p.warm_up, p.federation.rounds), {k: v.clone() for k, v in model.state_dict().items()}
     if row.server == "released":
         return feddetect.Released(warm_up, setup.params.feddetect.decay)
     if row.server == "described":
@@ -231,7 +232,7 @@ def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: 
             functools.partial(saliency, setup, network(setup, row, seed), p.looks, seed),
             state,
             warm_up=warm_up,
-            watch=first_round(h.watch, warm_up),
+            watch=rounds_until(h.watch, warm_up),
             fpr=h.fpr,
             scale=(p.scale, p.scale_relative),
             window=h.window,
@@ -239,12 +240,7 @@ def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: 
             drift=h.drift,
             limit=h.limit,
         )
-    return feddetect.uniform_mean
-
-
-def first_round(share: float, rounds: int) -> int:
-    """The round, from 0, that begins after this share of all rounds."""
-    return int(share * rounds + 0.5)
+    return uniform_mean
 
 
 def saliency(setup: Setup, model: nn.Module, n: int, seed: int, state: State, round_idx: int) -> Tensor:

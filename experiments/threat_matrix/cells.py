@@ -55,6 +55,7 @@ from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
+from medsec.federated.rounds import rounds_until
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion.attacks import Found
 from medsec.nets import fit as classifier
@@ -173,7 +174,7 @@ def _federation_rows(setup: Setup, variant: str, scenario: str, done: Federation
     rows.add("sparsity", pruning.sparsity(done.model), 1)
     for metric, (value, n) in backdoor(setup, done.model).items():
         rows.add(metric, value, n)
-    m, warm_up = len(done.perturbations), arms.first_round(setup.params.matrix.warm_up, len(done.diagnostics))
+    m, warm_up = len(done.perturbations), rounds_until(setup.params.matrix.warm_up, len(done.diagnostics))
     weights = pd.DataFrame([d.get("weights", {}) for d in done.diagnostics[warm_up:]]).reindex(columns=range(m))
     weights = weights.fillna(0.0).to_numpy()
     honest = weights if scenario == "no_attack" else np.delete(weights, ATTACKER, axis=1)
@@ -203,7 +204,7 @@ def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
 
 def _inversion_rows(setup: Setup, variant: str, row: Row, clean: Federation, seed: int) -> pd.DataFrame:
     """The victims' gradients in the middle of the training, and the other conditions of the key column."""
-    middle = arms.first_round(setup.params.matrix.leak_after, len(clean.diagnostics))
+    middle = rounds_until(setup.params.matrix.leak_after, len(clean.diagnostics))
     perturb = clean.perturbations[VICTIM]
     plan = [("", middle, row, perturb)]
     if row == ROWS["none"]:  # what a network reveals that has learnt less

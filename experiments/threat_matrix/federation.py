@@ -6,7 +6,7 @@ it also scales its update and reports the loss of the honest clients, as the thr
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import joblib
 import numpy as np
@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data_and_threats.threats import ThreatModel
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
 from experiments.threat_matrix import arms
 from experiments.threat_matrix.arms import Row
 from experiments.threat_matrix.params import MatrixParams
 from medsec.backdoor import triggers
+from medsec.backdoor.attackers import falsified
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import FedClsParams
+from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import State, Update, run_round
+from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update
 
 ATTACKER = 0
 STATELESS = ("none", "shadow_hardened", "public_only")  # image defences that remember nothing from batch to batch
@@ -116,7 +117,7 @@ def train(
     model = arms.network(setup, row, seed)
     train_client = trainer(setup, row, members, model, p, seed, {} if memo is None else memo)
     aggregate = arms.aggregator(setup, row, p, model, seed)
-    boost_from, prune_at = (arms.first_round(share, rounds) for share in (p.warm_up, p.prune_after))
+    boost_from, prune_at = (rounds_until(share, rounds) for share in (p.warm_up, p.prune_after))
     states, keep, diagnostics = [_snapshot(model)], None, []
 
     def client(i: int, state: State, round_idx: int) -> Update:
@@ -230,11 +231,9 @@ def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: 
     honest, changed = [u for u in updates if u.client != ATTACKER], []
     for u in updates:
         if u.client == ATTACKER and attack.boosts:
-            state = {k: received[k] + boost * (v - received[k]) for k, v in u.state.items()}
-            u = Update(u.client, state, u.n_samples, u.metrics)
+            u = replace(u, state=scale_update(u.state, received, boost))
         if u.client == ATTACKER and attack.lies and honest:
-            invented = {name: float(np.median([h.metrics[name] for h in honest])) for name in u.metrics}
-            u = Update(u.client, u.state, u.n_samples, invented)
+            u = replace(u, metrics={k: falsified([h.metrics[k] for h in honest], "median") for k in u.metrics})
         changed.append(u)
     return changed
 
