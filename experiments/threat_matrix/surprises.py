@@ -66,5 +66,5 @@ def readings(effects: pd.DataFrame) -> str:
         )
         fits = effects[(effects["column"] == place) & (effects["effect"] == each["effect"])]
         if named := [f"`{variant}`" for variant in fits["variant"] if variant in each["rows"]]:
-            paragraphs.append(f"**{column.label}: {', '.join(named)} {each['effect']}.** {each['text']}")
+            paragraphs.append(f"**{column.label}, {each['effect']}: {', '.join(named)}.** {each['text']}")
     return "\n\n".join(paragraphs)
