@@ -23,6 +23,7 @@ from medsec.core.params import ShadowParams
 from medsec.core.seeds import fingerprint, stream, torch_generator
 from medsec.nets.autoencoder import Autoencoder, new_autoencoder
 from medsec.nets.convnet import gradients, logits_and_statistics
+from medsec.nets.gradcam import grad_cam
 
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
@@ -88,47 +89,9 @@ def _variation(x: Tensor) -> Tensor:
 # Where to change an image --------------------------------------------------------------------------------------------
 
 
-def grad_cam(model: nn.Module, x: Tensor, y: Tensor, *, layer: str, plus: bool = True) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al. 2018, section 3): what speaks for class y, and where.
-
-    With activations A of the layer and the gradient g of the logit, feature map k weighs Σ α relu(g), where
-    α = g² / (2 g² + Σ A g³), sums over the map's places; α = 0 where g = 0. The map relu(Σₖ wₖ Aₖ) is interpolated
-    bilinearly and stretched to [0, 1] for every image. The factor exp(logit) of the paper cancels in the stretching.
-    Activations below 0 count as 0: the papers' networks end in ReLU, and of GELU's a whole map may be slightly negative.
-
-    Args:
-        model: used in evaluation mode, whatever mode it is in.
-        layer: name of a submodule that gives maps, such as "body".
-        plus: False for plain Grad-CAM (Selvaraju et al. 2017, equations 1 and 2): maps weigh the mean of g.
-
-    Returns:
-        (B, S, S); all 0 where nothing speaks for the class.
-
-    Raises:
-        InputError: no such layer, or it gives no maps.
-    """
-    model = copy.deepcopy(model).eval()
-    kept: list[Tensor] = []
-    if layer not in dict(model.named_modules()):
-        raise InputError(
-            f"grad_cam: the model has no layer {layer!r}; it has {', '.join(dict(model.named_children()))}"
-        )
-    model.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.append(output))
-    with torch.enable_grad():
-        logits = model(x.detach().requires_grad_())
-        if kept[0].ndim != 4:
-            raise InputError(f"grad_cam: layer {layer!r} gives shape {tuple(kept[0].shape)}, not maps (B, K, h, w)")
-        (g,) = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), kept)
-    a = kept[0].detach().relu()
-    if plus:
-        below = 2 * g**2 + (a * g**3).sum((2, 3), keepdim=True)
-        alpha = torch.where(below != 0, g**2 / torch.where(below != 0, below, 1), 0)
-        weight = (alpha * g.relu()).sum((2, 3), keepdim=True)
-    else:
-        weight = g.mean((2, 3), keepdim=True)
-    cam = (weight * a).sum(1, keepdim=True).relu()
-    cam = F.interpolate(cam, x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    return torch.stack([stretch(image) for image in cam])
+def utility_map(model: nn.Module, x: Tensor, y: Tensor, layer: str) -> Tensor:
+    """(B, S, S): Grad-CAM++ of class y, stretched to [0, 1] for every image."""
+    return torch.stack([stretch(cam) for cam in grad_cam(model, x, y, layer=layer, plus=True)])
 
 
 def utility_region(cam: Tensor, top: float) -> Tensor:
@@ -217,7 +180,7 @@ class Shadow:
             freeze: share of the rounds after which shadow and masks stay; released 0.2.
             momentum: share of an image's old mask in its new one; released 0.1.
             ema: share of the way that the shadow moves towards its trained copy; released 0.5.
-            layer: of `grad_cam`; released: the last block.
+            layer: of `utility_map`; released: the last block.
             top: share of pixels in the utility region; released 0.3.
             alpha: bounds of t / T as the weight of that region; released 0.1 and 0.5.
             scale: largest noise in round 0, as a share of the brightest pixel; released 0.19.
@@ -296,7 +259,7 @@ def shadow_released(size: int, channels: int, settings: ShadowParams, *, latent:
         return released_mask(error.expand(-1, 3, -1, -1))
 
     def noise(model: nn.Module, x: Tensor, y: Tensor, round: int, masks: Tensor) -> Tensor:
-        cam = grad_cam(model, x, torch.full_like(y, CAM_CLASS), layer=settings.layer)
+        cam = utility_map(model, x, torch.full_like(y, CAM_CLASS), settings.layer)
         utility = _softmax(cam * utility_region(cam, settings.top))[:, None]
         n = masks - _alpha(settings, round / rounds) * masks.sign() * utility
         delta = _strength(settings, x, n, round / rounds) * n
@@ -322,7 +285,7 @@ def shadow_described(autoencoder: Autoencoder, settings: ShadowParams, *, rounds
             return encoder.to(x.device)(x)
 
     def noise(model: nn.Module, x: Tensor, y: Tensor, round: int, masks: Tensor) -> Tensor:
-        cam = grad_cam(model, x, y, layer=settings.layer)
+        cam = utility_map(model, x, y, settings.layer)
         utility = (cam * utility_region(cam, settings.top))[:, None]
         n = (masks - _alpha(settings, round / rounds) * utility).clamp_min(0)
         sign = 2.0 * torch.randint(2, x.shape, generator=stream(seed, "shadow signs", round, x)).to(x) - 1
