@@ -293,7 +293,7 @@ def test_a_known_offset_is_taken_off(setup):
     x, y = 0.3 + 0.4 * images[0][:2, None], labels[0][:2, None]
     own = instruments.client("offset", setup, images[0], labels[0], 0)
     found = attackers.case(own, model, x, y, 0)
-    exact = inversion.Found(found.changed, torch.zeros(2), torch.zeros(2, dtype=torch.bool), torch.zeros(2))
+    exact = inversion.Reconstructions(found.changed, torch.zeros(2), torch.zeros(2, dtype=torch.bool), torch.zeros(2))
     back = attackers.unmasked("offset", setup, found, exact, 0)
     before, after = (reconstruction.psnr(a[:, 0].clamp(0, 1).numpy(), x[:, 0].numpy()) for a in (exact.images, back))
     assert (after > before + 20).all()

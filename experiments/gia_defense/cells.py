@@ -34,7 +34,7 @@ from medsec.federated import classifier as fedcls
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion import perturbation
 from medsec.inversion import scores as reconstruction
-from medsec.inversion.attacks import Found
+from medsec.inversion.attacks import Reconstructions
 
 KEYS = ("attack", "batch", "round", "labels", "steps", "strength", "region")
 QUICK = {  # what the notebook itself runs: variants under attack, and those whose cost it measures
@@ -137,7 +137,7 @@ def paired(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.concatenate([reconstruction.match(f, t) for f, t in zip(found, truth, strict=True)])
 
 
-def scored(found: Mapping[str, Found], measure: Measure, truth: np.ndarray) -> Scores:
+def scored(found: Mapping[str, Reconstructions], measure: Measure, truth: np.ndarray) -> Scores:
     """Every metric of every attack, NaN for victims of whom the search found nothing finite."""
     scores = {}
     for name, each in found.items():
@@ -220,8 +220,8 @@ def _attacked(
     variant: str,
     seed: int,
     found: Case,
-    plain: Mapping[str, Found],
-    everything: Mapping[str, Found],
+    plain: Mapping[str, Reconstructions],
+    everything: Mapping[str, Reconstructions],
     measure: Measure,
     index: Tensor,
     keys: Mapping[str, str],

@@ -50,7 +50,8 @@ from medsec.evasion import pruning
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
 from medsec.inversion import defences as gradient_defences
-from medsec.inversion.attacks import Found
+from medsec.inversion.adaptive import known_entries
+from medsec.inversion.attacks import Reconstructions
 from medsec.nets import fit as classifier
 
 KEYS = ("round",)
@@ -285,13 +286,13 @@ def sent(
     return dataclasses.replace(found, view=dataclasses.replace(found.view, gradients=gradients))
 
 
-def known(setup: Setup, row: Row, found: Case, seed: int) -> dict[str, Found]:
+def known(setup: Setup, row: Row, found: Case, seed: int) -> dict[str, Reconstructions]:
     """What an attacker who knows the defence does besides: notebook 03's attackers, and leaving out weights that are pruned."""
     wanted = ["purified", "unmasked", *(["generator"] if row.images in inversion_clients.STAND_INS else [])]
     more = attackers.adaptive(row.images, setup, found, [], wanted, seed)
     if row.prune != "no":
-        view = dataclasses.replace(found.view, weights=attackers.known_weights("topk", found.view))
-        more["known"] = attackers.invert(setup, [view], found, "ig", seed)
+        view = dataclasses.replace(found.view, weights=known_entries(found.view))
+        more["known"] = attackers.invert(setup, view, found, "ig", seed)
     return more
 
 
