@@ -49,13 +49,13 @@ repro: $(READY) ## really rerun a cohort's pipeline and compare its tables with 
 	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
 	$(PY) -m dvc pull
 	MEDSEC_FRESH=1 $(PY) -m dvc repro -f $(PIPELINE)
-	$(PY) -m medsec.evidence.check --cohort $(COHORT)
+	$(PY) -m experiments check --cohort $(COHORT)
 
 test: $(READY) ## everything that CI runs: style, tests, and a replay of the executed notebooks
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(if $(SOURCES),$(PY) -m nbstripout --verify $(SOURCES))
-	$(PY) -m medsec.core.params >/dev/null
+	$(PY) -m experiments params >/dev/null
 	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest
 	$(if $(EXECUTED),$(REPLAY))
@@ -69,10 +69,10 @@ $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
 endef
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
-	$(PY) -m medsec.evidence.record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
-	$(PY) -m medsec.evidence.record 02_feddetect --cohort $(COHORT) $(if $(PLAN),--plan)
-	$(PY) -m medsec.evidence.record 03_gia_defense --cohort $(COHORT) $(if $(PLAN),--plan)
-	$(PY) -m medsec.evidence.record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m experiments record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m experiments record 02_feddetect --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m experiments record 03_gia_defense --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m experiments record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab, with sliders
 	MEDSEC_LIVE=1 $(PY) -c "import medsec; from jupyterlab.labapp import main; main()" .

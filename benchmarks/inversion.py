@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments import params
 from medphantom import chest as phantom
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.evidence.record import processor
 from medsec.inversion import attacks as inversion
 from medsec.inversion import scores as reconstruction

@@ -20,8 +20,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from experiments import params
 from medphantom import chest as phantom
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.evidence import ledger
 from medsec.evidence.record import processor
 

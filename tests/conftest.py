@@ -22,7 +22,7 @@ import pytest
 import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from medsec.core import params, paths
+from medsec.core import paths, settings
 
 hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("medsec")
@@ -37,7 +37,7 @@ def _one_thread():
 
 
 @pytest.fixture
-def cohorts() -> params.Cohorts:
+def cohorts() -> settings.Cohorts:
     """Cohort parameters small enough for tests; they do not follow params.yaml."""
     shares = {"client": 0.5, "public": 0.2, "reference": 0.3}
     images = {"client": 24, "public": 8, "reference": 8, "val": 8, "test": 8}
@@ -56,7 +56,7 @@ def cohorts() -> params.Cohorts:
             "shares": {"client": 0.3, "public": 0.15, "reference": 0.25, "val": 0.15, "test": 0.15},
         },
     }
-    return params.Cohorts.model_validate(sections)
+    return settings.Cohorts.model_validate(sections)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def tiny_npz(write_npz, tmp_path):
 def npz_cohorts(cohorts):
     """Function: cohort parameters whose npz section points at a file."""
 
-    def point(path) -> params.Cohorts:
+    def point(path) -> settings.Cohorts:
         return cohorts.model_copy(update={"npz": cohorts.npz.model_copy(update={"path": str(path)})})
 
     return point

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from medphantom import chest as phantom
 from medphantom import fundus
 from medsec import data
-from medsec.core import params, paths
+from medsec.core import paths, settings
 from medsec.core.errors import InputError
 from medsec.data import medmnist as medmnist_files
 from medsec.data import sources
@@ -656,7 +656,7 @@ def test_generate_where_it_cannot_write(cohorts, tmp_path):
 )
 def test_stored_phantom_of_other_parameters(stored, change, message):
     _, cohorts = stored
-    section = params.PhantomCohort.model_validate(cohorts.phantom.model_dump() | change)
+    section = settings.PhantomCohort.model_validate(cohorts.phantom.model_dump() | change)
     with pytest.raises(InputError, match=r"run: python -m medsec\.data") as error:
         data.load("phantom", cohorts.model_copy(update={"phantom": section}))
     assert message in str(error.value)
@@ -700,7 +700,7 @@ def command(cohorts, monkeypatch, tmp_path):
         pass
 
     Loaded.cohorts = cohorts
-    monkeypatch.setattr(params, "load", lambda profile: Loaded)
+    monkeypatch.setattr(sources.params, "validated", lambda *_: cohorts)
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     return sources.main
 

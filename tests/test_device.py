@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from experiments import params
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
-from medsec.core import parallel, params
+from medsec.core import parallel
 from medsec.core.errors import InputError
 from medsec.evidence import record
 from medsec.federated import aggregators, rounds

@@ -31,7 +31,8 @@ PATIENCE = 240  # seconds to wait for an experiment: this machine may be busy
 TOY = """
 import json, os, pathlib
 import medsec
-from medsec.core import params, paths
+from medsec.core import paths
+from experiments import params
 from medsec.show import panels
 home = pathlib.Path.cwd().parent
 assert paths.ROOT == home, f"medsec of {paths.ROOT}, not of this experiment, {home}"

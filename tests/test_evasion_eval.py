@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import record_designs
+from experiments import params, record_designs
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense import cells as ev
 from experiments.adversarial_pruning_defense import figures as evasion_plots
 from experiments.adversarial_pruning_defense import tables as evasion_tables
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import maps as evasion_maps

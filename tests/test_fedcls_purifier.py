@@ -10,8 +10,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from medsec.core.errors import InputError
-from medsec.core.params import FedClsParams, PurifierParams
 from medsec.core.seeds import torch_generator
+from medsec.core.settings import FedClsParams, PurifierParams
 from medsec.federated import classifier as fedcls
 from medsec.inversion import purifier
 from medsec.nets import convnet

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from experiments import record_designs
+from experiments import params, record_designs
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Attack
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.evidence import record, tables

@@ -10,13 +10,13 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
+from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
 from medsec.core import parallel
-from medsec.core import params as parameters
 from medsec.core.errors import InputError
-from medsec.core.params import FedGANParams
+from medsec.core.settings import FedGANParams
 from medsec.evidence import tables
 from medsec.federated import aggregators
 from medsec.nets import fit as classifier

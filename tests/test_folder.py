@@ -16,10 +16,11 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import apply_windowing
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
+from experiments import params
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from medsec import data
 from medsec.backdoor import gan as fedgan
-from medsec.core import params
+from medsec.core import settings
 from medsec.core.errors import InputError
 from medsec.data import folder, sources
 from medsec.data import images as image_files
@@ -50,8 +51,8 @@ def tree(tmp_path):
 def pointed(cohorts):
     """Function: cohort parameters whose folder section has these values."""
 
-    def point(root, **change) -> params.Cohorts:
-        section = params.FolderCohort.model_validate(cohorts.folder.model_dump() | {"path": str(root)} | change)
+    def point(root, **change) -> settings.Cohorts:
+        section = settings.FolderCohort.model_validate(cohorts.folder.model_dump() | {"path": str(root)} | change)
         return cohorts.model_copy(update={"folder": section})
 
     return point
@@ -204,7 +205,7 @@ def test_no_patient_is_in_two_splits_and_every_split_has_every_class(folk, seed,
     other = rng.random(len(labels)) < mixed  # images of a patient's second class
     labels = np.where(other & (np.array([n for n, _ in folk for _ in range(n)]) > 2), (labels + 1) % 3, labels)
     shares = {"client": 0.4, "public": 0.15, "reference": 0.2, "val": 0.1, "test": 0.15}
-    shares = params.FolderShares.model_validate(shares)
+    shares = settings.FolderShares.model_validate(shares)
     split = folder.draw_splits(patients, labels, shares, seed)
     for patient in set(patients):
         assert len(set(split[np.array(patients) == patient])) == 1
@@ -216,7 +217,7 @@ def test_no_patient_is_in_two_splits_and_every_split_has_every_class(folk, seed,
     assert np.array_equal(split, folder.draw_splits(patients, labels, shares, seed))
 
 
-UNEVEN = params.FolderShares(client=0.8, public=0.05, reference=0.05, val=0.05, test=0.05)
+UNEVEN = settings.FolderShares(client=0.8, public=0.05, reference=0.05, val=0.05, test=0.05)
 
 
 def spread(groups):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from medsec.core.errors import InputError
-from medsec.core.params import InversionSettings
 from medsec.core.seeds import derive_seed
+from medsec.core.settings import InversionSettings
 from medsec.inversion import scores as reconstruction
 from medsec.inversion.attacks import (
     ATTACKS,

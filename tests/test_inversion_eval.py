@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from experiments import record_designs
+from experiments import params, record_designs
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import cells as ev
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense import figures as inversion_plots
 from experiments.gia_defense import tables as inversion_tables
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.evidence import tables

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from experiments import record_designs
+from experiments import params, record_designs
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
 from experiments.threat_matrix import arms as matrix_arms
@@ -25,7 +25,7 @@ from experiments.threat_matrix import tables as matrix_tables
 from experiments.threat_matrix.arms import ROWS
 from medsec import data
 from medsec.backdoor import feddetect, triggers
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evasion import pruning

@@ -15,6 +15,7 @@ import test_inversion_eval
 import test_matrix_eval
 import torch
 
+from experiments import params
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense import cells as evasion_eval
 from experiments.adversarial_pruning_defense import figures as evasion_plots
@@ -26,7 +27,7 @@ from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense import figures as inversion_plots
 from experiments.threat_matrix import cells as matrix_eval
 from medsec import data
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.evidence import record
 from medsec.show import plots
 

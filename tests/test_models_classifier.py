@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medsec.core.errors import InputError
-from medsec.core.params import ClassifierParams
+from medsec.core.settings import ClassifierParams
 from medsec.nets import fit as classifier
 from medsec.nets import models
 from medsec.nets.models import Discriminator, Generator, SmallResNet, doublings

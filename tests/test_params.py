@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from medsec.core import params, paths
+from experiments import params
+from medsec.core import paths
 from medsec.core.errors import InputError
 
 

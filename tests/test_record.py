@@ -6,12 +6,12 @@ import json
 import pandas as pd
 import pytest
 
-from experiments import record_designs
+from experiments import params, record_designs
 from experiments.adversarial_pruning_defense import cells as evasion_eval
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence import record, tables
 

@@ -19,8 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from experiments import params
 from medsec import data
-from medsec.core import params, paths
+from medsec.core import paths
 from medsec.evidence import execute, ledger
 
 ROOT = paths.ROOT
@@ -329,10 +330,10 @@ def test_the_default_cohort_can_be_drawn_again_to_the_byte(tmp_path):
 
 def test_the_readme_shows_the_verdicts_of_the_committed_tables():
     readme = text("README.md")
-    assert ledger.update_readme(readme) == readme, "run: python -m medsec.evidence.ledger"
+    assert ledger.update_readme(readme) == readme, "run: python -m experiments ledger"
     kept = pd.read_csv(paths.CLAIMS / "findings.csv", dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(
-        kept, ledger.findings().astype(str), obj="claims/findings.csv; run: python -m medsec.evidence.ledger"
+        kept, ledger.findings().astype(str), obj="results/findings.csv; run: python -m experiments ledger"
     )
 
 

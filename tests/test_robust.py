@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medsec.core import params
+from experiments import params
 from medsec.core.errors import InputError
 from medsec.evasion import pruning
 from medsec.evasion import training as robust

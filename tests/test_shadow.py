@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from medphantom import chest as phantom
 from medsec.core import seeds
 from medsec.core.errors import InputError
-from medsec.core.params import ShadowParams
+from medsec.core.settings import ShadowParams
 from medsec.inversion import defences as gd
 from medsec.inversion import perturbation, shadow
 from medsec.nets import autoencoder as ae

@@ -11,7 +11,7 @@ from medsec import data
 from medsec.backdoor import triggers
 from medsec.backdoor.triggers import KINDS, calibrate, make_trigger, patch, score, stamp
 from medsec.core.errors import InputError
-from medsec.core.params import TriggerParams
+from medsec.core.settings import TriggerParams
 
 OPAQUE = ("checker", "grid", "moving")
 SHAPES = [(size, channels) for size in (28, 32, 64) for channels in (1, 3)]

@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from experiments.adversarial_pruning_defense.params import EvasionParams
+from experiments.params import Params
 from medsec import data
 from medsec.core import paths
 from medsec.core.errors import InputError
-from medsec.core.params import Cohorts, EvasionParams, Params, Recipe
 from medsec.core.seeds import derive_seed
+from medsec.core.settings import Cohorts, Recipe
 from medsec.evasion import training as robust
 
 

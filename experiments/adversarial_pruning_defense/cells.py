@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense.arms import Setup, prepare
-from medsec.core.params import EvasionAttacks, Params
+from experiments.adversarial_pruning_defense.params import EvasionAttacks
+from experiments.params import Params
 from medsec.core.seeds import derive_seed
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import libraries as evasion_library

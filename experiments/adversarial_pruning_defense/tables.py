@@ -4,7 +4,7 @@ import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import ARMS
 from experiments.adversarial_pruning_defense.cells import UNITS, eps_key
-from medsec.core.params import EvasionParams
+from experiments.adversarial_pruning_defense.params import EvasionParams
 from medsec.evidence import tables
 
 RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.params import Params
 from medsec import data
 from medsec.backdoor import frechet as frechet_module
 from medsec.backdoor import gan as fedgan
@@ -24,7 +25,6 @@ from medsec.backdoor import triggers
 from medsec.backdoor.triggers import Trigger
 from medsec.core import parallel, paths, seeds
 from medsec.core.errors import InputError
-from medsec.core.params import Params
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
 from medsec.federated import aggregators, rounds

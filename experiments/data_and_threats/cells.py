@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from experiments.params import Params
 from medsec import data
-from medsec.core.params import Params
 from medsec.core.seeds import derive_seed
 from medsec.evidence import cells, tables
 from medsec.nets import fit as classifier

@@ -15,15 +15,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.backdoor_fedgan.cells import Setup
+from experiments.params import Params
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Attack, Aware, special_trigger
 from medsec.backdoor.feddetect import uniform_mean
-from medsec.core import params as parameters
 from medsec.core.errors import InputError
-from medsec.core.params import Params
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
 from medsec.federated import aggregators, rounds

@@ -27,8 +27,8 @@ from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import Setup, prepare
+from experiments.params import Params
 from medsec.core.errors import InputError
-from medsec.core.params import Params
 from medsec.evidence import cells, intervals, tables
 from medsec.federated import classifier as fedcls
 from medsec.inversion import defences as gradient_defences

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from experiments.params import Params
 from medsec import data
 from medsec.core.errors import InputError
-from medsec.core.params import AutoencoderParams, Cohorts, Params
 from medsec.core.seeds import derive_seed
+from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion import perturbation, shadow
 from medsec.inversion import substitution as suppression

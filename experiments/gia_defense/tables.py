@@ -3,7 +3,7 @@
 import pandas as pd
 
 from experiments.gia_defense.clients import VARIANTS
-from medsec.core.params import Params
+from experiments.params import Params
 from medsec.evidence import claims, tables
 
 MEASURED = (  # scenario, metric, digits

@@ -15,14 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from experiments import params as parameters
+from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
+from experiments.params import Params
+from experiments.threat_matrix.params import MatrixParams
 from medsec import data
 from medsec.backdoor import feddetect
-from medsec.core import params as parameters
 from medsec.core.errors import InputError
-from medsec.core.params import AutoencoderParams, Cohorts, EvasionParams, MatrixParams, Params
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks

@@ -39,12 +39,12 @@ from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import Client, Setup
+from experiments.params import Params
 from experiments.threat_matrix import arms as matrix_arms
 from experiments.threat_matrix import federation as matrix_federation
 from experiments.threat_matrix.arms import ROWS, Row
 from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec.backdoor import triggers
-from medsec.core.params import Params
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evasion import pruning
 from medsec.evidence import tables

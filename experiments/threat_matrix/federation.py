@@ -19,11 +19,12 @@ from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
 from experiments.threat_matrix import arms as matrix_arms
 from experiments.threat_matrix.arms import Row
+from experiments.threat_matrix.params import MatrixParams
 from medsec.backdoor import triggers
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
-from medsec.core.params import FedClsParams, MatrixParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import FedClsParams
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.federated.rounds import State, Update, run_round

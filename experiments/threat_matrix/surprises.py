@@ -11,8 +11,8 @@ import pandas as pd
 
 from experiments.threat_matrix.arms import ROWS
 from experiments.threat_matrix.cells import COLUMNS, Column
+from experiments.threat_matrix.params import MatrixParams
 from experiments.threat_matrix.tables import ALIKE, BETTER, WORSE, grid
-from medsec.core.params import MatrixParams
 from medsec.evidence import tables
 
 OWN = {  # the threats that a defence is made for; a difference in any other column is a side effect

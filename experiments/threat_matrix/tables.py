@@ -7,7 +7,7 @@ import pandas as pd
 from experiments.threat_matrix import cells as matrix_eval
 from experiments.threat_matrix.arms import FAMILIES, ROWS
 from experiments.threat_matrix.cells import COLUMNS, PARTS, Column
-from medsec.core.params import MatrixParams
+from experiments.threat_matrix.params import MatrixParams
 from medsec.evidence import tables
 
 BETTER, WORSE, ALIKE = "better", "worse", ""

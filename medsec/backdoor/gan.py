@@ -20,8 +20,8 @@ from torch import Tensor
 
 from medsec.backdoor.triggers import Trigger, stamp
 from medsec.core.errors import InputError
-from medsec.core.params import GAN, FedGANParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import GAN, FedGANParams
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import Aggregator, State, Update, run_round
 from medsec.nets.models import Discriminator, Generator

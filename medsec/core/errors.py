@@ -4,6 +4,8 @@ import functools
 import sys
 from collections.abc import Callable
 
+__all__ = ["InputError", "command"]
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: a parameter, a file, an image.

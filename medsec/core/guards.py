@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from medsec.core.errors import InputError
 
+__all__: list[str] = []  # for the other modules of the package
+
 
 def check_gradient(model: nn.Module, found: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, as a list.

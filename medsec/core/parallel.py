@@ -1,8 +1,11 @@
-"""Where things run: independent cells in parallel processes, one thread each, on the device of the parameters."""
+"""Where things run: independent cells in parallel processes, one thread each, on the device of the parameters; and locks."""
 
+import contextlib
+import fcntl
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -10,6 +13,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from medsec.core.errors import InputError
+
+__all__ = ["device", "run_cells"]
 
 if TYPE_CHECKING:
     import torch
@@ -54,3 +59,26 @@ def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | No
         found = joblib.Parallel(min(wanted, max(1, len(cells))), return_as="generator", batch_size=1)(calls)
         # A bar only where somebody watches: in an executed notebook it would differ from run to run.
         return list(tqdm(found, total=len(cells), disable=not sys.stderr.isatty()))
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold ``file`` as a lock; its content is the owner's process number.
+
+    The file stays: removing it would let two processes hold "the same" lock. A lock whose owner is gone is free.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise InputError(f"process {owner} is already running {file.stem}; wait for it, or end it") from None
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield

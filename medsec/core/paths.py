@@ -8,6 +8,8 @@ overwrite a committed result.
 import os
 from pathlib import Path
 
+__all__ = ["cells", "executed", "networks", "out", "records", "reference", "results"]
+
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
 PARAMS = ROOT / "params.yaml"

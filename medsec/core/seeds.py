@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+__all__ = ["derive_seed", "torch_generator"]
+
 
 def derive_seed(seed: int, *keys: int | str) -> int:
     """A 63-bit seed for one purpose, such as ``derive_seed(seed, "train", client, round)``.

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from medsec.core import params, paths
+from medsec.core import paths, settings
 from medsec.core.errors import InputError
 from medsec.data import images as image_files
 from medsec.data.cohort import SPLITS, Cohort, Split, canonical, deduplicate, fingerprint
@@ -39,7 +39,7 @@ class Listing:
     site: list[str] | None = None
 
 
-def load(cohort: params.FolderCohort, size: int | None = None) -> Cohort:
+def load(cohort: settings.FolderCohort, size: int | None = None) -> Cohort:
     """The cohort "folder" at ``size`` (default: the parameters') pixels a side.
 
     Raises:
@@ -130,7 +130,7 @@ def _line(why: str, names: list[str]) -> str:
     return f"skipped, {why}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
-def _from_names(cohort: params.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
+def _from_names(cohort: settings.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
     """Classes from the folders and patients from the files' names."""
     files = [file for file in found if "/" in file]
     if outside := sorted(set(found) - set(files)):
@@ -150,7 +150,7 @@ def _from_names(cohort: params.FolderCohort, root: Path, found: list[str], repor
     return Listing(files, labels, patients)
 
 
-def _from_table(cohort: params.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
+def _from_table(cohort: settings.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
     """Patients, and what else it gives, from the table; classes from the folders unless it has the column label."""
     table = _existing(cohort.table, "table", "a CSV file", Path.is_file)
     rows, usable = _rows(table, report), set(found)
@@ -208,7 +208,7 @@ def _rows(table: Path, report: list[str]) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------- patients
 
 
-def draw_splits(patients: list[str], labels: np.ndarray, shares: params.FolderShares, seed: int) -> np.ndarray:
+def draw_splits(patients: list[str], labels: np.ndarray, shares: settings.FolderShares, seed: int) -> np.ndarray:
     """(N,) index into ``SPLITS`` of every image; a patient's images all get the same one.
 
     Patients are placed class by class, the rarest first, those with many images first and otherwise in a random order,
@@ -242,7 +242,7 @@ def draw_splits(patients: list[str], labels: np.ndarray, shares: params.FolderSh
     return split[who]
 
 
-def _assign(listing: Listing, labels: np.ndarray, cohort: params.FolderCohort) -> np.ndarray:
+def _assign(listing: Listing, labels: np.ndarray, cohort: settings.FolderCohort) -> np.ndarray:
     if listing.split is None:
         return draw_splits(listing.patients, labels, cohort.shares, cohort.seed)
     seen: dict[str, str] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medsec.core import params, paths
+from medsec.core import paths, settings
 from medsec.core.errors import InputError
 from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
 
@@ -34,7 +34,7 @@ _IMAGES_FROM = {"pneumoniamnist": " Images: Kermany et al., Cell 172, 2018."}
 _PUBLISHED = {("pneumoniamnist", 28): "a6d121a8dd1befcd5ccfcd5a103820bb35d487e9269e6f38ca07ee85f1601389"}
 
 
-def own(cohort: params.NpzCohort, size: int | None = None) -> Cohort:
+def own(cohort: settings.NpzCohort, size: int | None = None) -> Cohort:
     """The cohort "npz": a file by path. ``size`` may only repeat the file's own.
 
     Raises:
@@ -57,7 +57,7 @@ def own(cohort: params.NpzCohort, size: int | None = None) -> Cohort:
     return _from_official("npz", official, classes, cohort, file.name, flaws=(_NO_PATIENTS,), **facts)
 
 
-def flavour(name: str, cohort: params.MedMNISTCohort, size: int | None = None) -> Cohort:
+def flavour(name: str, cohort: settings.MedMNISTCohort, size: int | None = None) -> Cohort:
     """The MedMNIST flavour ``name`` at ``size`` (default: the parameters') pixels a side.
 
     Raises:
@@ -100,7 +100,7 @@ def _from_official(name, official, classes, cohort, where, **facts) -> Cohort:
     return Cohort(name, splits, classes, (), fingerprint(official), removed=removed, **facts)
 
 
-def _divide(train: Split, shares: params.SplitShares, seed: int) -> dict[str, Split]:
+def _divide(train: Split, shares: settings.SplitShares, seed: int) -> dict[str, Split]:
     """client, public and reference from an official training set: class by class, by a seeded permutation."""
     rng = np.random.default_rng(seed)
     chosen: dict[str, list[np.ndarray]] = {"client": [], "public": [], "reference": []}

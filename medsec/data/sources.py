@@ -19,7 +19,7 @@ import numpy as np
 
 from medphantom import chest as phantom
 from medphantom import fundus
-from medsec.core import params, paths
+from medsec.core import params, paths, settings
 from medsec.core.errors import InputError, command
 from medsec.data import folder
 from medsec.data import medmnist as medmnist_files
@@ -33,7 +33,7 @@ _RESTORE = "get it with `dvc pull` (or `make data`), or make it: python -m medse
 _FLAWS = ("drawn, not acquired: nobody's patient, and no evidence about clinical images",)
 
 
-def load(name: str, cohorts: params.Cohorts, *, size: int | None = None) -> Cohort:
+def load(name: str, cohorts: settings.Cohorts, *, size: int | None = None) -> Cohort:
     """The cohort ``name``: "phantom", "fundus", a 2-D MedMNIST flavour, "npz" (a file by path) or "folder" (own images).
 
     ``size`` (pixels a side) replaces the parameters' size; a phantom of another size is rendered, not read.
@@ -53,7 +53,7 @@ def load(name: str, cohorts: params.Cohorts, *, size: int | None = None) -> Coho
 
 
 # -------------------------------------------------------------------------------------------------------------- phantoms
-def _phantom(cohort: params.PhantomCohort, size: int | None) -> Cohort:
+def _phantom(cohort: settings.PhantomCohort, size: int | None) -> Cohort:
     _check_size("phantom", size)
     stored = size in (None, cohort.size)
     arrays = _stored(paths.DATA / "phantom", cohort) if stored else _render(cohort, size)
@@ -62,13 +62,13 @@ def _phantom(cohort: params.PhantomCohort, size: int | None) -> Cohort:
     return _drawn("phantom", arrays | images, phantom.CLASSES, tuple(phantom.STYLES), source)
 
 
-def _fundus(cohort: params.FundusCohort, size: int | None) -> Cohort:
+def _fundus(cohort: settings.FundusCohort, size: int | None) -> Cohort:
     _check_size("fundus", size)
     return _drawn_fundus(cohort, size or cohort.size)
 
 
 @functools.lru_cache(maxsize=1)  # a process loads the same cohort several times; drawing it takes seconds
-def _drawn_fundus(cohort: params.FundusCohort, size: int) -> Cohort:
+def _drawn_fundus(cohort: settings.FundusCohort, size: int) -> Cohort:
     grades = [0, len(fundus.GRADES) - 1] if cohort.grades == 2 else range(len(fundus.GRADES))
     roles = _roles(cohort, len(grades), len(fundus.STYLES))
     letters = np.array(list(fundus.STYLES))[roles["site"]]
@@ -96,7 +96,7 @@ def _drawn(
     return Cohort(name, splits, classes, sites, fingerprint(splits), source, "MIT", _FLAWS, {})
 
 
-def _roles(cohort: params.PhantomCohort, classes: int, styles: int) -> dict[str, np.ndarray]:
+def _roles(cohort: settings.PhantomCohort, classes: int, styles: int) -> dict[str, np.ndarray]:
     """Label, site (index of a style) and split of every synthetic patient, (N,) uint8.
 
     Patients are numbered through all splits; within a split labels take turns and the styles cycle within each label.
@@ -108,7 +108,7 @@ def _roles(cohort: params.PhantomCohort, classes: int, styles: int) -> dict[str,
     return {key: value.astype(np.uint8) for key, value in found.items()}
 
 
-def _render(cohort: params.PhantomCohort, size: int) -> dict[str, np.ndarray]:
+def _render(cohort: settings.PhantomCohort, size: int) -> dict[str, np.ndarray]:
     """All phantom patients: images (N, H, W) uint8, labels, site and split (N,) uint8, lesion and lung (N, H, W) bool."""
     roles = _roles(cohort, 2, len(phantom.STYLES))
     letters = np.array(list(phantom.STYLES))[roles["site"]]
@@ -117,7 +117,7 @@ def _render(cohort: params.PhantomCohort, size: int) -> dict[str, np.ndarray]:
     return {"images": drawn.images, "lesion": drawn.lesion, "lung": drawn.lung} | roles
 
 
-def generate(cohort: params.PhantomCohort, out: Path | None = None, *, force: bool = False) -> str:
+def generate(cohort: settings.PhantomCohort, out: Path | None = None, *, force: bool = False) -> str:
     """Write the phantom cohort to the folder ``out`` (default ``data/phantom``), the same bytes every time.
 
     Returns a line that says whether anything was written.
@@ -161,12 +161,12 @@ def _publish(scratch: Path, out: Path, force: bool) -> str:
     return f"{line}, written"
 
 
-def _meta(cohort: params.PhantomCohort) -> dict:
+def _meta(cohort: settings.PhantomCohort) -> dict:
     images = {name: getattr(cohort.images, name) for name in SPLITS}
     return {"generation": GENERATION, "size": cohort.size, "seed": cohort.seed, "images": images}
 
 
-def _stored(folder: Path, cohort: params.PhantomCohort) -> dict[str, np.ndarray]:
+def _stored(folder: Path, cohort: settings.PhantomCohort) -> dict[str, np.ndarray]:
     """The arrays of `_render` from ``folder``, after a check that they are what the parameters ask for."""
     meta = _read_meta(folder)
     for key, wanted in _meta(cohort).items():
@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, help="describe: pixels a side (default: the parameters')")
     args = parser.parse_args(argv)
-    cohorts = params.load(args.profile).cohorts
+    tree, name = params.read(args.profile)
+    cohorts = params.validated(settings.Cohorts, tree.get("cohorts"), f"{name}, section cohorts")
     if args.command == "describe":
         print(describe(load(args.cohort, cohorts, size=args.size)), end="")
     else:

@@ -9,8 +9,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medsec.core.errors import InputError
 from medsec.core.guards import check_images
-from medsec.core.params import AttentionParams, Recipe
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import AttentionParams, Recipe
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.nets import cbam as attention
@@ -49,7 +49,7 @@ def fit(
     Args:
         images: (N, C, S, S) in [0, 1].
         labels: (N,) int64.
-        recipe: see `medsec.core.params.Recipe`.
+        recipe: see `medsec.core.settings.Recipe`.
         seed: of the order, the shifts and the random starts.
         epochs, lr: passes over the images, and the peak learning rate.
         keep: weights that may be other than zero (`medsec.evasion.pruning.masks`).

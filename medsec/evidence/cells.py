@@ -26,8 +26,10 @@ import pandas as pd
 from medsec import data
 from medsec.core import parallel, params, paths
 from medsec.core.errors import InputError
-from medsec.core.params import Params
+from medsec.core.params import Section
 from medsec.evidence import tables
+
+__all__ = ["Cell", "Experiment", "identity", "run", "table"]
 
 NOTE = ("cell", "identity", "seconds", "peak_mb")  # columns of a record beside the rows' own
 TIMES = ("ms",)  # units of times, which belong to records only
@@ -83,21 +85,23 @@ class Experiment:
     name: str
     generation: int
     sections: tuple[str, ...]
-    run: Callable[[str, Params, Cell], Finished]
+    run: Callable[[str, Section, Cell], Finished]
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
 
-def resolved(p: Params, cell: Cell) -> Params:
+def resolved(p: Section, cell: Cell) -> Section:
     """The parameters with the change of a cell.
 
     Raises:
         InputError: they are not valid.
     """
-    return params.validate(params.merge(p.model_dump(), cell.change), f"cell {cell.name}") if cell.change else p
+    if not cell.change:
+        return p
+    return params.validated(type(p), params.merge(p.model_dump(), cell.change), f"cell {cell.name}")
 
 
-def identity(experiment: Experiment, fingerprint: str, p: Params, cell: Cell) -> str:
+def identity(experiment: Experiment, fingerprint: str, p: Section, cell: Cell) -> str:
     """Hash of all that decides a cell's numbers: 16 hexadecimal digits.
 
     Args:
@@ -164,7 +168,7 @@ def read(file: Path) -> tuple[Finished, dict] | None:
         return None
 
 
-def _run_one(experiment: Experiment, cohort: str, p: Params, cell: Cell, name: str) -> str:
+def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: str) -> str:
     """Run one cell and write it with what it cost. Returns its name."""
     start = time.perf_counter()
     finished = experiment.run(cohort, resolved(p, cell), cell)
@@ -179,7 +183,7 @@ def _run_one(experiment: Experiment, cohort: str, p: Params, cell: Cell, name: s
 
 
 def run(
-    experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell], *, processes: int | None = None
+    experiment: Experiment, cohort: str, p: Section, plan: Sequence[Cell], *, processes: int | None = None
 ) -> list[Finished]:
     """Rows and pictures of every cell of a plan, in its order; those that are finished are not run again.
 
@@ -206,13 +210,13 @@ def run(
     return [finished for finished, _ in found]
 
 
-def names_of(experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell]) -> dict[str, str]:
+def names_of(experiment: Experiment, cohort: str, p: Section, plan: Sequence[Cell]) -> dict[str, str]:
     """By a cell's name its identity."""
     fingerprint = data.load(cohort, p.cohorts).fingerprint
     return {cell.name: identity(experiment, fingerprint, p, cell) for cell in plan}
 
 
-def unfinished(experiment: Experiment, cohort: str, p: Params, plan: Sequence[Cell]) -> list[Cell]:
+def unfinished(experiment: Experiment, cohort: str, p: Section, plan: Sequence[Cell]) -> list[Cell]:
     """Those cells of a plan of which there is no file with today's identity; with ``MEDSEC_FRESH=1`` all."""
     if os.environ.get("MEDSEC_FRESH") == "1":
         return list(plan)

@@ -1,6 +1,6 @@
 """Do fresh tables agree with the committed ones?
 
-``python -m medsec.evidence.check`` compares the tables in the working tree with those of the last commit; the last cell of a
+``python -m experiments check`` compares the tables in the working tree with those of the last commit; the last cell of a
 notebook compares what it has just written with the repository's (`against_reference`). Every row has a tolerance: its
 metric's entry in ``claims/tolerances.yaml`` plus the width of the committed interval (for `SCALED` metrics, plus a share of
 the value).
@@ -11,10 +11,8 @@ of three runs ends somewhere else, so its ends may lie twice as far off; and a c
 but what held must not fail, nor the other way round.
 """
 
-import argparse
 import math
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +22,10 @@ import pandas as pd
 import yaml
 
 from medsec.core import paths
-from medsec.core.errors import InputError, command
+from medsec.core.errors import InputError
 from medsec.evidence import claims, tables
+
+__all__ = ["against_reference", "compare", "run"]
 
 SHOWN = 10
 ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right
@@ -199,13 +199,8 @@ def _git(*args: str) -> str:
     return done.stdout
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m medsec.evidence.check", description="Compare fresh tables with committed ones."
-    )
-    parser.add_argument("--cohort", default="phantom")
-    cohort = parser.parse_args(argv).cohort
+def run(cohort: str) -> int:
+    """Print what differs from the last commit, and how many claims have which verdict; 1 where something differs."""
     found = against_commit(cohort)
     for name, (lines, notes) in found.items():
         print(f"{name} ({cohort}): {report(lines)}")
@@ -217,7 +212,3 @@ def main(argv: list[str] | None = None) -> int:
             counts = claims.verdicts(ledger, tables.read(table), cohort)["verdict"].value_counts(sort=False)
             print(f"claims {ledger} ({cohort}): " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     return 1 if any(lines for lines, _ in found.values()) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

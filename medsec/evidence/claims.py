@@ -12,6 +12,8 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence import tables
 
+__all__ = ["beside", "load", "names", "verdict", "verdicts"]
+
 LEAST_RUNS = 3
 HOLDS, FAILS, OPEN, NOT_HERE = "holds", "does not hold", "undecided", "not testable here"
 NOT_YET, UNTESTED = "not measured yet", "untested"

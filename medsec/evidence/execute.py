@@ -1,6 +1,6 @@
-"""Run one notebook for one cohort: the command of every pipeline stage.
+"""Run one notebook for one cohort: what every pipeline stage does.
 
-``python -m medsec.evidence.execute notebooks/01_backdoor_fedgan.ipynb --cohort phantom`` does, in this order:
+``python -m experiments run 01_backdoor_fedgan --cohort phantom`` does, in this order:
 
 1. checks the parameters, the notebook and the cohort (a mistake is one line and exit status 2, nothing is written);
 2. takes a lock, so that a second run, or one that outlived a killed ``dvc``, cannot write the same outputs;
@@ -18,10 +18,8 @@ Below ``.medsec-tmp-<cohort>/`` (never in git) lie the lock, the temporary folde
 ``<notebook>.failed.ipynb``. The lock is the operating system's (``flock``: Linux, macOS, WSL): none outlives its owner.
 """
 
-import argparse
 import base64
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -34,15 +32,17 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import PINNED
-from medsec.core import parallel, params, paths
-from medsec.core.errors import InputError, command
+from medsec import PINNED, data
+from medsec.core import parallel, paths
+from medsec.core.errors import InputError
+from medsec.core.settings import Cohorts
 from medsec.show import png
+
+__all__ = ["Job", "RunError", "execute"]
 
 PIPELINES = paths.ROOT / "pipelines"
 VOLATILE = [
@@ -84,35 +84,21 @@ class Job:
         return self.temporary.with_name(f"{self.notebook.stem}.failed.ipynb")
 
 
-def check(job: Job) -> None:
-    """Everything that can be wrong before any training.
+def check(job: Job, cohorts: Cohorts) -> None:
+    """Everything besides the parameters that can be wrong before any training.
 
     Raises:
-        InputError: the parameters, the notebook or the cohort are not usable.
+        InputError: the notebook or the cohort is not usable, or the outputs may not go where they would.
     """
     if "DVC_STAGE" in os.environ and job.out != paths.ROOT:
         raise InputError(
             "MEDSEC_OUT is set: DVC would take the old files in results/ for those of this run; unset it, or leave DVC out "
-            f"and call python -m medsec.evidence.execute notebooks/{job.notebook.name} --cohort {job.cohort} yourself"
+            f"and call python -m experiments run {job.notebook.stem} --cohort {job.cohort} yourself"
         )
-    loaded = params.load(job.profile)
     if job.profile != "quick" and job.out == paths.ROOT:
         raise InputError(f"results/ holds the quick profile only; for {job.profile!r} set MEDSEC_OUT to another folder")
-    name = job.notebook.name
-    if not job.notebook.is_file():
-        known = ", ".join(sorted(p.name for p in paths.NOTEBOOKS.glob("*.ipynb")))
-        raise InputError(f"notebook {name} does not exist; notebooks/ has: {known or 'none'}")
-    if not re.fullmatch(r"\d\d_\w+\.ipynb", name):
-        raise InputError(f"notebook {name}: the name must be two digits, '_', a word, like 00_data_and_threats.ipynb")
-    try:
-        cells = nbformat.read(job.notebook, as_version=4).cells
-    except Exception as error:  # nbformat raises many kinds
-        raise InputError(f"notebook {name} cannot be read: {str(error).splitlines()[0]}") from None
-    if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
-        raise InputError(f"notebook {name} has no cell tagged 'parameters' to set cohort and profile in")
-    from medsec import data  # here: not needed to report the mistakes above
-
-    cohort = data.load(job.cohort, loaded.cohorts)
+    _check_notebook(job.notebook)
+    cohort = data.load(job.cohort, cohorts)
     pinned = PIPELINES / job.cohort / "cohort.json"
     if pinned.is_file():
         expected = json.loads(pinned.read_text(encoding="utf-8"))["fingerprints"].get(str(cohort.size))
@@ -123,27 +109,20 @@ def check(job: Job) -> None:
             )
 
 
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold ``file`` as a lock; its content is the owner's process number.
-
-    The file stays: removing it would let two processes hold "the same" lock. A lock whose owner is gone is free.
-
-    Raises:
-        InputError: another process holds it.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown"
-            raise InputError(f"process {owner} is already running {file.stem}; wait for it, or end it") from None
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-        yield
+def _check_notebook(file: Path) -> None:
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")))
+        raise InputError(f"notebook {file.stem} does not exist; notebooks/ has: {known or 'none'}")
+    if not re.fullmatch(r"\d\d_\w+\.ipynb", file.name):
+        raise InputError(
+            f"notebook {file.name}: the name must be two digits, '_', a word, like 00_data_and_threats.ipynb"
+        )
+    try:
+        cells = nbformat.read(file, as_version=4).cells
+    except Exception as error:  # nbformat raises many kinds
+        raise InputError(f"notebook {file.name} cannot be read: {str(error).splitlines()[0]}") from None
+    if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
+        raise InputError(f"notebook {file.name} has no cell tagged 'parameters' to set cohort and profile in")
 
 
 def kernel_environment(job: Job) -> dict[str, str]:
@@ -159,6 +138,8 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
         "IPYTHONDIR": str(job.temporary / "ipython"),  # no start-up files of the user
+        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, whatever else is installed under its name
+        "JUPYTER_RUNTIME_DIR": str(job.temporary / "jupyter"),
         "MATPLOTLIBRC": str(default_style()),  # nor a figure style
     }
 
@@ -169,16 +150,8 @@ def default_style() -> Path:
 
 
 @contextlib.contextmanager
-def own_kernel(job: Job) -> Iterator[None]:
-    """For this time the kernel "python3" is this interpreter, whatever else is installed under that name."""
-    share = job.temporary / "jupyter"
-    write_kernel_spec(
-        share / "kernels" / "python3",
-        overrides={"env": kernel_environment(job)},
-        # Not: a warning at every start that the local connection is plain, an error when a failed run ends its kernel.
-        extra_arguments=["--log-level=CRITICAL"],
-    )
-    change = {"JUPYTER_PATH": str(share), "JUPYTER_RUNTIME_DIR": str(share / "runtime")}
+def environment(change: dict[str, str]) -> Iterator[None]:
+    """For this time the environment has these variables: a kernel that starts inherits them."""
     before = {key: os.environ.get(key) for key in change}
     os.environ.update(change)
     try:
@@ -199,7 +172,7 @@ def run(job: Job) -> nbformat.NotebookNode:
     """
     raw = job.temporary / "raw.ipynb"
     try:
-        with own_kernel(job):
+        with environment(kernel_environment(job)):
             return papermill.execute_notebook(
                 job.notebook.resolve(),
                 raw,
@@ -286,15 +259,15 @@ def _strays(job: Job, source: Path) -> list[Path]:
     return [f for path in others for f in [path, *path.rglob("*")] if f.is_file() and source not in f.parents]
 
 
-def execute(job: Job) -> None:
+def execute(job: Job, cohorts: Cohorts) -> None:
     """Run the notebook and put its outputs in place.
 
     Raises:
         InputError: something given is wrong, or another run is going on; nothing was written.
         RunError: the run failed; the previous outputs are untouched.
     """
-    check(job)
-    with locked(job.lock):
+    check(job, cohorts)
+    with parallel.locked(job.lock):
         shutil.rmtree(job.temporary, ignore_errors=True)  # of a run that was killed
         job.temporary.mkdir()
         try:
@@ -304,27 +277,3 @@ def execute(job: Job) -> None:
             install(job, notebook)
         finally:
             shutil.rmtree(job.temporary, ignore_errors=True)
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m medsec.evidence.execute", description="Run one notebook for one cohort."
-    )
-    parser.add_argument("notebook", type=Path, help="e.g. notebooks/01_backdoor_fedgan.ipynb")
-    parser.add_argument("--cohort", required=True, help="e.g. phantom")
-    parser.add_argument("--profile", default="quick")
-    args = parser.parse_args(argv)
-    try:
-        execute(Job(args.notebook, args.cohort, args.profile, paths.out().resolve()))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the previous outputs are untouched", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

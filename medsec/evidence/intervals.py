@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+__all__ = ["bootstrap_interval", "paired_difference", "wilson_interval"]
+
 LEVEL = 0.95
 RESAMPLES = 10_000
 

@@ -1,13 +1,10 @@
 """The ledger: every claim over all cohorts, what each of them says, and the row that decides.
 
-``python -m medsec.evidence.ledger`` writes it into the README and to ``claims/findings.csv``; a test fails where these
+``python -m experiments ledger`` writes it into the README and to ``results/findings.csv``; a test fails where these
 are out of date.
 """
 
-import argparse
 import functools
-import html
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from medsec.core import paths
-from medsec.core.errors import InputError, command
+from medsec.core.errors import InputError
 from medsec.evidence import claims, record, tables
 from medsec.evidence.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
+
+__all__ = ["cohorts", "contrary", "counts", "entries", "message", "rows", "summary", "table", "write"]
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
 WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not reproduced"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
@@ -187,7 +186,7 @@ def message(name: str, rows: pd.DataFrame) -> str:
 def findings() -> pd.DataFrame:
     """Every claim and cohort with the verdict, its numbers and its row, as text: what notebook 99 is made of.
 
-    It is kept in ``claims/findings.csv``, on which that notebook's stage depends: it could not depend on the tables
+    It is kept in ``results/findings.csv``, on which that notebook's stage depends: it could not depend on the tables
     themselves, because some are outputs of another pipeline, whose images not everybody has.
     """
     lines = [
@@ -231,28 +230,15 @@ def summary() -> str:
 
 # The README's table --------------------------------------------------------------------------------------------------
 
-BEGIN = "<!-- results: made by `python -m medsec.evidence.ledger`, do not edit -->"
+FINDINGS = "results/findings.csv"
+BEGIN = "<!-- results: made by `python -m experiments ledger`, do not edit -->"
 END = "<!-- end of results -->"
 
 
 def readme_block() -> str:
-    """How many claims have which verdict, then every ledger to unfold, as Markdown between `BEGIN` and `END`.
-
-    Claims marked ``detail`` are counted, and left to the notebooks.
-    """
-    parts = [BEGIN, "", tables.markdown(counts())]
-    hidden = sum(claim.get("detail", False) for name in claims.names() for claim, _ in entries(name))
-    parts.append(
-        f"\nOf these, {hidden} claims that only add detail are not unfolded here: [notebook 99]"
-        "(executed/phantom/99_claims.ipynb) lists all, and so does [claims/findings.csv](claims/findings.csv)."
-    )
-    for name in claims.names():
-        found = table(name, details=False, ids=False)
-        if len(found.columns) > 3:  # some cohort has been measured
-            paper = claims.load(name)["paper"]
-            parts += [f"\n<details>\n<summary><b>{name}</b>: {html.escape(paper, quote=False)}</summary>\n"]
-            parts += [f"As data: [claims/{name}.yaml](claims/{name}.yaml)\n", tables.markdown(found), "\n</details>"]
-    return "\n".join([*parts, "", END])
+    """How many claims have which verdict, as Markdown between `BEGIN` and `END`."""
+    where = f"[notebook 99](executed/phantom/99_claims.ipynb); as data: [{FINDINGS}]({FINDINGS})."
+    return "\n\n".join([BEGIN, tables.markdown(counts()), f"Every verdict and the row that decides it: {where}", END])
 
 
 def replace_block(text: str, begin: str, end: str, block: str) -> str:
@@ -262,7 +248,7 @@ def replace_block(text: str, begin: str, end: str, block: str) -> str:
         InputError: the text lacks one of the two marks.
     """
     if begin not in text or end not in text:
-        raise InputError(f"README.md lacks the marks {begin} and {end}, between which results stand; restore them")
+        raise InputError(f"the page lacks the marks {begin} and {end}, between which results stand; restore them")
     return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
 
 
@@ -271,18 +257,8 @@ def update_readme(text: str) -> str:
     return replace_block(text, BEGIN, END, readme_block())
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m medsec.evidence.ledger",
-        description="Write the verdicts of all cohorts into README.md and claims/findings.csv, from the tables there are.",
-    )
-    parser.parse_args(argv)
+def write() -> None:
+    """Write the verdicts of all cohorts into ``README.md`` and ``results/findings.csv``, from the tables there are."""
     readme = paths.ROOT / "README.md"
     readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    tables.write(findings(), paths.CLAIMS / "findings.csv")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    tables.write(findings(), paths.ROOT / FINDINGS)

@@ -1,36 +1,32 @@
 """Records: the evidence behind a notebook, with more seeds and more cases than its quick run.
 
-``python -m medsec.evidence.record 01_backdoor_fedgan --cohort phantom --profile full`` runs the same cells of the same code as
+``python -m experiments record 01_backdoor_fedgan --cohort phantom --profile full`` runs the same cells of the same code as
 the notebook: the headline design on every evaluation seed, then sweeps that change one factor at a time. Each finished
 cell is written at once (`medsec.evidence.cells`), so a record can be interrupted and resumed. The record itself is three files in
 ``records/<cohort>/``: ``NN_…_runs.csv.gz``, the rows of every cell with its identity and cost; ``NN_….csv``, the summary;
 ``NN_….json``, how it was made. ``--plan`` prints the cells and their cost, and runs nothing.
 """
 
-import argparse
-import importlib
 import json
 import os
 import platform
-import signal
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
 
 from medsec import data
-from medsec.core import parallel, params, paths
-from medsec.core.errors import InputError, command
-from medsec.core.params import Params
+from medsec.core import parallel, paths
+from medsec.core.errors import InputError
+from medsec.core.params import Section
 from medsec.evidence import cells as store
 from medsec.evidence import tables
 from medsec.evidence.cells import NOTE, Cell, Experiment
+
+__all__ = ["Design", "about", "is_finished", "is_stale", "load", "made_by", "run"]
 
 
 @dataclass(frozen=True)
@@ -46,22 +42,13 @@ class Design:
     """
 
     experiment: Experiment
-    cells: Callable[[str, Params], list[Cell]]
+    cells: Callable[[str, Section], list[Cell]]
     keep: Callable[[pd.DataFrame, Cell], pd.DataFrame]
-    summarise: Callable[[pd.DataFrame, Params], pd.DataFrame]
-    cost: Callable[[Params, Cell], float]
+    summarise: Callable[[pd.DataFrame, Section], pd.DataFrame]
+    cost: Callable[[Section, Cell], float]
 
 
-NOTEBOOKS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense", "04_adversarial_pruning_defense")
-
-
-def design(notebook: str) -> Design:
-    """How the record of a notebook is made."""
-    # By name: who only reads a record shall not depend on all the modules that make records.
-    return importlib.import_module("experiments.record_designs").DESIGNS[notebook]
-
-
-def place(cohort: str, p: Params) -> Path:
+def place(cohort: str, p: Section) -> Path:
     """Where the records of a cohort lie; those made on a GPU, whose bits differ, in a folder of their own."""
     return paths.records(cohort if p.device == "cpu" else f"{cohort}-gpu")
 
@@ -90,7 +77,7 @@ def committed(records: Path, notebook: str) -> pd.DataFrame:
 
 
 def gathered(
-    design: Design, cohort: str, p: Params, plan: Sequence[Cell], names: dict[str, str]
+    design: Design, cohort: str, p: Section, plan: Sequence[Cell], names: dict[str, str]
 ) -> dict[str, pd.DataFrame]:
     """By a cell's name the rows of those that are finished, from the record or from ``.cells``."""
     records, experiment = place(cohort, p), design.experiment
@@ -107,14 +94,13 @@ def gathered(
     return found
 
 
-def build(notebook: str, cohort: str, p: Params, profile: str) -> Path:
+def build(how: Design, cohort: str, p: Section, profile: str) -> Path:
     """Write the three files of a record from the cells that are finished, in the order of the plan.
 
     Raises:
         InputError: none is finished.
     """
-    how, records = design(notebook), place(cohort, p)
-    plan = how.cells(cohort, p)
+    notebook, records, plan = how.experiment.name, place(cohort, p), how.cells(cohort, p)
     names = store.names_of(how.experiment, cohort, p, plan)
     found = gathered(how, cohort, p, plan, names)
     done = [found[cell.name] for cell in plan if cell.name in found]
@@ -178,20 +164,23 @@ def is_finished(notebook: str, cohort: str) -> bool:
     return "cells_planned" in found and found.get("cells_finished") == found["cells_planned"]
 
 
-def is_stale(notebook: str, cohort: str) -> bool:
+def is_stale(experiment: Experiment, cohort: str) -> bool:
     """Whether a record was made by another generation of the experiment, or does not say by which.
 
     Raises:
         InputError: there is no such record.
     """
-    found = about(notebook, cohort)
-    if found is None and load(notebook, cohort) is None:
+    found = about(experiment.name, cohort)
+    if found is None and load(experiment.name, cohort) is None:
         raise InputError(
-            f"no record of {notebook} for {cohort}; make it with: python -m medsec.evidence.record {notebook}"
+            f"no record of {experiment.name} for {cohort}; make it with: python -m experiments record {experiment.name}"
         )
-    return (
-        found is None or notebook not in NOTEBOOKS or found.get("generation") != design(notebook).experiment.generation
-    )
+    return (found or {}).get("generation") != experiment.generation
+
+
+def made_by(experiment: Experiment, cohort: str) -> str:
+    """Which code made a record, in words; see `is_stale`."""
+    return "another generation of the code than today's (stale)" if is_stale(experiment, cohort) else "today's code"
 
 
 def load(notebook: str, cohort: str) -> pd.DataFrame | None:
@@ -200,28 +189,10 @@ def load(notebook: str, cohort: str) -> pd.DataFrame | None:
     return tables.read(file) if file.is_file() else None
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# Making one ----------------------------------------------------------------------------------------------------------
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m medsec.evidence.record", description="Make or resume a record.")
-    parser.add_argument("notebook", choices=NOTEBOOKS)
-    parser.add_argument("--cohort", default="phantom")
-    parser.add_argument("--profile", default="full")
-    parser.add_argument("--plan", action="store_true", help="print the cells and their cost, run nothing")
-    parser.add_argument(
-        "--restart", action="store_true", help="run again what other parameters or another generation made"
-    )
-    parser.add_argument("--processes", type=int, default=joblib.cpu_count())
-    args = parser.parse_args(argv)
-    if threading.current_thread() is threading.main_thread():
-        # Ended from outside, take the worker processes along: they would go on writing cells.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run(args)
-
-
-def costs(how: Design, p: Params, plan: Sequence[Cell], old: pd.DataFrame) -> dict[str, float]:
+def costs(how: Design, p: Section, plan: Sequence[Cell], old: pd.DataFrame) -> dict[str, float]:
     """By a cell's name its CPU seconds: of itself in the committed record, of its arm there, else the design's guess."""
     known = old.groupby("cell")["seconds"].first() if len(old) else pd.Series(dtype=float)
     arms = {cell.name: (cell.arm, cell.group) for cell in plan}
@@ -236,47 +207,52 @@ def costs(how: Design, p: Params, plan: Sequence[Cell], old: pd.DataFrame) -> di
     return found
 
 
-def run(args: argparse.Namespace) -> int:
-    """Plan, run what is missing, write the tables.
+def run(
+    how: Design,
+    cohort: str,
+    p: Section,
+    profile: str,
+    *,
+    processes: int,
+    restart: bool = False,
+    only_plan: bool = False,
+) -> int:
+    """Plan, run what is missing, write the three files; returns the exit status.
+
+    Args:
+        how: the design of the record.
+        cohort: name of the cohort.
+        p: all parameters, of the profile with the name ``profile``.
+        processes: how many cells run at a time.
+        restart: run again what other parameters or another generation have made.
+        only_plan: print the cells and their cost, run nothing.
 
     Raises:
-        InputError: wrong parameters or cohort, or a record of other parameters or another generation without ``--restart``.
+        InputError: wrong parameters or cohort, or a record of other parameters or another generation without ``restart``.
     """
-    torch.set_num_threads(1)
-    p = params.load(args.profile)
     parallel.device(p.device)  # a missing GPU is named before anything is planned
-    how, records = design(args.notebook), place(args.cohort, p)
-    plan = how.cells(args.cohort, p)
-    names, old = store.names_of(how.experiment, args.cohort, p, plan), committed(records, args.notebook)
-    found = gathered(how, args.cohort, p, plan, names)
+    name, plan = how.experiment.name, how.cells(cohort, p)
+    names, old = store.names_of(how.experiment, cohort, p, plan), committed(place(cohort, p), name)
+    found = gathered(how, cohort, p, plan, names)
     planned = old[old["cell"].isin(names)]
     stale = list(dict.fromkeys(planned["cell"][planned["cell"].map(names) != planned["identity"]]))
-    if stale and not (args.restart or args.plan):
+    if stale and not (restart or only_plan):
         raise InputError(
             f"{len(stale)} cells, such as {stale[0]}, were made with other parameters or by another generation; "
             "they stay as they are; add --restart to run them again"
         )
-    todo = [cell for cell in plan if cell.name not in found]
-    cost = costs(how, p, plan, old)
-    if args.plan:
-        for cell in plan:
-            state = f"done in {found[cell.name]['seconds'].iloc[0]:.0f} s" if cell.name in found else "to do"
-            print(f"{cell.name:42s} {cost[cell.name]:6.0f} CPU-s  {state}")
+    todo, cost = [cell for cell in plan if cell.name not in found], costs(how, p, plan, old)
+    for cell in plan if only_plan else ():
+        state = f"done in {found[cell.name]['seconds'].iloc[0]:.0f} s" if cell.name in found else "to do"
+        print(f"{cell.name:42s} {cost[cell.name]:6.0f} CPU-s  {state}")
     left = sum(cost[cell.name] for cell in todo) / 60
-    print(f"{len(plan)} cells, {len(todo)} to do: about {left:.0f} CPU-minutes, {left / args.processes:.0f} minutes")
-    if args.plan:
+    print(f"{len(plan)} cells, {len(todo)} to do: about {left:.0f} CPU-minutes, {left / processes:.0f} minutes")
+    if only_plan:
         return 0
-    lock = paths.ROOT / f".medsec-tmp-{args.cohort}" / f"record-{args.notebook}-{p.device}.lock"
-    from medsec.evidence.execute import locked  # here: a notebook that only reads records need not load papermill
-
-    with locked(lock):
+    with parallel.locked(paths.ROOT / f".medsec-tmp-{cohort}" / f"record-{name}-{p.device}.lock"):
         try:
-            store.run(how.experiment, args.cohort, p, todo, processes=args.processes)
+            store.run(how.experiment, cohort, p, todo, processes=processes)
         finally:  # also where it is ended from outside: a record cut short is a record in part
-            if gathered(how, args.cohort, p, plan, names):
-                print(build(args.notebook, args.cohort, p, args.profile).relative_to(paths.ROOT))
+            if gathered(how, cohort, p, plan, names):
+                print(build(how, cohort, p, profile).relative_to(paths.ROOT))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

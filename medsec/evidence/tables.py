@@ -12,6 +12,23 @@ import pandas as pd
 from medsec.core.errors import InputError
 from medsec.evidence.intervals import bootstrap_interval
 
+__all__ = [
+    "Rows",
+    "cell",
+    "counted",
+    "headline",
+    "interval",
+    "markdown",
+    "minus",
+    "read",
+    "row",
+    "select",
+    "summarise",
+    "without_keys",
+    "write",
+    "write_metrics",
+]
+
 MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
 
 

@@ -9,8 +9,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.core.params import FedClsParams
 from medsec.core.seeds import torch_generator
+from medsec.core.settings import FedClsParams
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import State, Update, run_round
 from medsec.inversion.defences import Defence

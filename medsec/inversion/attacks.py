@@ -19,8 +19,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from medsec.core.errors import InputError
 from medsec.core.guards import check_images, check_norm, normalises_by_batch
-from medsec.core.params import InversionSettings
 from medsec.core.seeds import torch_generator
+from medsec.core.settings import InversionSettings
 from medsec.nets.convnet import logits_and_statistics
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.core.params import PurifierParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import PurifierParams
 
 Purifier = Callable[[Tensor], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of a pixel

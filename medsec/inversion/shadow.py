@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from medsec.core.errors import InputError
 from medsec.core.guards import check_batch, check_norm, check_share, share_of
-from medsec.core.params import ShadowParams
 from medsec.core.seeds import fingerprint, stream, torch_generator
+from medsec.core.settings import ShadowParams
 from medsec.nets.autoencoder import Autoencoder, new_autoencoder
 from medsec.nets.convnet import gradients, logits_and_statistics
 from medsec.nets.gradcam import grad_cam

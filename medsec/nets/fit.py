@@ -8,8 +8,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from medsec.core.errors import InputError
-from medsec.core.params import ClassifierParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import ClassifierParams
 from medsec.nets.models import SmallResNet
 
 

@@ -1,0 +1,94 @@
+"""Sections ``evasion`` and ``record.evasion`` of the parameters."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medsec.core.params import Count, Eps255, Positive, Section, Seed
+from medsec.core.settings import AttentionParams, Recipe
+
+
+class CWParams(Section):
+    variants: list[str]
+    images: Count
+    iterations: Count
+    searches: Count
+    lr: Positive
+
+
+class EvasionAttacks(Section):
+    scenarios: list[
+        Literal[
+            "fgsm",
+            "bim",
+            "pgd20",
+            "pgd20_eps10",
+            "pgd_margin",
+            "pgd_detached",
+            "deepfool_capped",
+            "square",
+            "autoattack",
+        ]
+    ]
+    steps: Count
+    step: Positive
+    small_step: Positive
+    bim_step: Positive
+    deepfool_steps: Count
+    overshoot: float = Field(ge=0, allow_inf_nan=False)
+    deepfool_norms: list[Literal["l2", "linf"]]
+    square_queries: Count
+    slow_images: Count | None
+    apgd_iterations: Count
+    restarts: Count
+    autoattack_more: list[Eps255]
+    cw: CWParams
+
+    @model_validator(mode="after")
+    def _needed(self):
+        if missing := {"fgsm", "pgd20"} - set(self.scenarios):
+            raise ValueError(f"scenarios lack {sorted(missing)[0]}, which the reviewer's checks compare with")
+        return self
+
+
+class EvasionChecks(Section):
+    images: Count
+    more_steps: Count
+    large_eps: Eps255
+    planted: Count
+    inner: int = Field(ge=2, lt=64)  # fewer than features (`medsec.nets.models.SmallResNet`)
+
+
+class EvasionParams(Section):
+    train: list[Literal["client", "public", "reference"]] = Field(min_length=1)
+    test_images: Count | None
+    eps: Annotated[float, Field(gt=0, le=255)]
+    sweep: list[Annotated[float, Field(gt=0, le=255)]] = Field(min_length=1)
+    clean: Recipe
+    robust: Recipe
+    hardened: Recipe
+    prune: Annotated[float, Field(ge=0, lt=1)]
+    prune_hardened: Annotated[float, Field(ge=0, lt=1)]
+    attention: AttentionParams
+    attacks: EvasionAttacks
+    checks: EvasionChecks
+    checkpoint_seeds: list[Seed]
+
+    @model_validator(mode="after")
+    def _each_eps_once(self):
+        for name, listed in (("sweep", self.sweep), ("attacks.autoattack_more", self.attacks.autoattack_more)):
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"{name} {listed} names an eps twice")
+        if "autoattack" in self.attacks.scenarios and self.eps in self.attacks.autoattack_more:
+            raise ValueError(
+                f"attacks.autoattack_more names {self.eps:g}, the headline's eps, which is run anyway; take it out"
+            )
+        return self
+
+
+class EvasionRecord(Section):
+    """What notebook 04's record adds: other shares of pruning."""
+
+    seeds: Count
+    prune: list[Annotated[float, Field(ge=0, lt=1)]]
+    variants: list[str]

@@ -1,0 +1,88 @@
+"""The record of notebook 02: which cells it has, what it keeps of them, and what they cost."""
+
+import pandas as pd
+
+from experiments import record_plans
+from experiments.feddetect import cells
+from experiments.params import Params
+from medsec.backdoor.attackers import SCENARIOS
+from medsec.evidence.cells import Cell
+from medsec.evidence.record import Design
+
+CONTENDERS = ("feddetect_released", "feddetect_hardened")
+BASELINES = tuple(v for v in cells.VARIANTS if v != "none" and v not in CONTENDERS)
+
+
+def plan(cohort: str, p: Params) -> list[Cell]:
+    """FedDetect, released and hardened, against every attacker; the other defences and what differs on fewer seeds.
+
+    Seed by seed: a record that is cut short has every scenario, on fewer seeds.
+    """
+    sweep = p.record.feddetect
+    few = p.seeds.evaluation[: sweep.seeds]
+    if record_plans.headline_only(cohort):
+        wanted = p.record.other_modality.feddetect
+        return [Cell(s, seed, variants=("none", *CONTENDERS)) for seed in p.seeds.evaluation for s in wanted]
+    colluders_control = {"m": p.feddetect.scenario.colluders[1]}
+    federations = [{"m": m} for m in sweep.n_clients]
+    federations += [{"partition": scheme} for scheme in record_plans.allowed(cohort, p, sweep.partition)]
+    found = []
+    for seed in p.seeds.evaluation:
+        for scenario in SCENARIOS:
+            variants = CONTENDERS if scenario in cells.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
+            if scenario == "boost_liar":  # a run that is the same for every attacker of this warm-up
+                variants = (*variants, cells.ORACLE)
+            found.append(Cell(scenario, seed, variants=variants))
+        found.append(Cell("no_attack", seed, keys=colluders_control, variants=tuple(sweep.variants)))
+        found += [Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients]
+        if seed in few:
+            found.append(Cell("downstream", seed))
+            found += [
+                Cell("aware", seed, keys={"evade": e}, variants=("none", "feddetect_hardened")) for e in sweep.evade
+            ]
+        if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
+            found += [Cell(s, seed, variants=_baselines(s, p), group="baselines") for s in SCENARIOS]
+    found += [
+        Cell("no_attack", seed, variants=CONTENDERS)
+        for seed in sweep.false_alarm_seeds
+        if seed not in p.seeds.evaluation
+    ]
+    for seed in few:
+        found += [
+            Cell(scenario, seed, keys=keys, variants=tuple(sweep.variants))
+            for keys in federations
+            for scenario in sweep.scenarios
+            if not (scenario == "no_attack" and keys == colluders_control)
+        ]
+        found += [
+            Cell(scenario, seed, keys={"trigger": kind}, variants=tuple(sweep.variants))
+            for kind in sweep.trigger
+            for scenario in ("honest", "boost_liar")
+        ]
+    return found
+
+
+def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
+    """Those that `experiments.feddetect.cells.complete` cannot copy from another."""
+    copied = set()
+    if cells.has_twin(p) and not SCENARIOS[scenario].colluders:
+        copied.add(cells.TWIN[0])
+    if scenario in cells.SAME_BUT_FOR_LOSSES:
+        copied |= set(BASELINES) - set(cells.READS_LOSSES)
+    return tuple(variant for variant in BASELINES if variant not in copied)
+
+
+def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """No single client's rows; of a sweep no single round's."""
+    if cell.arm in ("null", "downstream"):
+        return rows
+    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]
+
+
+def multiple(p: Params, cell: Cell) -> float:
+    """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
+    each = (1 - p.feddetect.warm_up) * (3 if cell.arm.startswith("aware") else 1)
+    return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
+
+
+DESIGN = Design(cells.EXPERIMENT, plan, keep, cells.summarise, record_plans.cost(multiple))

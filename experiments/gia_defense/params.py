@@ -1,0 +1,41 @@
+"""Sections ``inversion`` and ``record.inversion`` of the parameters."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from medsec.core.params import Count, Section, Seed
+from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
+
+
+class InversionParams(Section):
+    federation: FedClsParams
+    victims: Count
+    sweep_victims: Count
+    joint_rounds: int = Field(ge=2)
+    attacks: list[Literal["dlg", "ig", "bn", "prior"]] = Field(min_length=1)
+    adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
+    attack: InversionSettings
+    purifier: PurifierParams
+    autoencoder: AutoencoderParams
+    defences: dict[str, dict[str, int | Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
+    shadow: ShadowParams
+
+
+class InversionRecord(Section):
+    """What notebook 03's record adds to every attack on every defence."""
+
+    seeds: Count
+    variants: list[str]
+    batch: list[Count]
+    inferred: list[Count]
+    steps: list[Annotated[int, Field(ge=2)]]
+    shares: list[Annotated[float, Field(ge=0, le=1)]]
+    utility_seeds: list[Seed]
+    utility_variants: list[str]
+    other_utility_seeds: Count
+    spare_seeds: dict[str, Count]
+    control_seeds: Count
+    condition_seeds: Count
+    released_batch: Count
+    strengths: dict[str, dict[str, list[int | float]]]
