@@ -154,7 +154,9 @@ def adaptive(
     def copy(images: Tensor, labels: Tensor, seed: int, public: tuple[Tensor, Tensor] | None = None) -> Perturbation:
         return client(variant, setup, images, labels, seed, public).perturb
 
-    ways = [way for way in ("purified", "unmasked") if way in wanted and (way == "purified" or variant in DETERMINISTIC)]
+    ways = [
+        way for way in ("purified", "unmasked") if way in wanted and (way == "purified" or variant in DETERMINISTIC)
+    ]
     stand_ins = variant in STAND_INS or variant == "public_only"
     options = {"settings": p.attack, "purifier": p.purifier, "wanted": ways, "stand_ins": stand_ins}
     return answers | freed.undo(view, found.guess, copy, public, **options, seed=seed)

@@ -13,8 +13,8 @@ from medsec.core.seeds import torch_generator
 from medsec.core.settings import FedClsParams
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import State, Update, run_round
-from medsec.inversion.defences import Defence
 from medsec.nets import fit as classifier
+from medsec.nets.convnet import Defence
 
 
 def train(

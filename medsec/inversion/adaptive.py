@@ -1,8 +1,8 @@
 """Attackers who know the defence, for any model, defence and public images.
 
-`adaptive` has the attacks on the gradient that was sent; `undo` takes back what a defence has done to an image x. It needs
-``copy(images, labels, seed, public=None)``: the attacker's own copy of the defence, as a client with these images has it,
-``perturb(model, x, y, round) -> x′``; ``public`` are the images and labels that may stand in for them (default: all).
+`adaptive` attacks a gradient; `undo` takes back what a defence has done to images. Its arguments: ``copy(images, labels, seed,
+public=None)`` makes the attacker's own copy of the defence, ``perturb(model, x, y, round) -> x′``, as a client with these
+images has it, where ``public`` may stand in for them (default: all); ``public``: images (M, C, S, S) and labels (M,).
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from medsec.core.params import InversionSettings, PurifierParams
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import InversionSettings, PurifierParams
 from medsec.inversion import purifier as purifiers
 from medsec.inversion.attacks import Reconstructions, View, invert
 from medsec.inversion.defences import Perturbation
@@ -87,19 +87,10 @@ def undo(
     wanted: Sequence[str] = ("purified", "unmasked"),
     stand_ins: bool = False,
 ) -> dict[str, Reconstructions]:
-    """Search x′ within the bounds that it can have, and go back from it to x in one or two ways.
+    """Search x′ within the bounds that it can have, and go back from it to x in one or two ways (``wanted``).
 
     ``purified``: by a purifier that is trained on public images (`public_pairs`). ``unmasked``: by `unmask`, which makes
-    sense where δ is a function of the image.
-
-    Args:
-        view, labels, settings: see `medsec.inversion.attacks.invert`.
-        copy: see the module.
-        public: images (M, C, S, S) and labels (M,).
-        purifier: section ``inversion.purifier`` of the parameters.
-        seed: of everything.
-        wanted: which ways.
-        stand_ins: see `public_pairs`.
+    sense where δ is a function of the image. Further arguments as in `medsec.inversion.attacks.invert`.
     """
     size = {"batch": labels.shape[1], "n": purifier.images, "stand_ins": stand_ins}
     changed, clean = public_pairs(copy, view.model, public, **size, seed=seed)
@@ -125,21 +116,10 @@ def public_pairs(
     stand_ins: bool = False,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """At most n public images after and before an image defence (of the first round) that the attacker runs itself.
+    """(N, C, S, S) twice: at most n public images after and before the first round of a defence that the attacker runs.
 
-    In batches as large as the victims', since a defence may look at a whole batch.
-
-    Args:
-        copy: see the module.
-        model: the global model.
-        public: images (M, C, S, S) and labels (M,).
-        batch: images that are sent together.
-        n: images at most.
-        stand_ins: the defence uses public images, and one of them would stand in for itself: a third is protected by the rest.
-        seed: of the choice and the copy.
-
-    Returns:
-        Two (N, C, S, S).
+    They go through it in batches as large as the victims', since a defence may look at a whole batch. Where it uses public
+    images (``stand_ins``), each of these would stand in for itself: there a third is protected by the rest.
     """
     images, labels = public
     order, rest = torch.randperm(len(images), generator=torch_generator(seed, "public pairs")), None
@@ -162,21 +142,10 @@ def unmask(
     *,
     seed: int,
 ) -> Tensor:
-    """Reconstructions of x′ less the δ that the attacker's own copy of the defence adds to its last guess of x.
+    """Reconstructions of x′ (V, B, C, S, S) less the δ that a fresh copy of the defence adds to the last guess of x.
 
     The fixed point x̂ = x′ − δ(x̂) is x itself where the copy has the client's shadow generator. That of ``shadow_released``
     starts at random: an attacker has to do with another one.
-
-    Args:
-        changed: (V, B, C, S, S) reconstructions of x′.
-        model: the global model.
-        labels: (V, B) int64.
-        copy: see the module; a fresh one for every victim and guess.
-        public: images and labels that the copy holds.
-        seed: of the copies.
-
-    Returns:
-        (V, B, C, S, S) in [0, 1].
     """
     guess = changed.clamp(0, 1)
     for _ in range(UNMASKING):

@@ -216,6 +216,16 @@ def invert(
 
     Raises:
         InputError: gradients of the wrong number or shape, or not finite; no statistics for ``bn``, no generator for ``prior``.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x, y = torch.tensor([[[[0.0, 1.0], [0.5, 0.0]]]]), torch.tensor([0])
+    >>> view = View(model, [g[None] for g in client_update(model, x, y)])
+    >>> settings = InversionSettings(
+    ...     iterations=300, lr=0.1, lr_latent=0.1, tv=0.0, statistics=0.0, restarts=1, together=1, done=1e-9
+    ... )
+    >>> invert([view], y[None], (1, 2, 2), attack="ig", settings=settings, seed=0).images[0].round(decimals=1)
+    tensor([[[[0.0000, 1.0000],
+              [0.5000, 0.0000]]]])
     """
     _check(views, labels, attack, generator)
     victims, batch = labels.shape
@@ -312,14 +322,13 @@ def _check(views: Sequence[View], labels: Tensor, attack: str, generator: nn.Mod
     if ATTACKS[attack].latent and generator is None:
         raise InputError(f"attack {attack!r} searches in a generator: give one that was trained on public images")
     for view in views:
-        names = [name for name, _ in view.model.named_parameters()]
-        if len(view.gradients) != len(names):
-            raise InputError(f"{len(view.gradients)} gradients for a model of {len(names)} parameters")
-        for name, parameter, gradient in zip(names, view.model.parameters(), view.gradients, strict=True):
-            if gradient.shape != (len(labels), *parameter.shape):
-                raise InputError(
-                    f"gradient of {name} has shape {tuple(gradient.shape)}, expected {(len(labels), *parameter.shape)}"
-                )
+        parameters = list(view.model.named_parameters())
+        if len(view.gradients) != len(parameters):
+            raise InputError(f"{len(view.gradients)} gradients for a model of {len(parameters)} parameters")
+        for (name, parameter), gradient in zip(parameters, view.gradients, strict=True):
+            shape = (len(labels), *parameter.shape)
+            if gradient.shape != shape:
+                raise InputError(f"gradient of {name} has shape {tuple(gradient.shape)}, expected {shape}")
             if not torch.isfinite(gradient).all():
                 raise InputError(f"gradient of {name} holds NaN or infinite values: nothing to invert")
         if ATTACKS[attack].statistics and not view.statistics:

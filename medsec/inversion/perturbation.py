@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from medsec.core.seeds import derive_seed, fingerprint, torch_generator
 from medsec.inversion.defences import Perturbation
 
+__all__ = ["controlled", "gaussian", "inverted", "offset", "offset_share", "radial_spectrum", "shuffled"]
+
 Control = Callable[[Tensor, int], Tensor]
 
 

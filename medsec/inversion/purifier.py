@@ -15,6 +15,8 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import PurifierParams
 
+__all__ = ["fit", "network", "wiener"]
+
 Purifier = Callable[[Tensor], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of a pixel
 HELD_OUT = 0.25  # share of the public images that chooses

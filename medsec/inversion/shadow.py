@@ -25,6 +25,8 @@ from medsec.nets.autoencoder import Autoencoder, new_autoencoder
 from medsec.nets.convnet import gradients, logits_and_statistics
 from medsec.nets.gradcam import grad_cam
 
+__all__ = ["Shadow", "shadow_described", "shadow_released", "train_shadow"]
+
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
 LOSS = {"gradient": 1e-2, "batch_norm": 1e-2, "variation": 1e-5, "norm": 1e2, "pixels": 1.0}

@@ -23,6 +23,8 @@ from medsec.core.seeds import fingerprint, stream, torch_generator
 from medsec.inversion.defences import Perturbation
 from medsec.nets.autoencoder import Autoencoder
 
+__all__ = ["Substitution", "drawings", "groups", "public_only", "stand_ins"]
+
 GROUPINGS = ("similar", "random")
 
 
