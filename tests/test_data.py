@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -13,8 +14,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from medmnist import INFO
 
 from medphantom import chest as phantom
 from medphantom import fundus
@@ -263,8 +266,8 @@ WRONG_ARRAYS = [
     ({"train_labels": np.zeros((20, 2), int)}, "train_labels is (20, 2)"),
     ({"train_labels": LABELS - 1}, "train_labels contains -1; labels count from 0"),
     ({"train_labels": LABELS * 10**9}, "train_labels contains 1000000000"),
-    ({"val_labels": LABELS * 2}, "empty class 2 in split train"),
-    ({"test_labels": LABELS * 0}, "empty class 1 in split test"),
+    ({"val_labels": LABELS * 2}, "class 2 is missing from split train"),
+    ({"test_labels": LABELS * 0}, "class 1 is missing from split test"),
     ({f"{split}_labels": LABELS * 0 for split in data.OFFICIAL}, "every label is 0"),
     ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, "split test is empty"),
     ({"train_images": IMAGES}, "without duplicates"),  # all equal under two labels: nothing is left
@@ -434,7 +437,7 @@ def test_damaged_cache_does_not_pass(medmnist_home, cohorts, tiny_npz):
         ("dermamnist", {"classes": 7}, r"\(1, 28, 28\) .* not \(3, 28, 28\)"),
         ("breastmnist", {"size": 64}, r"\(1, 64, 64\) .* not \(1, 28, 28\)"),
         ("breastmnist", {"classes": 3}, "label 2, but breastmnist has 2 classes"),
-        ("retinamnist", {"classes": 4, "channels": 3}, "empty class 4 in split train"),
+        ("retinamnist", {"classes": 4, "channels": 3}, "class 4 is missing from split train"),
     ],
 )
 def test_file_of_another_flavour(medmnist_home, cohorts, tiny_npz, tmp_path, monkeypatch, flavour, layout, message):
@@ -461,6 +464,30 @@ def test_cohorts_that_do_not_exist(cohorts, name, message):
     with pytest.raises(InputError) as error:
         data.load(name, cohorts)
     assert message in str(error.value)
+
+
+def test_every_flavour_with_flat_images_and_one_label_has_a_name():
+    flat = {name for name, about in INFO.items() if not name.endswith("3d") and "multi-label" not in about["task"]}
+    assert set(data.SOURCES) == flat | {"phantom", "fundus", "npz", "folder"}
+
+
+def test_the_recipe_of_a_cohort(cohorts, monkeypatch):
+    """What CONTRIBUTING says, appended to sources.py."""
+    text = (paths.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"<!-- recipe: cohort; file: medsec/data/sources.py; append -->\n```python\n(.*?)```", text, re.S
+    )
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    exec(code, vars(sources))
+    monkeypatch.delattr(sources, "stripes")
+    cohort = data.load("stripes", cohorts, size=32)
+    assert (cohort.size, cohort.channels, cohort.classes) == (32, 1, ("lying", "upright"))
+    x, y = data.tensors(cohort)["test"]
+    assert (x.shape, y.dtype) == ((200, 1, 32, 32), torch.int64)
+    assert 0 <= x.min() < x.max() <= 1
+    upright = x.mean(2).var(-1) > x.mean(3).var(-1)  # columns differ, rows do not
+    assert torch.equal(upright[:, 0].long(), y)
+    assert "| test | 200 | 100 | 100 |" in data.describe(cohort)
 
 
 def test_wrong_sizes(cohorts):
@@ -685,7 +712,7 @@ def test_stored_phantom_missing_or_damaged(stored, name):
 def test_phantom_of_a_class_too_few(cohorts):
     images = cohorts.phantom.images.model_copy(update={"val": 1})
     section = cohorts.phantom.model_copy(update={"images": images})
-    with pytest.raises(InputError, match="empty class 1 in split val"):
+    with pytest.raises(InputError, match="class pneumonia is missing from split val"):
         data.load("phantom", cohorts.model_copy(update={"phantom": section}), size=32)
 
 

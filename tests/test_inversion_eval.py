@@ -160,10 +160,10 @@ def test_a_federation_is_attacked_on_the_way(p):
 def test_every_defence_gives_a_client(setup):
     images, labels = instruments.deal(setup, 0)
     model = instruments.network(setup, 0)
-    plain = instruments.client("none", setup, images[0], labels[0], 0).send(model, images[0][:4], labels[0][:4], 0)
+    plain = instruments.client("none", setup, images[0], labels[0], 0).defend(model, images[0][:4], labels[0][:4], 0)
     for variant in instruments.VARIANTS[1:]:
         own = instruments.client(variant, setup, images[0], labels[0], 0)
-        sent = own.send(model, images[0][:4], labels[0][:4], 0)
+        sent = own.defend(model, images[0][:4], labels[0][:4], 0)
         assert [g.shape for g in sent] == [g.shape for g in plain]
         assert any(not torch.equal(a, b) for a, b in zip(sent, plain, strict=True)), variant
         assert (own.perturb is None) == (variant in gradient_defences.DEFENCES)

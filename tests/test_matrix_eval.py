@@ -30,6 +30,7 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evasion import pruning
 from medsec.evidence import check
+from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import Update
 from medsec.nets import cbam as attention
 
@@ -285,7 +286,7 @@ def test_servers(setup, p):
         s: matrix_arms.aggregator(setup, dataclasses.replace(ROWS["none"], server=s), third, model, 0)
         for s in matrix_arms.SERVERS
     }
-    assert found["mean"] is feddetect.uniform_mean
+    assert found["mean"] is uniform_mean
     kinds = {"released": feddetect.Released, "described": feddetect.Described}
     kinds |= {"hardened": feddetect.Hardened, "norm_clip": feddetect.NormClip}
     assert all(isinstance(found[name], kind) for name, kind in kinds.items())

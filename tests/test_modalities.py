@@ -79,7 +79,6 @@ def small(changes):
 def experiments(tmp_path_factory):
     """Tables of one cell of every experiment, by name; and the code of the package that ran on the way."""
     patch, called = pytest.MonkeyPatch(), set()
-    patch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path_factory.mktemp("checkpoints")))
     sys.setprofile(lambda frame, event, _: called.add(frame.f_code) if event == "call" else None)
     try:
         tables = dict(run(tmp_path_factory.mktemp("root")))
@@ -127,7 +126,7 @@ def run(folder):
     yield "evasion prune", evasion_eval.prune_cell("fundus", p, "prune", 0, 0.5)
     p = small(test_matrix_eval.SMALL)
     p = params.validate(
-        params.merge(p.model_dump(), {"matrix": {"federation": {"images_per_client": 24, "rounds": 3}}})
+        params.merge(p.model_dump(), {"matrix": {"federation": {"images_per_client": 24, "rounds": 4}}})
     )
     rows = [matrix_eval.rows_of("fundus", p, row, 0) for row in ("none", "hardened", "feddetect+shadow")]
     yield "matrix", matrix_eval.summarise(pd.concat(rows, ignore_index=True))

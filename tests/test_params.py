@@ -1,13 +1,12 @@
 """medsec.core.params: every mistake in the parameters is one line that names the key."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from experiments import params
+from experiments.__main__ import main
 from medsec.core import paths
 from medsec.core.errors import InputError
 
@@ -29,10 +28,6 @@ def message(tree):
     assert "\n" not in text
     assert text.startswith("params.yaml: ")
     return text
-
-
-def test_the_shipped_parameters_are_valid():
-    assert params.load().seeds.evaluation
 
 
 @pytest.mark.parametrize("file", sorted(paths.PROFILES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -62,38 +57,21 @@ def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
         # of the wrong type
         ("seeds.tuning", 101),
         ("seeds.tuning", ["101"]),
-        ("seeds.evaluation", [1.5]),
         ("threats.gallery", "8"),
-        ("threats.gallery", 8.0),
         ("threats.gallery", True),
-        ("threats", 3),
         ("fedgan.gan.beta1", None),
-        ("fedgan.malicious", 0),
         # impossible
         ("seeds.tuning", []),
         ("seeds.evaluation", [-1]),
-        ("seeds.evaluation", [2**31]),
-        ("cohorts.phantom.size", 30),
         ("cohorts.phantom.size", 27),
-        ("cohorts.phantom.size", 228),
         ("cohorts.phantom.images.client", 0),
-        ("cohorts.medmnist.size", 32),
         ("cohorts.npz.shares.client", 1.5),
-        ("cohorts.folder.size", 30),
         ("cohorts.folder.channels", 2),
-        ("cohorts.folder.shares.val", 0.0),
-        ("threats.dirichlet_alpha", 0.0),
-        ("threats.dirichlet_alpha", float("inf")),
         ("threats.dirichlet_alpha", float("nan")),
-        ("fedgan.rounds", 0),
         ("fedgan.partition", "idd"),
         ("fedgan.gan.beta1", 1.0),
-        ("fedgan.gan.lr_g", -1.0e-3),
         ("fedgan.gan.batch", 1),
         ("fedgan.poison.boost", 0.5),
-        ("fedgan.poison.ratio", 0.0),
-        ("fedgan.poison.label", -1),
-        ("fedgan.poison.boost_after", 1.0),
         ("classifier.lr", 0.0),
     ],
 )
@@ -138,15 +116,11 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
     assert "write 1.0e-3" in message(tree)
 
 
-def test_a_missing_key_is_named():
+def test_a_missing_key_is_named_unless_it_is_misspelt():
     tree = change("seeds.tuning", [1])
     del tree["seeds"]["tuning"]
     assert message(tree) == "params.yaml: seeds.tuning is missing"
-
-
-def test_a_misspelling_is_reported_rather_than_the_key_it_leaves_missing():
-    tree = change("seeds.tunning", [101])
-    del tree["seeds"]["tuning"]
+    tree["seeds"]["tunning"] = [101]
     assert "did you mean tuning?" in message(tree)
 
 
@@ -202,26 +176,10 @@ def test_an_unknown_profile_lists_the_known(profiles):
         params.load("bigger")
 
 
-def test_merge_leaves_its_arguments_alone():
-    base, other = {"a": {"b": 1, "c": 2}, "d": [1, 2]}, {"a": {"b": 3}, "d": [4]}
-    assert params.merge(base, other) == {"a": {"b": 3, "c": 2}, "d": [4]}
-    assert base == {"a": {"b": 1, "c": 2}, "d": [1, 2]}
-    assert other == {"a": {"b": 3}, "d": [4]}
-
-
-def test_the_command_prints_parameters_that_are_valid_again(capsys):
-    assert params.main([]) == 0
+def test_the_command_prints_valid_parameters_or_fails_with_one_line(capsys):
+    assert main(["params"]) == 0
     assert params.validate(yaml.safe_load(capsys.readouterr().out)) == params.load()
-
-
-def test_the_command_fails_with_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "medsec.core.params", "--profile", "huge"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=paths.ROOT,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown profile 'huge'")
-    assert done.stderr.count("\n") == 1
+    assert main(["params", "--profile", "huge"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert error.startswith("error: unknown profile 'huge'")

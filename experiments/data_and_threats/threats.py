@@ -1,24 +1,8 @@
-"""Threat models: what an attacker wants, knows and can do, and what the defender sees.
+"""The threat models of all notebooks, printed before every attack, so that attack and defence cannot quietly disagree."""
 
-One dataclass for all notebooks, printed before every attack, so that attack and defence cannot quietly disagree.
-"""
+from medsec.core.threats import ThreatModel, side_by_side
 
-from dataclasses import dataclass, fields
-
-import pandas as pd
-
-
-@dataclass(frozen=True)
-class ThreatModel:
-    """One attacker. Every field is a sentence for the reader; `medsec.evidence.tables.markdown` renders them."""
-
-    name: str
-    goal: str
-    knowledge: str
-    capability: str
-    defender_sees: str
-    out_of_scope: str
-
+__all__ = ["BACKDOOR", "BACKDOOR_DEFENDED", "EVASION", "INVERSION", "side_by_side"]
 
 BACKDOOR = ThreatModel(
     name="Backdoor in a federated GAN",
@@ -53,11 +37,3 @@ EVASION = ThreatModel(
     defender_sees="Only the image that arrives; training data are clean.",
     out_of_scope="Physical attacks, poisoned training data, changes larger than eps.",
 )
-
-
-def side_by_side(*models: ThreatModel) -> pd.DataFrame:
-    """Threat models as columns, one row a question; ready for `medsec.evidence.tables.markdown`."""
-    rows = [f.name for f in fields(ThreatModel) if f.name != "name"]
-    table = {"": [row.replace("_", " ") for row in rows]}
-    table |= {model.name: [getattr(model, row) for row in rows] for model in models}
-    return pd.DataFrame(table)

@@ -76,11 +76,11 @@ def case(
         steps, lr: local steps on the batch, and their learning rate.
         public: public images, for an attacker who has to infer the labels; by default it knows them.
     """
-    send, used, changed = own.send, x, None
+    defend, used, changed = own.defend, x, None
     if own.perturb is not None:  # asked once: a defence may remember what it was asked
         used = changed = torch.stack([own.perturb(model, a, b, round) for a, b in zip(x, y, strict=True)])
-        send = defences.send(lambda model, x, y, round: x)
-    sent = [_local(send, model, a, b, round, steps, lr) for a, b in zip(used, y, strict=True)]
+        defend = defences.send(lambda model, x, y, round: x)
+    sent = [_local(defend, model, a, b, round, steps, lr) for a, b in zip(used, y, strict=True)]
     gradients = [torch.stack(part).detach() for part in zip(*sent, strict=True)]
     with torch.no_grad():
         seen = [convnet.logits_and_statistics(model, images)[1] for images in used]
@@ -89,14 +89,14 @@ def case(
     return Case(x, y, guess, changed, View(model, gradients, steps=steps, lr=lr, statistics=statistics))
 
 
-def _local(send: Defence, model: nn.Module, x: Tensor, y: Tensor, round: int, steps: int, lr: float) -> list[Tensor]:
+def _local(defend: Defence, model: nn.Module, x: Tensor, y: Tensor, round: int, steps: int, lr: float) -> list[Tensor]:
     """What a client sends after some SGD steps on one batch: the sum of its gradients."""
-    total, now = send(model, x, y, round), copy.deepcopy(model)
+    total, now = defend(model, x, y, round), copy.deepcopy(model)
     for step in range(1, steps):
         with torch.no_grad():
             for mine, start, gradient in zip(now.parameters(), model.parameters(), total, strict=True):
                 mine.copy_(start - lr * gradient)
-        fresh = send(now, x, y, round + step)  # as if of another round: noise is drawn anew
+        fresh = defend(now, x, y, round + step)  # as if of another round: noise is drawn anew
         total = [a + b for a, b in zip(total, fresh, strict=True)]
     return total
 

@@ -215,7 +215,7 @@ def later_rounds(run: Run) -> list[Case]:
     p, own = run.setup.params.inversion, run.clients()
     short = p.federation.model_copy(update={"rounds": p.joint_rounds - 1})
     model = instruments.network(run.setup, run.seed)
-    states = fedcls.train(model, run.images, run.labels, [c.send for c in own], short, run.seed)
+    states = fedcls.train(model, run.images, run.labels, [c.defend for c in own], short, run.seed)
     cases = []
     for round, state in enumerate(states[1:], start=1):
         now = instruments.network(run.setup, run.seed)
@@ -372,7 +372,7 @@ def federation_cell(cohort: str, params: Params, variant: str, seed: int, shares
     p = params.inversion
     run = _begin(cohort, params, variant, seed, p.sweep_victims if shares else 0)
     own, model = run.clients(), instruments.network(run.setup, seed)
-    states = fedcls.train(model, run.images, run.labels, [c.send for c in own], p.federation, seed)
+    states = fedcls.train(model, run.images, run.labels, [c.defend for c in own], p.federation, seed)
     model.load_state_dict(states[-1])
     rows, splits = run.rows("utility"), run.setup.splits
     for metric, value in fedcls.utility(model, splits["val"], splits["test"]).items():

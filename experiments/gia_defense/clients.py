@@ -51,9 +51,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Client:
-    """What one client does to its gradients: ``send``; image-space defences have ``perturb``, x -> x′, as well."""
+    """What one client does to its gradients: ``defend``; image-space defences have ``perturb``, x -> x′, as well."""
 
-    send: Defence
+    defend: Defence
     perturb: Perturbation | None = None
 
 

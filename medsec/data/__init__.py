@@ -1,12 +1,13 @@
 """Cohorts: load and describe them, and deal a split to clients."""
 
-from medsec.data.cohort import SPLITS, Cohort, Split, canonical, fingerprint
+from medsec.data.cohort import SPLITS, Cohort, Split, canonical, fingerprint, tensors
 from medsec.data.medmnist import OFFICIAL
 from medsec.data.partitions import partition
-from medsec.data.sources import describe, generate, load
+from medsec.data.sources import SOURCES, describe, generate, load
 
 __all__ = [
     "OFFICIAL",
+    "SOURCES",
     "SPLITS",
     "Cohort",
     "Split",
@@ -16,4 +17,5 @@ __all__ = [
     "generate",
     "load",
     "partition",
+    "tensors",
 ]

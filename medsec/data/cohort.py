@@ -8,6 +8,8 @@ import numpy as np
 
 from medsec.core.errors import InputError
 
+__all__ = ["SPLITS", "Cohort", "Split", "canonical", "fingerprint", "tensors"]
+
 SPLITS = ("client", "public", "reference", "val", "test")
 
 
@@ -17,6 +19,12 @@ class Split:
 
     ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64; ``site`` (N,) int64, the index of the hospital; ``lesion``
     and ``lung`` (N, H, W) bool. The last three are None where the cohort has none.
+
+    >>> split = Split(np.full((3, 1, 28, 28), 51, np.uint8), labels=np.array([0, 1, 0]))
+    >>> len(split), split.take(split.labels == 0).labels
+    (3, array([0, 0]))
+    >>> split.float().max()
+    np.float32(0.2)
     """
 
     images: np.ndarray
@@ -75,9 +83,6 @@ class Cohort:
         return self["client"].images.shape[2]
 
 
-# ----------------------------------------------------------------------------------------------------- canonical content
-
-
 def canonical(split: Split) -> Split:
     """The same images sorted by (label, image bytes): the order in which a file lists them plays no part."""
     rows = np.ascontiguousarray(split.images).reshape(len(split), -1)
@@ -105,12 +110,11 @@ def deduplicate(splits: dict[str, Split]) -> tuple[dict[str, Split], dict[str, i
     for name in reversed(splits):
         split = splits[name]
         keys = [hashlib.sha256(image).digest() for image in np.ascontiguousarray(split.images)]
-        label_of, first, ambiguous = {}, {}, set()
+        labels, first = {}, {}
         for i, (key, label) in enumerate(zip(keys, split.labels.tolist(), strict=True)):
             first.setdefault(key, i)
-            if label_of.setdefault(key, label) != label:
-                ambiguous.add(key)
-        keep = [i for key, i in first.items() if key not in later and key not in ambiguous]
+            labels.setdefault(key, set()).add(label)
+        keep = [i for key, i in first.items() if key not in later and len(labels[key]) == 1]
         kept[name], removed[name] = split.take(np.array(keep, np.int64)), len(split) - len(keep)
         later.update(keys)
     return {name: kept[name] for name in splits}, {name: removed[name] for name in splits}
@@ -123,5 +127,20 @@ def check_classes(splits: Mapping[str, Split], classes: tuple[str, ...], where: 
             raise InputError(f"{where}: split {name} is empty; every split needs images")
         counts = np.bincount(split.labels, minlength=len(classes))
         if (counts == 0).any():
-            empty = int(np.argmin(counts))
-            raise InputError(f"{where}: empty class {empty} in split {name} ({len(split)} images); add images of it")
+            lacking = classes[np.argmin(counts)]
+            raise InputError(f"{where}: class {lacking} is missing from split {name} ({len(split)} images); add some")
+
+
+def check_size(cohort: str, size: int) -> int:
+    """``size`` (pixels a side), or an `InputError`: the networks halve an image twice."""
+    if size % 4 or not 28 <= size <= 224:
+        raise InputError(f"size {size} of cohort {cohort} must be 28 to 224 and a multiple of 4")
+    return size
+
+
+def tensors(cohort: Cohort, device=None) -> dict:
+    """Every split as tensors: name -> (images (N, C, H, W) float32 in [0, 1], labels (N,) int64), on ``device``."""
+    from torch import from_numpy  # here: describing a cohort needs no torch
+
+    pairs = {name: (split.float(), split.labels) for name, split in cohort.splits.items()}
+    return {name: (from_numpy(x).to(device), from_numpy(y).to(device)) for name, (x, y) in pairs.items()}

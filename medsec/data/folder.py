@@ -7,19 +7,23 @@ cohort's ``flaws`` and ``removed``, and so on its data card. See docs/bring-your
 
 import csv
 import functools
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pandas as pd
 
-from medsec.core import paths, settings
+from medsec.core import paths
 from medsec.core.errors import InputError
+from medsec.core.settings import Cohorts, FolderCohort, FolderShares
 from medsec.data import images as image_files
-from medsec.data.cohort import SPLITS, Cohort, Split, canonical, deduplicate, fingerprint
+from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, deduplicate, fingerprint
 from medsec.data.images import Picture
+
+__all__ = ["draw_splits"]
 
 LEAST = 8  # images that every split needs: no measure on fewer means anything
 
@@ -28,55 +32,42 @@ _LIKE_SPLITS = {"train", "training", "valid", "validation", "testing", *SPLITS}
 _SHARES = "add patients or images, or change cohorts.folder.shares or seed"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Whose and what the images are: one entry a file in each list; ``split`` and ``site`` only where a table says."""
-
-    files: list[str]  # POSIX paths below the root, sorted
-    labels: list[str]
-    patients: list[str]
-    split: list[str] | None = None
-    site: list[str] | None = None
-
-
-def load(cohort: settings.FolderCohort, size: int | None = None) -> Cohort:
+def load(cohorts: Cohorts, size: int | None = None) -> Cohort:
     """The cohort "folder" at ``size`` (default: the parameters') pixels a side.
 
     Raises:
         InputError: the path or the table is missing or wrong, a file cannot be read or lacks a patient, a patient is in
             two splits, a split lacks a class or has fewer than `LEAST` images, or grey and colour files are mixed.
     """
-    size = cohort.size if size is None else size
-    if size % 4 or not 28 <= size <= 224:
-        raise InputError(f"size {size} of cohort folder must be 28 to 224 and a multiple of 4")
+    cohort, size = cohorts.folder, check_size("folder", size or cohorts.folder.size)
     root = _existing(cohort.path, "path", "your folder of images", Path.is_dir)
-    found, report = find(root)
-    listing = _from_table(cohort, root, found, report) if cohort.table else _from_names(cohort, root, found, report)
-    classes = tuple(sorted(set(listing.labels)))
+    files, report = find(root)
+    listing = (_from_table if cohort.table else _from_names)(cohort, root, files, report)
+    classes = tuple(sorted(set(listing["label"])))
     if len(classes) < 2:
         what = f"one class only ({classes[0]})" if classes else "no class folder with an image"
-        seen = f"; {'; '.join(report)}" if report else ""
-        raise InputError(
-            f"{root.name} has {what}; lay images out as {root.name}/<class>/<file>, two classes or more{seen}"
-        )
-    labels = np.array([classes.index(label) for label in listing.labels])
+        ask = f"lay images out as {root.name}/<class>/<file>, two classes or more"
+        raise InputError("; ".join([f"{root.name} has {what}; {ask}", *report]))
+    labels = np.array([classes.index(label) for label in listing["label"]])
+    origin = f"{root.name}, {'table' if 'split' in listing else 'patients divided by shares'}"
     number = _assign(listing, labels, cohort)
-    origin = f"{root.name}, {'table' if listing.split else 'patients divided by shares'}"
-    _check(number, labels, classes, listing, origin)  # before the files are read: that takes long
-    stamps = [(root / file).stat() for file in listing.files]
-    known = tuple((file, stamp.st_mtime_ns, stamp.st_size) for file, stamp in zip(listing.files, stamps, strict=True))
+    _check_patients(number, labels, classes, listing, origin)  # before the files are read: that takes long
+    stamps = [(root / file).stat() for file in listing["file"]]
+    known = tuple((file, at.st_mtime_ns, at.st_size) for file, at in zip(listing["file"], stamps, strict=True))
     pictures = _read(root, known, size)
-    images = _alike(pictures, listing.files, cohort.channels, report)
-    sites = tuple(sorted(set(listing.site))) if listing.site else ()
-    site = np.array([sites.index(s) for s in listing.site]) if listing.site else None
-    whole = Split(images, labels, site)
+    images = _alike(pictures, list(listing["file"]), cohort.channels, report)
+    sites = tuple(sorted(set(listing.get("site", ()))))
+    whole = Split(images, labels, np.array([sites.index(site) for site in listing["site"]]) if sites else None)
     splits = {name: canonical(whole.take(number == i)) for i, name in enumerate(SPLITS)}
     clean, removed = deduplicate(splits)
-    _check_counts(clean, classes, origin)
-    report += _remarks(pictures, images, listing, number, size)
+    check_classes(clean, classes, f"{origin} without duplicates")
+    if min(map(len, clean.values())) < LEAST:
+        counts = ", ".join(f"{name} {len(part)}" for name, part in clean.items())
+        raise InputError(f"{origin}: too few images ({counts}), every split needs {LEAST}; {_SHARES}")
+    report += _remarks(pictures, images, listing["patient"], number, size)
     by = "the table" if cohort.table else f"file names ({cohort.patient_pattern})"
-    how = "as the table says" if listing.split else f"divided by patient (seed {cohort.seed})"
-    source = f"your folder: {len(images)} images of {len(set(listing.patients))} patients by {by}; splits {how}"
+    how = "as the table says" if "split" in listing else f"divided by patient (seed {cohort.seed})"
+    source = f"your folder: {len(images)} images of {listing['patient'].nunique()} patients by {by}; splits {how}"
     licence = "unknown: yours to know"
     return Cohort("folder", clean, classes, sites, fingerprint(splits), source, licence, tuple(report), removed)
 
@@ -96,84 +87,86 @@ def _existing(given: str | None, key: str, what: str, kind) -> Path:
 
 def find(root: Path) -> tuple[list[str], list[str]]:
     """Image files below ``root`` (POSIX paths, sorted), and a line for each reason why anything was skipped."""
-    images, skipped = [], defaultdict(list)
 
     def unreadable(error: OSError):
         raise InputError(f"{error.filename} cannot be listed ({error.strerror}); correct its permissions") from None
 
+    images, skipped = [], defaultdict(list)
     for place, folders, names in os.walk(root, onerror=unreadable):
-        here = Path(place)
-        shown = {name: (here / name).relative_to(root).as_posix() for name in [*folders, *names]}
-        if here != root and not folders and not names:
-            skipped["empty folder"].append(here.relative_to(root).as_posix())
-        for name in list(folders):
-            if name.startswith(".") or (here / name).is_symlink():
-                skipped["hidden" if name.startswith(".") else "link to a folder"].append(shown[name] + "/")
-                folders.remove(name)
-        for name in names:
-            file = here / name
-            if name.startswith("."):
-                skipped["hidden"].append(shown[name])
-            elif not file.is_file():
-                skipped["broken link or no plain file"].append(shown[name])
-            elif name.upper() == "DICOMDIR":
-                skipped["directory of a DICOM medium, no image"].append(shown[name])
-            elif image_files.is_image(file):
-                images.append(shown[name])
-            else:
-                skipped["neither PNG, JPEG nor DICOM"].append(shown[name])
-    return sorted(images), [_line(why, names) for why, names in sorted(skipped.items())]
+        reasons = {name: _why_skipped(Path(place, name)) for name in [*folders, *names]}
+        if not reasons and Path(place) != root:
+            reasons = {"": "empty folder"}
+        for name, why in reasons.items():
+            shown = Path(place, name).relative_to(root).as_posix()
+            if why:
+                skipped[why].append(shown + "/" * (name in folders))
+            elif name not in folders:
+                images.append(shown)
+        folders[:] = [name for name in folders if not reasons[name]]
+    return sorted(images), [_line(f"skipped, {why}", names) for why, names in sorted(skipped.items())]
+
+
+def _why_skipped(path: Path) -> str:
+    """Why a file or folder is left out; empty if it is not."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "link to a folder" if path.is_symlink() else ""
+    if not path.is_file():
+        return "broken link or no plain file"
+    if path.name.upper() == "DICOMDIR":
+        return "directory of a DICOM medium, no image"
+    return "" if image_files.is_image(path) else "neither PNG, JPEG nor DICOM"
 
 
 def _line(why: str, names: list[str]) -> str:
     names = sorted(names)
-    return f"skipped, {why}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    return f"{why}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
-def _from_names(cohort: settings.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
-    """Classes from the folders and patients from the files' names."""
-    files = [file for file in found if "/" in file]
-    if outside := sorted(set(found) - set(files)):
-        report.append(_line("in no class folder", outside))
+def _in_class_folders(files: list[str], report: list[str]) -> list[str]:
+    if outside := [file for file in files if "/" not in file]:
+        report.append(_line("skipped, in no class folder", outside))
+    return [file for file in files if "/" in file]
+
+
+def _from_names(cohort: FolderCohort, root: Path, files: list[str], report: list[str]) -> pd.DataFrame:
+    """Columns ``file, label, patient``: classes from the folders, patients from the files' names."""
+    files = _in_class_folders(files, report)
     labels = [file.split("/")[0] for file in files]
     if labels and {label.lower() for label in labels} <= _LIKE_SPLITS:
         known = ", ".join(sorted(set(labels)))
         raise InputError(f"{root.name}: the folders {known} look like splits; sort by class, give splits in a table")
     patients = []
     for file in files:
-        name = PurePosixPath(file).name
-        match = re.search(cohort.patient_pattern, name)
+        match = re.search(cohort.patient_pattern, PurePosixPath(file).name)
         if not match or not match[1]:
             hint = "correct cohorts.folder.patient_pattern ('^(.+)$': a patient an image), or give a table"
             raise InputError(f"no patient in {root.name}/{file}: {cohort.patient_pattern!r} does not match; {hint}")
         patients.append(match[1])
-    return Listing(files, labels, patients)
+    return pd.DataFrame({"file": files, "label": labels, "patient": patients})
 
 
-def _from_table(cohort: settings.FolderCohort, root: Path, found: list[str], report: list[str]) -> Listing:
-    """Patients, and what else it gives, from the table; classes from the folders unless it has the column label."""
-    table = _existing(cohort.table, "table", "a CSV file", Path.is_file)
-    rows, usable = _rows(table, report), set(found)
+def _from_table(cohort: FolderCohort, root: Path, files: list[str], report: list[str]) -> pd.DataFrame:
+    """Columns ``file, label, patient``, and ``split`` and ``site`` if the table has them; classes else from the folders."""
+    place = _existing(cohort.table, "table", "a CSV file", Path.is_file)
+    rows, usable = _rows(place, report), set(files)
     for file, row in rows.items():
         if file not in usable:
             why = "is none of the images that can be used" if (root / file).exists() else "does not exist"
-            raise InputError(f"{table.name} line {row['line']}: {file} {why}; paths begin below {root.name}")
+            raise InputError(f"{place.name} line {row['line']}: {file} {why}; paths begin below {root.name}")
+        if row.get("split", "val") not in SPLITS:
+            what = f"{place.name} line {row['line']}: unknown split {row['split']!r}"
+            raise InputError(f"{what}; choose one of {', '.join(SPLITS)}")
     first = next(iter(rows.values()), {})
-    files = found if "label" in first else [file for file in found if "/" in file]
-    if outside := sorted(set(found) - set(files)):
-        report.append(_line("in no class folder", outside))
+    files = files if "label" in first else _in_class_folders(files, report)
     if missing := [file for file in files if file not in rows]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"{table.name} has no line for {missing[0]}{more}; add it, or take the file out of {root.name}"
+            f"{place.name} has no line for {missing[0]}{more}; add it, or take the file out of {root.name}"
         )
-    used = [rows[file] for file in files]
-    labels = [row["label"] for row in used] if "label" in first else [file.split("/")[0] for file in files]
-    more = {key: [row[key] for row in used] for key in ("split", "site") if key in first}
-    if wrong := [row for row in used if row.get("split", "val") not in SPLITS]:
-        what = f"{table.name} line {wrong[0]['line']}: unknown split {wrong[0]['split']!r}"
-        raise InputError(f"{what}; choose one of {', '.join(SPLITS)}")
-    return Listing(files, labels, [row["patient"] for row in used], **more)
+    columns = [key for key in _COLUMNS if key in first or key in ("file", "patient", "label")]
+    return pd.DataFrame([{"label": file.split("/")[0]} | rows[file] for file in files], columns=columns)
 
 
 def _rows(table: Path, report: list[str]) -> dict[str, dict]:
@@ -184,9 +177,8 @@ def _rows(table: Path, report: list[str]) -> dict[str, dict]:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames or []
             if missing := [column for column in ("file", "patient") if column not in columns]:
-                raise InputError(
-                    f"{table.name} has no column {missing[0]}; its first line is: {', '.join(columns)[:120]}"
-                )
+                first = ", ".join(columns)[:120]
+                raise InputError(f"{table.name} has no column {missing[0]}; its first line is: {first}")
             if others := [column for column in columns if column not in _COLUMNS]:
                 report.append(f"columns of the table that are not used: {', '.join(others)}")
             for row in reader:
@@ -196,10 +188,10 @@ def _rows(table: Path, report: list[str]) -> dict[str, dict]:
                 row = {key: (row[key] or "").strip() for key in columns if key in _COLUMNS}
                 if empty := [key for key, value in row.items() if not value]:
                     raise InputError(f"{where}: {empty[0]} is empty; fill it in, or leave the column out")
-                file = PurePosixPath(row["file"].replace("\\", "/")).as_posix()
-                if file in rows:
-                    raise InputError(f"{where}: {file} is there a second time; leave one line")
-                rows[file] = row | {"line": reader.line_num}
+                row["file"] = PurePosixPath(row["file"].replace("\\", "/")).as_posix()
+                if row["file"] in rows:
+                    raise InputError(f"{where}: {row['file']} is there a second time; leave one line")
+                rows[row["file"]] = row | {"line": reader.line_num}
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{table.name} is no CSV file in UTF-8 ({error}); save it as one") from None
     return rows
@@ -208,13 +200,14 @@ def _rows(table: Path, report: list[str]) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------- patients
 
 
-def draw_splits(patients: list[str], labels: np.ndarray, shares: settings.FolderShares, seed: int) -> np.ndarray:
+def draw_splits(patients: list[str], labels: np.ndarray, shares: FolderShares, seed: int) -> np.ndarray:
     """(N,) index into ``SPLITS`` of every image; a patient's images all get the same one.
 
     Patients are placed class by class, the rarest first, those with many images first and otherwise in a random order,
     each into the split that still needs most images of the class (Sechidis et al. 2011, ECML PKDD, for patients instead
     of multi-label examples). When as many patients of a class are left as splits without it, these come first: five
-    patients of a class are enough for a class of patients who have no other.
+    patients of a class are enough for a class of patients who have no other. (scikit-learn's StratifiedGroupKFold makes
+    folds of equal size and may leave a rare class out of one.)
     """
     names, who = np.unique(patients, return_inverse=True)
     held = np.zeros((len(names), int(labels.max()) + 1), int)
@@ -242,37 +235,28 @@ def draw_splits(patients: list[str], labels: np.ndarray, shares: settings.Folder
     return split[who]
 
 
-def _assign(listing: Listing, labels: np.ndarray, cohort: settings.FolderCohort) -> np.ndarray:
-    if listing.split is None:
-        return draw_splits(listing.patients, labels, cohort.shares, cohort.seed)
+def _assign(listing: pd.DataFrame, labels: np.ndarray, cohort: FolderCohort) -> np.ndarray:
+    """(N,) index into ``SPLITS`` of every image."""
+    if "split" not in listing:
+        return draw_splits(list(listing["patient"]), labels, cohort.shares, cohort.seed)
     seen: dict[str, str] = {}
-    for patient, split, file in zip(listing.patients, listing.split, listing.files, strict=True):
-        if seen.setdefault(patient, split) != split:
-            raise InputError(f"patient {patient} is in two splits, {seen[patient]} and {split} ({file}); choose one")
-    return np.array([SPLITS.index(split) for split in listing.split])
+    for row in listing.itertuples():
+        if (known := seen.setdefault(row.patient, row.split)) != row.split:
+            raise InputError(
+                f"patient {row.patient} is in two splits, {known} and {row.split} ({row.file}); choose one"
+            )
+    return np.array([SPLITS.index(split) for split in listing["split"]])
 
 
-def _check(number: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], listing: Listing, origin: str) -> None:
+def _check_patients(number, labels: np.ndarray, classes: tuple[str, ...], listing: pd.DataFrame, origin: str) -> None:
     """Every class has a patient in every split, or an `InputError` that counts patients."""
-    for s, split in enumerate(SPLITS):
-        for c, name in enumerate(classes):
-            if not ((number == s) & (labels == c)).any():
-                patients = sorted({p for p, label in zip(listing.patients, labels, strict=True) if label == c})
-                shown = ", ".join(patients[:3]) + (", …" if len(patients) > 3 else "")
-                hint = "correct its column split, or add images" if listing.split else _SHARES
-                few = f"all {int((labels == c).sum())} images of it are of {len(patients)} patient(s): {shown}"
-                raise InputError(f"{origin}: class {name} is missing from split {split} ({few}); {hint}")
-
-
-def _check_counts(splits: dict[str, Split], classes: tuple[str, ...], origin: str) -> None:
-    """Without duplicates, too, every split has every class and `LEAST` images, or an `InputError` that counts."""
-    for split, part in splits.items():
-        for c, name in enumerate(classes):
-            if not (part.labels == c).any():
-                raise InputError(f"{origin}: without duplicates class {name} is missing from split {split}; add images")
-    if min(map(len, splits.values())) < LEAST:
-        counts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
-        raise InputError(f"{origin}: too few images ({counts}), every split needs {LEAST}; {_SHARES}")
+    for (s, split), (c, name) in itertools.product(enumerate(SPLITS), enumerate(classes)):
+        if not ((number == s) & (labels == c)).any():
+            patients = sorted(set(listing["patient"][labels == c]))
+            shown = ", ".join(patients[:3]) + (", …" if len(patients) > 3 else "")
+            hint = "correct its column split, or add images" if "split" in listing else _SHARES
+            few = f"all {int((labels == c).sum())} images of it are of {len(patients)} patient(s): {shown}"
+            raise InputError(f"{origin}: class {name} is missing from split {split} ({few}); {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------------- pixels
@@ -292,9 +276,8 @@ def _alike(pictures: list[Picture], files: list[str], channels: int | None, repo
         raise InputError(f"grey and colour files are mixed, like {grey} (grey) and {colour} (colour); {hint}")
     channels = channels or kinds[0]
     if converted := sum(kind != channels for kind in kinds):
-        report.append(
-            f"{converted} images: {'colours made grey (luma)' if channels == 1 else 'grey made three channels'}"
-        )
+        how = "colours made grey (luma)" if channels == 1 else "grey made three channels"
+        report.append(f"{converted} images: {how}")
     tops = [picture.top for picture in pictures if picture.top is not None]
     bits = next((bits for bits in (8, 10, 12, 14) if max(tops, default=0) < 2**bits), 16)
     if tops:
@@ -306,19 +289,19 @@ def _alike(pictures: list[Picture], files: list[str], channels: int | None, repo
     return np.stack(images)
 
 
-def _remarks(pictures: list[Picture], images: np.ndarray, listing: Listing, number: np.ndarray, size: int) -> list[str]:
+def _remarks(pictures: list[Picture], images: np.ndarray, patients, number: np.ndarray, size: int) -> list[str]:
     """What was done to the images, and signs of patients in two splits, a line each."""
     sides = [min(picture.shape) for picture in pictures]
     lines = [f"resampled to {size} px by area averages, from {min(sides)} to {max(sides)} px a side"]
     notes = Counter(note for picture in pictures for note in picture.notes)
     lines += [f"{count} images: {note}" for note, count in sorted(notes.items())]
     owners, headers = defaultdict(set), defaultdict(set)
-    for picture, image, patient, split in zip(pictures, images, listing.patients, number.tolist(), strict=True):
+    for picture, image, patient, split in zip(pictures, images, patients, number.tolist(), strict=True):
         owners[image.tobytes()].add(patient)
         headers[picture.patient].add(split)
     if twice := sum(len(held) > 1 for held in owners.values()):
         lines.append(f"{twice} images occur under several patients (copies are removed): are these the same person?")
     headers.pop("", None)
-    if across := sum(len(found) > 1 for found in headers.values()):
+    if across := sum(len(splits) > 1 for splits in headers.values()):
         lines.append(f"{across} PatientIDs of DICOM headers are in several splits: is the patient found correctly?")
     return lines

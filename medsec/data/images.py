@@ -1,13 +1,14 @@
 """One image file (PNG, JPEG, DICOM) as a small square array: what ``folder`` makes a cohort of."""
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from medsec.core.errors import InputError
+
+__all__ = []  # `folder` is what users call
 
 PILLOW = (".png", ".jpg", ".jpeg")
 DICOM = (".dcm", ".dicom")
@@ -189,9 +190,8 @@ def _grey(header, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if header.get("VOILUTSequence"):
         bits = header.VOILUTSequence[0].LUTDescriptor[2]
         return apply_voi(np.rint(values).astype(np.int64), header) / (2.0**bits - 1), []
-    centre, width = (_first(header.get(key)) for key in ("WindowCenter", "WindowWidth"))
-    if centre is not None and width is not None:
-        return window(values, centre, width, str(header.get("VOILUTFunction") or "LINEAR").upper()), []
+    if all(key in header and header[key].VM for key in ("WindowCenter", "WindowWidth")):
+        return _window(header, values), []
     if header.BitsStored <= 8 and not header.PixelRepresentation and np.array_equal(values, stored):
         return values / (2.0**header.BitsStored - 1), []  # eight bits are grey levels, not measured values
     used = values[stored != header.PixelPaddingValue] if header.get("PixelPaddingValue") is not None else values
@@ -201,22 +201,17 @@ def _grey(header, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return np.clip((values - low) / max(high - low, 1e-12), 0, 1), [note]
 
 
-def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
-    """Values seen through a window, in [0, 1] (DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width <= 0 or (function == "LINEAR" and width < 1):
-        raise _RefusedError(f"has an impossible window: {function}, centre {centre:g}, width {width:g}")
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
-    if function == "LINEAR":
-        centre, width = centre - 0.5, width - 1
-    if width == 0:
-        return (values > centre).astype(np.float64)
-    return np.clip((values - centre) / width + 0.5, 0, 1)
+def _window(header, values: np.ndarray) -> np.ndarray:
+    """Values, already rescaled, through the header's first window, in [0, 1] (DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    from pydicom import Dataset
+    from pydicom.pixels import apply_windowing
 
-
-def _first(value) -> float | None:
-    """The first of one or several numbers; None where there is none."""
-    if value is None or value == "":
-        return None
-    many = value if isinstance(value, Sequence) else [value]
-    return float(many[0]) if len(many) else None
+    plain = Dataset()  # without the rescaling, and with one bit: its black is 0 and its white 1
+    plain.PhotometricInterpretation, plain.PixelRepresentation, plain.BitsStored = "MONOCHROME2", 0, 1
+    plain.WindowCenter, plain.WindowWidth = header.WindowCenter, header.WindowWidth
+    plain.VOILUTFunction = header.get("VOILUTFunction") or "LINEAR"
+    try:
+        with np.errstate(over="ignore"):  # of a sigmoid far below its centre: 0
+            return apply_windowing(values, plain)
+    except ValueError as error:
+        raise _RefusedError(f"has an impossible window ({error})") from None

@@ -1,6 +1,5 @@
 """Cohorts from files in MedMNIST's key layout: a file of one's own, or a MedMNIST flavour, found or downloaded."""
 
-import difflib
 import hashlib
 import os
 import shutil
@@ -14,10 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from medsec.core import paths, settings
+from medsec.core import paths
 from medsec.core.errors import InputError
+from medsec.core.settings import Cohorts, MedMNISTCohort, NpzCohort, SplitShares
 from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
 
+__all__ = ["FLAVOURS", "OFFICIAL"]
+
+# 2-D, one label an image; written down because medmnist.INFO, which knows them, imports torch
+FLAVOURS = ("pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist")
+FLAVOURS += ("tissuemnist", "organamnist", "organcmnist", "organsmnist")
 OFFICIAL = ("train", "val", "test")  # the splits of a MedMNIST-like file
 STALL = 30.0  # seconds without an answer after which a download is given up
 
@@ -34,12 +39,13 @@ _IMAGES_FROM = {"pneumoniamnist": " Images: Kermany et al., Cell 172, 2018."}
 _PUBLISHED = {("pneumoniamnist", 28): "a6d121a8dd1befcd5ccfcd5a103820bb35d487e9269e6f38ca07ee85f1601389"}
 
 
-def own(cohort: settings.NpzCohort, size: int | None = None) -> Cohort:
+def own(cohorts: Cohorts, size: int | None = None) -> Cohort:
     """The cohort "npz": a file by path. ``size`` may only repeat the file's own.
 
     Raises:
         InputError: no path is set, or the file is missing, damaged or of another layout.
     """
+    cohort = cohorts.npz
     if not cohort.path:
         raise InputError("cohorts.npz.path is not set; write the file's path, from the repository's root, into it")
     file = paths.ROOT / Path(cohort.path).expanduser()
@@ -49,7 +55,7 @@ def own(cohort: settings.NpzCohort, size: int | None = None) -> Cohort:
         raise InputError(f"{file.name}: images are {side} px a side; resize them to a multiple of 4, at least 28")
     if size not in (None, side):
         raise InputError(f"{file.name}: images are {side} px a side, not {size}; leave size out or give another file")
-    highest = max(int(split.labels.max()) for split in official.values())
+    highest = _highest(official)
     if highest == 0:
         raise InputError(f"{file.name}: every label is 0; a cohort needs two classes or more")
     classes = tuple(str(label) for label in range(highest + 1))
@@ -57,14 +63,16 @@ def own(cohort: settings.NpzCohort, size: int | None = None) -> Cohort:
     return _from_official("npz", official, classes, cohort, file.name, flaws=(_NO_PATIENTS,), **facts)
 
 
-def flavour(name: str, cohort: settings.MedMNISTCohort, size: int | None = None) -> Cohort:
-    """The MedMNIST flavour ``name`` at ``size`` (default: the parameters') pixels a side.
+def flavour(name: str, cohorts: Cohorts, size: int | None = None) -> Cohort:
+    """The MedMNIST flavour ``name``, one of `FLAVOURS`, at ``size`` (default: the parameters') pixels a side.
 
     Raises:
-        InputError: it is unknown or not 2-D and single-label, its file cannot be had, is damaged or of another flavour.
+        InputError: its file cannot be had, is damaged or of another flavour.
     """
-    info = _about(name)
-    size = cohort.size if size is None else size
+    from medmnist import INFO  # slow: imports torch
+
+    info, cohort = INFO[name], cohorts.medmnist
+    size = size or cohort.size
     if size not in (28, 64, 128, 224):
         raise InputError(f"size {size} of cohort {name} must be 28, 64, 128 or 224")
     file = _find(name, size)
@@ -73,24 +81,28 @@ def flavour(name: str, cohort: settings.MedMNISTCohort, size: int | None = None)
     if shape != wanted:
         raise InputError(f"{file.name}: images are {shape} (channels, height, width), not {wanted}; replace the file")
     classes = tuple(str(info["label"][key]) for key in sorted(info["label"], key=int))
-    highest = max(int(split.labels.max()) for split in official.values())
+    highest = _highest(official)
     if highest >= len(classes):
         raise InputError(f"{file.name}: label {highest}, but {name} has {len(classes)} classes; replace the file")
     flaws = (*_KNOWN_FLAWS.get(name, ()), _NO_PATIENTS)
-    found = fingerprint(official)
-    if (name, size) in _PUBLISHED:
-        if found != _PUBLISHED[name, size]:
-            flaws += (f"altered: fingerprint differs from the published content ({_PUBLISHED[name, size][:12]}…)",)
-    elif _md5(file) != info["MD5" if size == 28 else f"MD5_{size}"]:
+    if published := _PUBLISHED.get((name, size)):
+        if fingerprint(official) != published:
+            flaws += (f"altered: fingerprint differs from the published content ({published[:12]}…)",)
+    elif (
+        hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != info[f"MD5_{size}" if size > 28 else "MD5"]
+    ):
         flaws += ("the file's MD5 is not the published one: reordered, or altered",)
     about = info["description"].split(". ")[0].rstrip(".")
     source = f"MedMNIST v2, {info['python_class']} (Yang et al., Scientific Data 10, 41, 2023). {about}."
-    source += _IMAGES_FROM.get(name, "")
-    facts = {"source": source, "licence": info["license"]}
+    facts = {"source": source + _IMAGES_FROM.get(name, ""), "licence": info["license"]}
     return _from_official(name, official, classes, cohort, file.name, flaws=flaws, **facts)
 
 
-def _from_official(name, official, classes, cohort, where, **facts) -> Cohort:
+def _highest(splits: dict[str, Split]) -> int:
+    return max(int(split.labels.max()) for split in splits.values())
+
+
+def _from_official(name, official, classes, cohort: NpzCohort | MedMNISTCohort, where: str, **facts) -> Cohort:
     """A cohort from official train, val and test splits in canonical order; ``facts`` go to `Cohort` as they are."""
     check_classes(official, classes, where)
     clean, removed = deduplicate(official)
@@ -100,7 +112,7 @@ def _from_official(name, official, classes, cohort, where, **facts) -> Cohort:
     return Cohort(name, splits, classes, (), fingerprint(official), removed=removed, **facts)
 
 
-def _divide(train: Split, shares: settings.SplitShares, seed: int) -> dict[str, Split]:
+def _divide(train: Split, shares: SplitShares, seed: int) -> dict[str, Split]:
     """client, public and reference from an official training set: class by class, by a seeded permutation."""
     rng = np.random.default_rng(seed)
     chosen: dict[str, list[np.ndarray]] = {"client": [], "public": [], "reference": []}
@@ -110,22 +122,6 @@ def _divide(train: Split, shares: settings.SplitShares, seed: int) -> dict[str, 
         for name, part in zip(chosen, np.split(members, cuts), strict=True):
             chosen[name].append(part)
     return {name: train.take(np.sort(np.concatenate(parts))) for name, parts in chosen.items()}
-
-
-def _about(name: str) -> dict:
-    """What the medmnist package knows about a flavour; `InputError` unless it is 2-D and has one label an image."""
-    from medmnist import INFO  # slow: imports torch
-
-    flat = [key for key, info in INFO.items() if not key.endswith("3d") and "multi-label" not in info["task"]]
-    if name in flat:
-        return INFO[name]
-    known = ["phantom", "fundus", "npz", "folder", *flat]
-    if name in INFO:
-        why = "is three-dimensional" if name.endswith("3d") else "has several labels an image"
-        raise InputError(f"cohort {name} {why}; choose one of {', '.join(known)}")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise InputError(f"unknown cohort {name!r}; {hint}known: {', '.join(known)}")
 
 
 def _find(name: str, size: int) -> Path:
@@ -170,11 +166,6 @@ def _stall_limit(seconds: float):
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _md5(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _read_npz(file: Path) -> dict[str, Split]:

@@ -4,6 +4,8 @@ import numpy as np
 
 from medsec.core.errors import InputError
 
+__all__ = ["partition"]
+
 
 def partition(
     labels, n_clients: int, scheme: str, *, seed: int, site=None, alpha: float = 0.5, per_client: int | None = None
@@ -19,6 +21,9 @@ def partition(
 
     ``per_client`` caps each client's images by a random choice; surplus images are left out. The result depends on the
     arguments only.
+
+    >>> [part.tolist() for part in partition([0, 0, 0, 1, 1, 1], 2, "style", seed=0, site=[0, 1, 0, 1, 0, 1])]
+    [[0, 2, 4], [1, 3, 5]]
 
     Raises:
         InputError: an argument is impossible, ``site`` is missing for "style", or a client would be empty.

@@ -1,29 +1,31 @@
-"""Cohorts: images in named, disjoint splits, and their division over hospitals.
+"""Where cohorts come from, by name, and what their data cards say.
 
 ``load`` returns the phantom (stored in ``data/phantom``, or rendered at another size), the fundus phantom (always
 rendered), any single-label 2-D MedMNIST flavour, a file in MedMNIST's key layout, or a folder of one's own images.
-``partition`` deals a split to clients.
 ``python -m medsec.data`` writes the phantom cohort, ``python -m medsec.data describe --cohort NAME`` prints a cohort's
 data card.
 """
 
 import argparse
+import difflib
 import functools
 import hashlib
+import io
 import json
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from medphantom import chest as phantom
-from medphantom import fundus
-from medsec.core import params, paths, settings
+import medphantom.chest
+import medphantom.fundus
+from medsec.core import params, paths
 from medsec.core.errors import InputError, command
-from medsec.data import folder
-from medsec.data import medmnist as medmnist_files
-from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, fingerprint
+from medsec.core.settings import Cohorts, FundusCohort, PhantomCohort
+from medsec.data import folder, medmnist
+from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, fingerprint
+
+__all__ = ["SOURCES", "describe", "generate", "load"]
 
 GENERATION = 1  # of the phantom's recipe; raise it whenever medphantom/chest.py draws other images
 
@@ -33,60 +35,54 @@ _RESTORE = "get it with `dvc pull` (or `make data`), or make it: python -m medse
 _FLAWS = ("drawn, not acquired: nobody's patient, and no evidence about clinical images",)
 
 
-def load(name: str, cohorts: settings.Cohorts, *, size: int | None = None) -> Cohort:
-    """The cohort ``name``: "phantom", "fundus", a 2-D MedMNIST flavour, "npz" (a file by path) or "folder" (own images).
+def load(name: str, cohorts: Cohorts, *, size: int | None = None) -> Cohort:
+    """The cohort ``name``, one of `SOURCES`.
 
     ``size`` (pixels a side) replaces the parameters' size; a phantom of another size is rendered, not read.
 
     Raises:
         InputError: the cohort is unknown, its file missing, damaged or of another layout, or a split lacks a class.
     """
-    if name == "phantom":
-        return _phantom(cohorts.phantom, size)
-    if name == "fundus":
-        return _fundus(cohorts.fundus, size)
-    if name == "npz":
-        return medmnist_files.own(cohorts.npz, size)
-    if name == "folder":
-        return folder.load(cohorts.folder, size)
-    return medmnist_files.flavour(name, cohorts.medmnist, size)
+    if name in SOURCES:
+        return SOURCES[name](cohorts, size)
+    known = ", ".join(SOURCES)
+    for ending, why in (("mnist3d", "is three-dimensional"), ("chestmnist", "has several labels an image")):
+        if name.endswith(ending):
+            raise InputError(f"cohort {name} {why}; choose one of {known}")
+    close = difflib.get_close_matches(name, SOURCES, n=1)
+    raise InputError(f"unknown cohort {name!r}; {f'did you mean {close[0]}? ' if close else ''}known: {known}")
 
 
-# -------------------------------------------------------------------------------------------------------------- phantoms
-def _phantom(cohort: settings.PhantomCohort, size: int | None) -> Cohort:
-    _check_size("phantom", size)
-    stored = size in (None, cohort.size)
-    arrays = _stored(paths.DATA / "phantom", cohort) if stored else _render(cohort, size)
+# ------------------------------------------------------------------------------------------------------- drawn cohorts
+
+
+def phantom(cohorts: Cohorts, size: int | None = None) -> Cohort:
+    """Drawn chest radiographs, with masks of lungs and lesions: the stored ones, or drawn anew at another size."""
+    cohort, size = cohorts.phantom, check_size("phantom", size or cohorts.phantom.size)
+    arrays = _stored(paths.DATA / "phantom", cohort) if size == cohort.size else _render(cohort, size)
     source = f"medsec.phantom: procedural chest radiographs (seed {cohort.seed}), one image per synthetic patient"
-    images = {"images": arrays["images"][:, None]}
-    return _drawn("phantom", arrays | images, phantom.CLASSES, tuple(phantom.STYLES), source)
+    arrays |= {"images": arrays["images"][:, None]}
+    return _drawn("phantom", arrays, medphantom.chest.CLASSES, tuple(medphantom.chest.STYLES), source)
 
 
-def _fundus(cohort: settings.FundusCohort, size: int | None) -> Cohort:
-    _check_size("fundus", size)
-    return _drawn_fundus(cohort, size or cohort.size)
+def fundus(cohorts: Cohorts, size: int | None = None) -> Cohort:
+    """Drawn colour photographs of the retina, in two or three grades, with masks of lesions."""
+    return _fundus(cohorts.fundus, check_size("fundus", size or cohorts.fundus.size))
 
 
 @functools.lru_cache(maxsize=1)  # a process loads the same cohort several times; drawing it takes seconds
-def _drawn_fundus(cohort: settings.FundusCohort, size: int) -> Cohort:
-    grades = [0, len(fundus.GRADES) - 1] if cohort.grades == 2 else range(len(fundus.GRADES))
-    roles = _roles(cohort, len(grades), len(fundus.STYLES))
-    letters = np.array(list(fundus.STYLES))[roles["site"]]
-    patients = np.arange(len(letters))
-    drawn = fundus.render(patients, np.array(grades)[roles["labels"]], seed=cohort.seed, size=size, style=letters)
+def _fundus(cohort: FundusCohort, size: int) -> Cohort:
+    grades, styles = medphantom.fundus.GRADES, tuple(medphantom.fundus.STYLES)
+    chosen = [0, len(grades) - 1] if cohort.grades == 2 else range(len(grades))
+    roles, letters = _roles(cohort, len(chosen), styles)
+    labels = np.array(chosen)[roles["labels"]]
+    drawn = medphantom.fundus.render(np.arange(len(labels)), labels, seed=cohort.seed, size=size, style=letters)
     arrays = roles | {"images": np.moveaxis(drawn.images, 3, 1), "lesion": drawn.lesion}
     source = f"medsec.fundus: procedural colour photographs of the retina (seed {cohort.seed}), one image per synthetic patient"
-    return _drawn("fundus", arrays, tuple(fundus.GRADES[grade] for grade in grades), tuple(fundus.STYLES), source)
+    return _drawn("fundus", arrays, tuple(grades[grade] for grade in chosen), styles, source)
 
 
-def _check_size(name: str, size: int | None) -> None:
-    if size is not None and (size % 4 or not 28 <= size <= 224):
-        raise InputError(f"size {size} of cohort {name} must be 28 to 224 and a multiple of 4")
-
-
-def _drawn(
-    name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...], sites: tuple[str, ...], source: str
-) -> Cohort:
+def _drawn(name: str, arrays: dict[str, np.ndarray], classes, sites, source: str) -> Cohort:
     """A cohort of our own drawing; ``arrays`` (N, …): images, labels, site, split, and the masks that there are."""
     splits = {}
     for i, split in enumerate(SPLITS):
@@ -96,28 +92,30 @@ def _drawn(
     return Cohort(name, splits, classes, sites, fingerprint(splits), source, "MIT", _FLAWS, {})
 
 
-def _roles(cohort: settings.PhantomCohort, classes: int, styles: int) -> dict[str, np.ndarray]:
-    """Label, site (index of a style) and split of every synthetic patient, (N,) uint8.
+def _roles(cohort: PhantomCohort, classes: int, styles: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Label, site (index of a style) and split of every synthetic patient, (N,) uint8; and the letters of the styles.
 
     Patients are numbered through all splits; within a split labels take turns and the styles cycle within each label.
     """
     counts = [getattr(cohort.images, name) for name in SPLITS]
     within = np.concatenate([np.arange(n) for n in counts])
-    found = {"labels": within % classes, "site": within // classes % styles}
-    found["split"] = np.repeat(np.arange(len(SPLITS)), counts)
-    return {key: value.astype(np.uint8) for key, value in found.items()}
+    roles = {"labels": within % classes, "site": within // classes % len(styles)}
+    roles["split"] = np.repeat(np.arange(len(SPLITS)), counts)
+    return {key: value.astype(np.uint8) for key, value in roles.items()}, np.array(styles)[roles["site"]]
 
 
-def _render(cohort: settings.PhantomCohort, size: int) -> dict[str, np.ndarray]:
+def _render(cohort: PhantomCohort, size: int) -> dict[str, np.ndarray]:
     """All phantom patients: images (N, H, W) uint8, labels, site and split (N,) uint8, lesion and lung (N, H, W) bool."""
-    roles = _roles(cohort, 2, len(phantom.STYLES))
-    letters = np.array(list(phantom.STYLES))[roles["site"]]
+    roles, letters = _roles(cohort, 2, tuple(medphantom.chest.STYLES))
     patients = np.arange(len(letters))
-    drawn = phantom.render(patients, roles["labels"], seed=cohort.seed, size=size, style=letters)
+    drawn = medphantom.chest.render(patients, roles["labels"], seed=cohort.seed, size=size, style=letters)
     return {"images": drawn.images, "lesion": drawn.lesion, "lung": drawn.lung} | roles
 
 
-def generate(cohort: settings.PhantomCohort, out: Path | None = None, *, force: bool = False) -> str:
+# --------------------------------------------------------------------------------------------------- the stored phantom
+
+
+def generate(cohort: PhantomCohort, out: Path | None = None, *, force: bool = False) -> str:
     """Write the phantom cohort to the folder ``out`` (default ``data/phantom``), the same bytes every time.
 
     Returns a line that says whether anything was written.
@@ -126,80 +124,76 @@ def generate(cohort: settings.PhantomCohort, out: Path | None = None, *, force: 
         InputError: the folder cannot be written, holds another cohort (unless ``force``), or anything else.
     """
     out = (out or paths.DATA / "phantom").resolve()
-    arrays = _render(cohort, cohort.size)
-    packed = {k: np.packbits(v, axis=None) if v.dtype == bool else v for k, v in arrays.items()}
-    scratch = out.parent / f".medsec-tmp-{os.getpid()}"
+    files = _files(cohort)
+    line = f"{_show(out)}: {sum(map(len, files.values())) / 1e6:.1f} MB"
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        for name in _STORED:
-            np.save(scratch / f"{name}.npy", packed[name], allow_pickle=False)
-        hashes = {f"{name}.npy": _sha256(scratch / f"{name}.npy") for name in _STORED}
-        text = json.dumps(_meta(cohort) | {"sha256": hashes}, indent=1, sort_keys=True) + "\n"
-        (scratch / "meta.json").write_bytes(text.encode())
-        return _publish(scratch, out, force)
+        present = {file.name: file.read_bytes() for file in out.iterdir()} if out.exists() else {}
+        if present == files:
+            return f"{line}, unchanged"
+        if not set(present) <= set(files):
+            raise InputError(f"{_show(out)} holds files that are no phantom cohort; choose another --out")
+        if present and not force:
+            raise InputError(f"{_show(out)} holds another cohort; to replace it {_REGENERATE}")
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():  # the hashes come last: half a cohort is found out when it is read
+            (out / name).write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write {out.name} in {out.parent}: {error.strerror}; choose another --out") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, out: Path, force: bool) -> str:
-    """Rename the folder ``scratch`` to ``out``, unless that holds something else."""
-    size = sum(file.stat().st_size for file in scratch.iterdir())
-    line = f"{_show(out)}: {size / 1e6:.1f} MB"
-    files = sorted(file.name for file in scratch.iterdir())
-    if out.exists():
-        found = sorted(file.name for file in out.iterdir())
-        if found == files and all((out / f).read_bytes() == (scratch / f).read_bytes() for f in files):
-            return f"{line}, unchanged"
-        if not set(found) <= set(files):
-            raise InputError(f"{_show(out)} holds files that are no phantom cohort; choose another --out")
-        if found and not force:
-            raise InputError(f"{_show(out)} holds another cohort; to replace it {_REGENERATE}")
-        shutil.rmtree(out)
-    scratch.rename(out)
     return f"{line}, written"
 
 
-def _meta(cohort: settings.PhantomCohort) -> dict:
+def _files(cohort: PhantomCohort) -> dict[str, bytes]:
+    """The stored cohort: an array a file, masks as bits, and ``meta.json`` with parameters and hashes."""
+    arrays, files = _render(cohort, cohort.size), {}
+    for name in _STORED:
+        stream = io.BytesIO()
+        mask = arrays[name].dtype == bool
+        np.save(stream, np.packbits(arrays[name], axis=None) if mask else arrays[name], allow_pickle=False)
+        files[f"{name}.npy"] = stream.getvalue()
+    meta = _meta(cohort) | {"sha256": {name: _sha256(content) for name, content in files.items()}}
+    return files | {"meta.json": (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()}
+
+
+def _meta(cohort: PhantomCohort) -> dict:
     images = {name: getattr(cohort.images, name) for name in SPLITS}
     return {"generation": GENERATION, "size": cohort.size, "seed": cohort.seed, "images": images}
 
 
-def _stored(folder: Path, cohort: settings.PhantomCohort) -> dict[str, np.ndarray]:
-    """The arrays of `_render` from ``folder``, after a check that they are what the parameters ask for."""
-    meta = _read_meta(folder)
+def _stored(place: Path, cohort: PhantomCohort) -> dict[str, np.ndarray]:
+    """The arrays of `_render` from the folder ``place``, after a check that they are what the parameters ask for."""
+    meta, arrays = _read_meta(place / "meta.json"), {}
     for key, wanted in _meta(cohort).items():
         if meta.get(key) != wanted:
-            found = f"{key} {meta.get(key)}, the parameters ask for {wanted}"
-            raise InputError(f"the stored phantom cohort has {found}; {_REGENERATE}")
+            differs = f"{key} {meta.get(key)}, the parameters ask for {wanted}"
+            raise InputError(f"the stored phantom cohort has {differs}; {_REGENERATE}")
     for name in _STORED:
-        file = folder / f"{name}.npy"
+        file = place / f"{name}.npy"
         if not file.is_file():
-            raise InputError(f"{_show(file)} is missing; delete {_show(folder)}, then {_RESTORE}")
-        if _sha256(file) != meta["sha256"].get(file.name):
-            raise InputError(f"{_show(file)} is damaged or altered; delete {_show(folder)}, then {_RESTORE}")
-    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _STORED}
+            raise InputError(f"{_show(file)} is missing; delete {_show(place)}, then {_RESTORE}")
+        content = file.read_bytes()
+        if _sha256(content) != meta["sha256"].get(file.name):
+            raise InputError(f"{_show(file)} is damaged or altered; delete {_show(place)}, then {_RESTORE}")
+        arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
     shape = arrays["images"].shape
     for name in ("lesion", "lung"):
         arrays[name] = np.unpackbits(arrays[name], count=int(np.prod(shape))).reshape(shape).astype(bool)
     return arrays
 
 
-def _read_meta(folder: Path) -> dict:
+def _read_meta(file: Path) -> dict:
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = json.loads(file.read_bytes())
+        if isinstance(meta["sha256"], dict):
+            return meta
     except FileNotFoundError:
-        raise InputError(f"the phantom cohort is missing ({_show(folder / 'meta.json')}); {_RESTORE}") from None
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), dict):
-        raise InputError(f"{_show(folder / 'meta.json')} is damaged; delete {_show(folder)}, then {_RESTORE}")
-    return meta
+        raise InputError(f"the phantom cohort is missing ({_show(file)}); {_RESTORE}") from None
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise InputError(f"{_show(file)} is damaged; delete {_show(file.parent)}, then {_RESTORE}")
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _show(file: Path) -> str:
@@ -208,24 +202,32 @@ def _show(file: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- data card, commands
+
+
 def describe(cohort: Cohort) -> str:
     """The cohort's data card, Markdown."""
     header = ["split", "images", *cohort.classes, *(f"site {site}" for site in cohort.sites)]
-    lines = [f"# Cohort {cohort.name}", "", f"- Source: {cohort.source}", f"- Licence: {cohort.licence}"]
-    lines += [f"- Images: {cohort.size} × {cohort.size} px, {cohort.channels} channel(s), uint8"]
-    lines += [f"- Sites: {', '.join(cohort.sites) or 'not recorded'}"]
-    masks = " and ".join(name for name in ("lesion", "lung") if getattr(cohort["client"], name) is not None) or "none"
+    masks = " and ".join(name for name in ("lesion", "lung") if getattr(cohort["client"], name) is not None)
     removed = ", ".join(f"{n} from {name}" for name, n in cohort.removed.items() if n)
-    lines += [f"- Masks: {masks}", f"- Exact duplicates removed: {removed or 'none'}"]
-    lines += [f"- Fingerprint (sha256 of the content): {cohort.fingerprint}", ""]
-    lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = [
+        f"# Cohort {cohort.name}",
+        "",
+        f"- Source: {cohort.source}",
+        f"- Licence: {cohort.licence}",
+        f"- Images: {cohort.size} × {cohort.size} px, {cohort.channels} channel(s), uint8",
+        f"- Sites: {', '.join(cohort.sites) or 'not recorded'}",
+        f"- Masks: {masks or 'none'}",
+        f"- Exact duplicates removed: {removed or 'none'}",
+        f"- Fingerprint (sha256 of the content): {cohort.fingerprint}",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+    ]
     for name, split in cohort.splits.items():
         counts = [len(split), *np.bincount(split.labels, minlength=cohort.n_classes)]
-        if split.site is not None:
-            counts += [*np.bincount(split.site, minlength=len(cohort.sites))]
+        counts += [] if split.site is None else [*np.bincount(split.site, minlength=len(cohort.sites))]
         lines.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    lines += ["", "Known flaws:", "", *(f"- {flaw}" for flaw in cohort.flaws)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "Known flaws:", "", *(f"- {flaw}" for flaw in cohort.flaws)]) + "\n"
 
 
 @command
@@ -236,15 +238,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="quick", help="parameters to use (default: params.yaml as it is)")
     parser.add_argument("--out", type=Path, help="generate: folder to write (default: data/phantom)")
     parser.add_argument("--force", action="store_true", help="generate: replace a cohort that differs")
-    parser.add_argument(
-        "--cohort", default="phantom", help="describe: phantom, fundus, npz, folder or a MedMNIST flavour"
-    )
+    parser.add_argument("--cohort", default="phantom", help=f"describe: {', '.join(SOURCES)}")
     parser.add_argument("--size", type=int, help="describe: pixels a side (default: the parameters')")
     args = parser.parse_args(argv)
     tree, name = params.read(args.profile)
-    cohorts = params.validated(settings.Cohorts, tree.get("cohorts"), f"{name}, section cohorts")
+    cohorts = params.validated(Cohorts, tree.get("cohorts"), f"{name}, section cohorts")
     if args.command == "describe":
         print(describe(load(args.cohort, cohorts, size=args.size)), end="")
     else:
         print(generate(cohorts.phantom, args.out, force=args.force))
     return 0
+
+
+SOURCES: dict[str, Callable[..., Cohort]] = {  # name -> function of all cohorts' parameters, and perhaps a size
+    "phantom": phantom,
+    "fundus": fundus,
+    "npz": medmnist.own,
+    "folder": folder.load,
+    **{name: functools.partial(medmnist.flavour, name) for name in medmnist.FLAVOURS},
+}

@@ -32,10 +32,11 @@ from medsec.core.guards import (
     share_of,
 )
 from medsec.core.seeds import stream
-from medsec.nets.convnet import ConvNet, Defence, flat
+from medsec.nets.convnet import ConvNet, flat
 
 __all__ = [
     "DEFENCES",
+    "Defence",
     "Perturbation",
     "configured",
     "dp_sgd",
@@ -48,6 +49,7 @@ __all__ = [
     "topk",
 ]
 
+Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, int], Tensor]  # the same arguments -> the image x′ that is used
 
 DIRECTIONS = 256  # derivatives that are taken at once, over all images of the batch

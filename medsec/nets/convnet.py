@@ -4,7 +4,7 @@ GELU instead of ReLU: an inversion differentiates twice (Zhu et al. 2019, sectio
 attack would pass for privacy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from medsec.core.guards import check_images, check_norm
 from medsec.core.seeds import derive_seed
 
+__all__ = ["ConvNet", "gradients", "new"]
+
 STRIDES = (1, 2, 1, 2)
-Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]  # (model, x, y, round) -> gradients as they are sent
 
 
 def standardise(x: Tensor) -> Tensor:
