@@ -15,13 +15,19 @@ from medsec.inversion import defences as gd
 from medsec.nets import convnet
 
 SIZE = 12
+
+
+def image_noise(model, x, y, round, **numbers):
+    return gd.send(partial(gd.noisy_image, **numbers))(model, x, y, round)
+
+
 ALL = {
     "none": gd.none,
     "gradient_noise": partial(gd.gradient_noise, ratio=0.5, seed=1),
     "dp_sgd": partial(gd.dp_sgd, clip=0.1, noise_multiplier=0.7, seed=1),
     "topk": partial(gd.topk, keep=0.1),
     "soteria": partial(gd.soteria, prune=0.3),
-    "image_noise": gd.send(partial(gd.noisy_image, rms=0.1, kind="gaussian", seed=1)),
+    "image_noise": partial(image_noise, rms=0.1, kind="gaussian", seed=1),
 }
 RANDOM = ["gradient_noise", "dp_sgd", "image_noise"]
 
@@ -110,8 +116,8 @@ def test_inputs_that_are_wrong_are_named(name):
         (partial(gd.topk, keep=1.1), "keep 1.1"),
         (partial(gd.soteria, prune=0.0), "soteria: prune 0.0"),
         (partial(gd.soteria, prune=80), "prune 80"),
-        (gd.send(partial(gd.noisy_image, rms=0.1, kind="salt", seed=0)), "kind 'salt' must be gaussian or uniform"),
-        (gd.send(partial(gd.noisy_image, rms=-0.1, kind="uniform", seed=0)), "rms -0.1"),
+        (partial(image_noise, rms=0.1, kind="salt", seed=0), "kind 'salt' must be gaussian or uniform"),
+        (partial(image_noise, rms=-0.1, kind="uniform", seed=0), "rms -0.1"),
     ],
 )
 def test_numbers_out_of_range_are_named(defend, message):

@@ -154,11 +154,11 @@ def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, se
     groups = {"k": int(p.defences["shadow_hardened"]["k"]), "grouping": STAND_INS.get(variant, "similar"), "seed": seed}
     if variant in STAND_INS:
         used = substitution.stand_ins(setup.autoencoder, images, labels, *public, **groups)
-        return substitution.Substitution(images, labels, used).perturb
+        return substitution.substituted(images, labels, used)
     if variant in DRAWINGS:
         groups |= {"k": 1} if variant == "autoencoder_only" else {}
         used = substitution.drawings(setup.autoencoder, images, labels, **groups)
-        return substitution.Substitution(images, labels, used).perturb
+        return substitution.substituted(images, labels, used)
     shared = {"rounds": p.federation.rounds, "seed": seed}
     if variant == "shadow_released":
         return shadow.shadow_released(c.size, c.channels, p.shadow, latent=p.autoencoder.latent, **shared).perturb

@@ -23,17 +23,7 @@ from medsec.core.seeds import torch_generator
 from medsec.core.settings import InversionSettings
 from medsec.nets.convnet import logits_and_statistics
 
-__all__ = [
-    "ATTACKS",
-    "Objective",
-    "Reconstructions",
-    "View",
-    "client_update",
-    "distance",
-    "infer_labels",
-    "invert",
-    "total_variation",
-]
+__all__ = ["ATTACKS", "View", "client_update", "distance", "infer_labels", "invert"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from medsec.core.errors import InputError
 
-__all__ = ["match", "psnr", "region_psnr", "retrieval", "ssim", "st_lpips"]
+__all__ = ["match", "psnr", "retrieval", "ssim", "st_lpips"]
 
 PERCEPTUAL_SIZE = 64  # pixels a side; AlexNet leaves little of smaller images
 LARGEST_PSNR = 100.0  # dB; an exact copy has an infinite one, which no mean survives

@@ -12,6 +12,7 @@ every batch that the client trains on. Images are recognised by their content.
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from medsec.nets.autoencoder import Autoencoder, new_autoencoder
 from medsec.nets.convnet import gradients, logits_and_statistics
 from medsec.nets.gradcam import grad_cam
 
-__all__ = ["Shadow", "shadow_described", "shadow_released", "train_shadow"]
+__all__ = ["shadow_described", "shadow_released"]
 
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
@@ -162,6 +163,7 @@ def _softmax(values: Tensor) -> Tensor:
 # The defence as released and as described ----------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Shadow:
     """The memory of one client: the shadow generator and every image's mask (`shadow_released`, `shadow_described`).
 
@@ -171,41 +173,32 @@ class Shadow:
 
     The simulated attacker sees the model in evaluation mode.
 
-    Args:
+    Attributes:
         shape: (C, S, S) of the images.
-        generator: z -> images.
-        latents: images -> z.
-        mask: squared errors -> masks.
+        generator: z -> images; ``latents``: images -> z; ``mask``: squared errors -> masks.
         noise: ``(model, x, y, round, masks) -> δ``.
-        settings: section ``inversion.shadow`` of the parameters:
-            steps, lr: of Adam on the shadow generator, for every batch; released 5 and 1e-3 (batches of 4).
-            freeze: share of the rounds after which shadow and masks stay; released 0.2.
-            momentum: share of an image's old mask in its new one; released 0.1.
-            ema: share of the way that the shadow moves towards its trained copy; released 0.5.
-            layer: of `utility_map`; released: the last block.
-            top: share of pixels in the utility region; released 0.3.
-            alpha: bounds of t / T as the weight of that region; released 0.1 and 0.5.
-            scale: largest noise in round 0, as a share of the brightest pixel; released 0.19.
+        settings: section ``inversion.shadow`` of the parameters: ``steps`` and ``lr`` of Adam on the shadow generator, for
+            every batch; ``freeze``: share of the rounds after which shadow and masks stay; ``momentum``: share of an image's
+            old mask in its new one; ``ema``: share of the way that the shadow moves towards its trained copy; ``layer`` of
+            `utility_map`; ``top``: share of pixels in the utility region; ``alpha``: bounds of t / T as the weight of that
+            region; ``scale``: largest noise in round 0, as a share of the brightest pixel.
         rounds: T.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        generator: nn.Module,
-        latents: Callable[[Tensor], Tensor],
-        mask: Callable[[Tensor], Tensor],
-        noise: Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor],
-        settings: ShadowParams,
-        rounds: int,
-    ):
+    shape: tuple[int, int, int]
+    generator: nn.Module
+    latents: Callable[[Tensor], Tensor]
+    mask: Callable[[Tensor], Tensor]
+    noise: Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor]
+    settings: ShadowParams
+    rounds: int
+    masks: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
         for name in ("freeze", "ema", "top"):
-            check_share(f"shadow: {name}", getattr(settings, name))
-        if rounds < 1 or not 0 <= settings.momentum < 1:
-            raise InputError(f"shadow: rounds {rounds} must be >= 1, and momentum {settings.momentum} in [0, 1)")
-        self.shape, self.generator, self.latents, self.mask, self.noise = shape, generator, latents, mask, noise
-        self.settings, self.rounds = settings, rounds
-        self.masks: dict[str, Tensor] = {}
+            check_share(f"shadow: {name}", getattr(self.settings, name))
+        if self.rounds < 1 or not 0 <= self.settings.momentum < 1:
+            raise InputError(f"shadow: rounds {self.rounds} must be >= 1, momentum {self.settings.momentum} in [0, 1)")
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
         """x′ = x + δ, not clipped; (B, C, S, S)."""
