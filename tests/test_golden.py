@@ -4,7 +4,6 @@ import pytest
 from golden import cells
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
-from experiments.adversarial_pruning_defense import scenarios
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.catalogue import DESIGNS
 from experiments.feddetect import cells as feddetect_eval
@@ -15,6 +14,7 @@ from experiments.threat_matrix import federation as matrix_federation
 from medsec.backdoor import attackers as fedgan_attackers
 from medsec.backdoor import triggers
 from medsec.core import paths
+from medsec.evasion import scenarios
 
 EVASIONS = [*scenarios.CONFIGURED, "fgsm"]
 

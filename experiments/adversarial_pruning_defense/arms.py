@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.params import Params
+from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec import data
 from medsec.core import paths
 from medsec.core.errors import InputError

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense.arms import Setup, prepare
-from experiments.adversarial_pruning_defense.scenarios import craft, eps_key
 from experiments.params import Params
 from medsec.core.seeds import derive_seed
 from medsec.evasion import libraries, maps, pruning, sanity
 from medsec.evasion.attacks import deepfool
 from medsec.evasion.sanity import SLOW
+from medsec.evasion.scenarios import craft, eps_key
 from medsec.evidence import cells, tables
 from medsec.nets import fit as classifier
 

@@ -6,9 +6,9 @@ import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import VARIANTS
 from experiments.adversarial_pruning_defense.cells import UNITS
-from experiments.adversarial_pruning_defense.params import EvasionParams
-from experiments.adversarial_pruning_defense.scenarios import eps_key
+from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec.evasion.sanity import QUESTIONS
+from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
 
 

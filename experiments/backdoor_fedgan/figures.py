@@ -7,8 +7,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from medsec.show.plots import LOOK, WIDTH, over_rounds
+from medsec.show.plots import LOOK, WIDTH, forest
+
+
+def over_rounds(ax: Axes, table: pd.DataFrame, look: str, label: str | None = None) -> None:
+    """Mean over runs per round as a line, its interval as a band. ``table``: summary rows with a ``round`` each."""
+    colour, line, _ = LOOK[look]
+    table = table.assign(round=table["round"].astype(int)).sort_values("round")
+    ax.plot(table["round"], table["value"], color=colour, linestyle=line, linewidth=1.8, label=label or look)
+    ax.fill_between(table["round"], table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
+    ax.set_xlabel("round")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def trigger_over_rounds(summary: pd.DataFrame, title: str, boost_from: int):
@@ -57,32 +68,15 @@ def mechanism(per_seat: pd.DataFrame, panels: Mapping[str, str], title: str):
 
 
 def sweeps(table: pd.DataFrame, title: str):
-    """Trigger rate under every change of one factor, poison and boost side by side, clean as a control where it exists.
+    """Trigger rate under every change of one factor; clean is a control where it exists.
 
     Args:
-        table: columns ``name, variant, value, low, high, n``; names are drawn from top to bottom in order of appearance.
+        table: columns ``name, variant, value, low, high, n``.
         title: of the figure.
     """
-    names = list(dict.fromkeys(table["name"]))
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(names) + 1.0))
-    for shift, variant in zip((-0.2, 0.0, 0.2), ("clean", "poison", "boost"), strict=True):
-        colour, _, marker = LOOK[variant]
-        part = table[table["variant"] == variant]
-        at = np.array([names.index(name) for name in part["name"]]) + shift
-        ax.hlines(at, part["low"], part["high"], color=colour, linewidth=2)
-        ax.plot(part["value"], at, marker, color=colour, markersize=5, label=variant)
-        single = (part["n"] == 1).to_numpy()  # no interval: hollow
-        ax.plot(part["value"][single], at[single], marker, color=colour, markerfacecolor="white", markersize=5)
-    ax.set(
-        yticks=range(len(names)),
-        yticklabels=names,
-        xlabel="trigger rate of the averaged G",
-        xlim=(-0.03, 1.03),
-        title=title,
-    )
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return fig, ax
+    looks = {v: (*LOOK[v][::2], at, v) for at, v in zip((-0.2, 0.0, 0.2), ("clean", "poison", "boost"), strict=True)}
+    table = table.rename(columns={"variant": "group"})
+    return forest(table, title, "trigger rate of the averaged G", looks, xlim=(-0.03, 1.03))
 
 
 def attribution_maps(maps: Mapping[str, np.ndarray], title: str) -> tuple[Figure, Sequence[Axes]]:

@@ -24,30 +24,16 @@ def privacy(table: pd.DataFrame, floor: float, title: str):
         floor: PSNR without any gradient, drawn as a line.
         title: of the figure.
     """
-    variants = list(dict.fromkeys(table["variant"]))
     looks = {
-        "naive": ("#0072B2", "o", "attacker who does not know the defence"),
-        "adaptive": ("#D55E00", "^", "attacker who does"),
-        "ceiling": ("#000000", "|", "exact recovery of the changed image"),
+        "naive": ("#0072B2", "o", -0.13, "attacker who does not know the defence"),
+        "adaptive": ("#D55E00", "^", 0.13, "attacker who does"),
+        "ceiling": ("#000000", "|", 0.0, "exact recovery of the changed image"),
     }
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.36 * len(variants) + 1.3), layout="constrained")
-    for scenario, (colour, marker, label) in looks.items():
-        rows = table[table["scenario"] == scenario]
-        shift = {"naive": -0.13, "adaptive": 0.13, "ceiling": 0.0}[scenario]
-        heights = [variants.index(v) + shift for v in rows["variant"]]
-        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.2)
-        size = 11 if scenario == "ceiling" else 5
-        ax.plot(rows["value"], heights, marker, color=colour, markersize=size, label=label, linestyle="none")
-    ax.axvline(floor, color="0.4", linewidth=0.9, linestyle=":", label="no gradient: the mean image of the class")
-    ax.set(
-        yticks=range(len(variants)),
-        yticklabels=variants,
-        xlabel="PSNR of the reconstruction (dB); lower is more private",
+    label = "PSNR of the reconstruction (dB); lower is more private"
+    lines = {"no gradient: the mean image of the class": floor}
+    return plots.forest(
+        table.rename(columns={"variant": "name", "scenario": "group"}), title, label, looks, lines=lines
     )
-    ax.invert_yaxis()
-    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    fig.legend(loc="outside lower center", ncols=2)
-    return fig, ax
 
 
 def plane(points: pd.DataFrame, family: dict[str, str], floor: float, title: str):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments import params as parameters
-from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
 from experiments.params import Params
-from experiments.threat_matrix.params import MatrixParams
+from experiments.params.adversarial_pruning_defense import EvasionParams
+from experiments.params.threat_matrix import MatrixParams
 from medsec import data
 from medsec.backdoor import feddetect
 from medsec.core.errors import InputError

@@ -49,7 +49,8 @@ from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
 from medsec.federated.rounds import rounds_until
 from medsec.inversion import defences as gradient_defences
-from medsec.inversion.attacks import Found
+from medsec.inversion.adaptive import known_entries
+from medsec.inversion.attacks import Reconstructions
 from medsec.nets import fit as classifier
 
 Answers = dict[tuple[str, str], tuple[float, int]]  # (scenario, metric) -> value, and on how many items it rests
@@ -272,13 +273,13 @@ def sent(
     return dataclasses.replace(case, view=dataclasses.replace(case.view, gradients=gradients))
 
 
-def known(setup: Setup, row: Row, case: Case, seed: int) -> dict[str, Found]:
+def known(setup: Setup, row: Row, case: Case, seed: int) -> dict[str, Reconstructions]:
     """The additional attacks of somebody who knows the defence: those of notebook 03, and one that ignores pruned weights."""
     wanted = ["purified", "unmasked", *(["generator"] if row.images in inversion_clients.STAND_INS else [])]
     more = attackers.adaptive(row.images, setup, case, [], wanted, seed)
     if row.prune != "no":
-        view = dataclasses.replace(case.view, weights=attackers.known_weights("topk", case.view))
-        more["known"] = attackers.invert(setup, [view], case, "ig", seed)
+        view = dataclasses.replace(case.view, weights=known_entries(case.view))
+        more["known"] = attackers.invert(setup, view, case, "ig", seed)
     return more
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
+from experiments.params.threat_matrix import MatrixParams
 from experiments.threat_matrix import arms
 from experiments.threat_matrix.arms import Row
-from experiments.threat_matrix.params import MatrixParams
 from medsec.backdoor import triggers
 from medsec.backdoor.attackers import falsified
 from medsec.backdoor.triggers import Trigger

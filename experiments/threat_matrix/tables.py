@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from experiments.params.threat_matrix import MatrixParams
 from experiments.threat_matrix.arms import FAMILIES, ROWS
 from experiments.threat_matrix.cells import COLUMNS, PARTS, Column, missing
-from experiments.threat_matrix.params import MatrixParams
 from medsec.evidence import tables
 
 BETTER, WORSE, ALIKE = "better", "worse", ""

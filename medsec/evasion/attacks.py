@@ -72,33 +72,13 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Ge
     return ascend(model, x, y, eps, steps=1, step=1.0)
 
 
-def bim(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    generator: torch.Generator | None = None,
-    *,
-    steps: int = 20,
-    step: float = 0.25,
-) -> Tensor:
-    """Several small steps from the image itself (Kurakin et al. 2017); arguments as of `ascend`."""
-    return ascend(model, x, y, eps, steps=steps, step=step)
+def bim(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: object = None, **how) -> Tensor:
+    """Several small steps from the image itself (Kurakin et al. 2017); further arguments as of `ascend`."""
+    return ascend(model, x, y, eps, **how)
 
 
-def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    generator: torch.Generator,
-    *,
-    steps: int = 20,
-    step: float = 0.25,
-    loss: Loss = cross_entropy,
-    stop: bool = False,
-) -> Tensor:
-    """Several steps from a random start in the ball (Madry et al. 2018); arguments as of `ascend`.
+def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, **how) -> Tensor:
+    """Several steps from a random start in the ball (Madry et al. 2018); further arguments as of `ascend`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> x, y = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0])
@@ -107,12 +87,33 @@ def pgd(
     (torch.Size([3, 1, 4, 4]), True)
     """
     check_inputs(model, x, y, eps)
-    start = x + eps * (2 * torch.rand(x.shape, generator=generator).to(x) - 1)
-    return ascend(model, x, y, eps, start=start.clamp(0, 1), steps=steps, step=step, loss=loss, stop=stop)
+    return ascend(model, x, y, eps, start=random_start(x, eps, generator), **how)
+
+
+def random_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Images (N, C, S, S) drawn uniformly from the ball of radius eps around x, in [0, 1]."""
+    return (x + eps * (2 * torch.rand(x.shape, generator=generator).to(x) - 1)).clamp(0, 1)
+
+
+def ascend(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int = 20, step: float = 0.25, **how) -> Tensor:
+    """Signed gradient ascent on a loss, projected on the ball of radius eps around x and on [0, 1].
+
+    Args:
+        steps: how many.
+        step: length of one, in units of eps.
+        how: ``start``, ``loss`` and ``stop`` of `climb`.
+
+    Raises:
+        InputError: see `check_inputs`; or steps < 1, step <= 0.
+    """
+    check_inputs(model, x, y, eps)
+    if steps < 1 or step <= 0:
+        raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
+    return climb(model, x, y, eps, steps=steps, step=step, **how)
 
 
 @torch.enable_grad()
-def ascend(
+def climb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -124,22 +125,14 @@ def ascend(
     loss: Loss = cross_entropy,
     stop: bool = False,
 ) -> Tensor:
-    """Signed gradient ascent on a loss, projected on the ball of radius eps around x and on [0, 1].
+    """`ascend` in whatever mode the model is, as adversarial training needs it.
 
     Args:
-        steps: how many.
-        step: length of one, in units of eps.
         start: where to begin; default x.
         loss: what is raised, one value an example.
         stop: leave an example alone as soon as it is misclassified. The same examples fall, in less time; but such an example
             lies just behind the boundary and transfers badly, so that it must not be used against another model.
-
-    Raises:
-        InputError: see `check_inputs`; or steps < 1, step <= 0.
     """
-    check_inputs(model, x, y, eps)
-    if steps < 1 or step <= 0:
-        raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     x_adv, left = (x if start is None else start).clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):

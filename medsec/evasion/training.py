@@ -13,6 +13,7 @@ from medsec.core.guards import check_images, check_labels
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import AttentionParams, Recipe
 from medsec.evasion import pruning
+from medsec.evasion.attacks import climb, random_start
 from medsec.evasion.pruning import Masks
 from medsec.nets.cbam import attend
 from medsec.nets.fit import random_shift, train
@@ -117,16 +118,11 @@ def _cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
 def _adversarial(
     model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, recipe: Recipe, rng: torch.Generator
 ) -> Tensor:
-    """In training mode, as the network is being trained; hence not `medsec.evasion.attacks`, which refuses that."""
+    """In training mode, as the network is being trained."""
+    loss = F.cross_entropy if clean is None else lambda logits, _: _divergence(clean.detach(), logits)
     eps = recipe.eps / 255
-    x_adv = (x + eps * (2 * torch.rand(x.shape, generator=rng).to(x) - 1)).clamp(0, 1)
-    for _ in range(recipe.steps):
-        x_adv.requires_grad_()
-        logits = model(x_adv)
-        loss = F.cross_entropy(logits, y) if clean is None else _divergence(clean.detach(), logits)
-        (gradient,) = torch.autograd.grad(loss, x_adv)
-        x_adv = (x_adv.detach() + recipe.step * eps * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
-    return x_adv
+    start = random_start(x, eps, rng)
+    return climb(model, x, y, eps, start=start, steps=recipe.steps, step=recipe.step, loss=loss)
 
 
 def _divergence(clean: Tensor, changed: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import PurifierParams
 from medsec.nets.fit import train
 
+__all__ = ["fit"]
+
 Purifier = Callable[[Tensor], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of a pixel
 HELD_OUT = 0.25  # share of the public images that chooses

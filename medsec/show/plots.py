@@ -13,9 +13,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from medsec.show import png
+
+__all__ = ["LOOK", "WIDTH", "curves", "forest", "gallery", "save", "show", "use_style"]
 
 WIDTH = 7.0  # inches; the text width of a page
 LOOK = {  # colour, line style, marker of everything that is compared
@@ -100,38 +101,56 @@ def show(ax: Axes, image: np.ndarray) -> None:
     ax.axis("off")
 
 
-def over_rounds(ax: Axes, table: pd.DataFrame, look: str, label: str | None = None) -> None:
-    """Mean over runs per round as a line, its interval as a band. ``table``: summary rows with a ``round`` each."""
-    colour, line, _ = LOOK[look]
-    table = table.assign(round=table["round"].astype(int)).sort_values("round")
-    ax.plot(table["round"], table["value"], color=colour, linestyle=line, linewidth=1.8, label=label or look)
-    ax.fill_between(table["round"], table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
-    ax.set_xlabel("round")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def dots(table: pd.DataFrame, title: str, label: str, *, log: bool = False, runs: pd.DataFrame | None = None):
-    """Value and interval of each row of a table, one line a row; single runs as small dots.
+def forest(
+    table: pd.DataFrame,
+    title: str,
+    label: str,
+    looks: Mapping[str, tuple[str, str, float, str]] | None = None,
+    *,
+    lines: Mapping[str, float] | None = None,
+    runs: pd.DataFrame | None = None,
+    xlim: tuple[float, float] | None = None,
+    log: bool = False,
+):
+    """Points with their intervals, a line a name from top to bottom; hollow where one run has no interval.
 
     Args:
-        table: columns ``name, value, low, high``, drawn from top to bottom.
+        table: columns ``name, value, low, high``, with ``looks`` also ``group``; perhaps ``n``, the number of runs.
         title, label: of the figure and of the horizontal axis.
-        log: logarithmic axis.
-        runs: columns ``name, value``.
+        looks: group -> colour, marker, offset from the name's line, what the legend says ("": nothing). Without it each
+            name has the look that `LOOK` gives it.
+        lines: what the legend says -> where a vertical line stands; two at most.
+        runs: columns ``name, value``, drawn as small dots.
+        xlim, log: limits of the axis, and whether it is logarithmic.
     """
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 0.9))
-    for i, row in enumerate(table.itertuples()):
-        colour, _, marker = LOOK.get(row.name, LOOK["real"])
+    names = list(dict.fromkeys(table["name"]))
+    if looks is None:
+        table = table.assign(group=table["name"])
+        looks = {name: (*LOOK.get(name, LOOK["real"])[::2], 0.0, "") for name in names}
+    shown = sum(bool(look[3]) for look in looks.values()) + len(lines or {})
+    height = (0.28 + 0.03 * len({look[2] for look in looks.values()})) * len(names) + 0.85 + 0.22 * ((shown + 1) // 2)
+    fig, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    for group, (colour, marker, offset, text) in looks.items():
+        rows = table[table["group"] == group]
+        at = np.array([names.index(name) for name in rows["name"]]) + offset
         if runs is not None:
-            single = runs.loc[runs["name"] == row.name, "value"]
-            ax.plot(single, np.full(len(single), i), ".", color=colour, alpha=0.5, markersize=5)
-        ax.hlines(i, row.low, row.high, color=colour, linewidth=2)
-        ax.plot(row.value, i, marker, color=colour, markersize=6)
-    ax.set(yticks=range(len(table)), yticklabels=table["name"], xlabel=label, title=title)
-    ax.invert_yaxis()
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    if log:
-        ax.set_xscale("log")
+            single = runs.loc[runs["name"] == group, "value"]
+            ax.plot(single, np.full(len(single), names.index(group)), ".", color=colour, alpha=0.5, markersize=5)
+        ax.hlines(at, rows["low"], rows["high"], color=colour, linewidth=1.5)
+        style = {"color": colour, "linestyle": "none", "markersize": 11 if marker == "|" else 5}
+        ax.plot(rows["value"], at, marker, label=text or None, **style)
+        if "n" in rows:
+            alone = (rows["n"] == 1).to_numpy()
+            ax.plot(rows["value"][alone], at[alone], marker, markerfacecolor="white", **style)
+    for (text, value), style in zip((lines or {}).items(), (":", "--"), strict=False):
+        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=text)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
+    ax.set_xscale("log" if log else "linear")
+    if xlim:
+        ax.set_xlim(*xlim)
+    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
+    if shown:
+        fig.legend(loc="outside lower center", ncols=2)
     return fig, ax
 
 
@@ -170,19 +189,3 @@ def curves(
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.legend(handles.values(), handles, loc="lower center", ncols=len(handles))
     return fig, axes
-
-
-def stacked_bars(ax: Axes, counts: pd.DataFrame, label: str) -> None:
-    """Stacked bars of image counts: one bar a row of ``counts``, one segment a column (class)."""
-    greys = plt.get_cmap("cividis")(np.linspace(0.15, 0.9, counts.shape[1]))
-    bottom = np.zeros(len(counts))
-    for colour, (name, values) in zip(greys, counts.items(), strict=True):
-        ax.bar(counts.index.astype(str), values, bottom=bottom, color=colour, label=name, edgecolor="white")
-        bottom += values.to_numpy()
-    ax.set(ylabel="images", title=label)
-
-
-def heatmap(ax: Axes, table: pd.DataFrame, title: str, *, low: float, high: float) -> None:
-    """Annotated matrix of shares."""
-    sns.heatmap(table, ax=ax, vmin=low, vmax=high, cmap="cividis", annot=True, fmt=".2f", cbar=False, square=True)
-    ax.set_title(title)

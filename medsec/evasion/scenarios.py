@@ -1,10 +1,8 @@
 """The attacks of the maximum norm that notebook 04 runs, by the name of their scenario."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +11,6 @@ from medsec.core.seeds import derive_seed
 from medsec.evasion import libraries
 from medsec.evasion.attacks import ATTACKS, Attack, bim, capped, deepfool, margin, pgd
 from medsec.nets.cbam import gates_detached
-
-if TYPE_CHECKING:  # the parameters are checked against `names`
-    from experiments.adversarial_pruning_defense.params import EvasionAttacks
 
 
 def eps_key(eps: float) -> str:
@@ -37,7 +32,7 @@ def _library(attack: Callable, **how) -> Attack:
 
 
 # (section evasion.attacks, seed, stop) -> the attack, for those whose settings are parameters; of all others see `ATTACKS`
-CONFIGURED: dict[str, Callable[[EvasionAttacks, int, bool], Attack]] = {
+CONFIGURED: dict[str, Callable[[Any, int, bool], Attack]] = {
     "bim": lambda p, seed, stop: partial(bim, steps=p.steps, step=p.bim_step),
     "pgd20": lambda p, seed, stop: partial(pgd, steps=p.steps, step=p.step, stop=stop),
     "pgd20_eps10": lambda p, seed, stop: partial(pgd, steps=p.steps, step=p.small_step, stop=stop),
@@ -66,7 +61,7 @@ def craft(
     x: Tensor,
     y: Tensor,
     eps: float,
-    p: EvasionAttacks,
+    p: Any,
     seed: int,
     *,
     stop: bool = True,

@@ -35,7 +35,7 @@ class EvasionAttacks(Section):
     @field_validator("scenarios")
     @classmethod
     def _known(cls, names):
-        from experiments.adversarial_pruning_defense import scenarios  # here: it loads PyTorch, and uses this module
+        from medsec.evasion import scenarios  # here: it loads PyTorch
 
         return registered(names, scenarios.names(), "attack")
 
