@@ -45,7 +45,7 @@ def notebook(file: Path, out: Path) -> dict[str, float]:
     """Wall seconds of a notebook and the peak memory of all its processes (sum of resident sets, GB)."""
     start, peak = time.perf_counter(), 0
     command = [sys.executable, "-m", "medsec.evidence.execute", str(file), "--cohort", "phantom"]
-    environment = os.environ | {"MEDSEC_OUT": str(out), "MEDSEC_CHECKPOINTS": str(out / "checkpoints")}
+    environment = os.environ | {"MEDSEC_OUT": str(out)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
             peak = max(peak, memory(running.pid))

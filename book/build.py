@@ -28,56 +28,42 @@ PARTS = {
     "Bring your own images": "run.md",
 }
 
-# Pages of the interface: file, title, what it is about, and its modules. One that is named nowhere goes to the last page.
+# Pages of the interface: file, title, what it is about, and its packages. The module of a package named nowhere is on the last.
 API = {
-    "cohorts": (
+    "data": (
         "Images and cohorts",
         "Where images come from, and who may see which.",
-        "medsec.data.cohort medsec.data.sources medsec.data.partitions medsec.data.medmnist medsec.data.folder "
-        "medsec.data.images medphantom.chest medphantom.fundus medphantom.exact",
+        ("medsec.data", "medphantom", "experiments.data_and_threats"),
     ),
     "federated": (
-        "Federated learning and networks",
-        "What a client sends, what a server makes of it, and the networks that are trained.",
-        "medsec.federated.rounds medsec.federated.aggregators medsec.federated.classifier medsec.nets.models "
-        "medsec.nets.convnet medsec.nets.fit experiments.data_and_threats.threats",
+        "Networks and federated learning",
+        "The networks that are trained, what a client sends, and what a server makes of it.",
+        ("medsec.nets", "medsec.federated"),
     ),
     "backdoor": (
         "Paper 1: backdoor and FedDetect",
         "The attack on a federated GAN, and the defences against it (notebooks 01 and 02).",
-        "medsec.backdoor.frechet experiments.backdoor_fedgan.figures experiments.feddetect.figures "
-        "medsec.backdoor.gan medsec.backdoor.triggers medsec.backdoor.attackers experiments.backdoor_fedgan.cells "
-        "medsec.backdoor.feddetect experiments.feddetect.cells",
+        ("medsec.backdoor", "experiments.backdoor_fedgan", "experiments.feddetect"),
     ),
     "inversion": (
         "Paper 2: gradient inversion",
         "Attacks that reconstruct images from gradients, and defences of gradients and of images (notebook 03).",
-        "medsec.inversion.attacks medsec.inversion.scores medsec.inversion.defences medsec.inversion.shadow "
-        "medsec.inversion.substitution medsec.inversion.perturbation medsec.nets.autoencoder "
-        "medsec.inversion.purifier experiments.gia_defense.adaptive experiments.gia_defense.clients "
-        "experiments.gia_defense.cells experiments.gia_defense.tables experiments.gia_defense.figures",
+        ("medsec.inversion", "experiments.gia_defense"),
     ),
     "evasion": (
         "Paper 3: adversarial examples",
         "Attacks on a classifier's answer, and training, pruning and attention against them (notebook 04).",
-        "medsec.evasion.attacks medsec.evasion.libraries medsec.evasion.pruning medsec.nets.cbam "
-        "medsec.evasion.training experiments.adversarial_pruning_defense.arms "
-        "experiments.adversarial_pruning_defense.cells medsec.evasion.sanity medsec.evasion.maps "
-        "experiments.adversarial_pruning_defense.tables experiments.adversarial_pruning_defense.figures",
+        ("medsec.evasion", "experiments.adversarial_pruning_defense"),
     ),
     "matrix": (
         "Threat matrix",
         "The defences of all three papers against all attacks, in one federation (notebook 05).",
-        "experiments.threat_matrix.arms experiments.threat_matrix.federation experiments.threat_matrix.cells "
-        "experiments.threat_matrix.tables experiments.threat_matrix.figures",
+        ("experiments.threat_matrix",),
     ),
     "tools": (
         "Parameters, tables, claims and records",
         "What makes a run reproducible, and a statement checkable.",
-        "medsec.core.seeds medsec.core.guards medsec.core.params medsec.core.paths medsec.core.parallel "
-        "medsec.evidence.execute medsec.evidence.tables medsec.evidence.intervals medsec.evidence.claims "
-        "medsec.evidence.check medsec.evidence.record experiments.record_designs medsec.show.plots "
-        "experiments.data_and_threats.cells medsec.core.errors",
+        ("medsec.core", "medsec.evidence", "medsec.show", "experiments"),
     ),
 }
 
@@ -283,26 +269,28 @@ def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:
 
 def api_pages() -> dict[str, str]:
     """One reStructuredText page for each group of modules, and an index of them."""
-    groups = {file: (title, about, modules.split()) for file, (title, about, modules) in API.items()}
-    named = {module for _, _, modules in groups.values() for module in modules}
-    modules = sorted(
+    modules = [
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for package in ("medsec", "experiments", "medphantom")
-        for file in (ROOT / package).rglob("*.py")
-        if not file.stem.startswith("__")
-    )
-    groups["tools"][2].extend(module for module in modules if module not in named)
+        for package in ("medsec", "medphantom", "experiments")
+        for file in sorted((ROOT / package).rglob("[!_]*.py"))
+    ]
     pages = {}
-    for file, (title, about, members) in groups.items():
+    for file, (title, about, packages) in API.items():
         blocks = [_heading(title, "="), about]
-        for module in members:
-            if module in modules:
-                blocks += [_heading(module, "-"), f".. automodule:: {module}"]
+        for module in (module for package in packages for module in modules if _package(module) == package):
+            blocks += [_heading(module, "-"), f".. automodule:: {module}"]
         pages[f"api/{file}.rst"] = "\n\n".join(blocks) + "\n"
-    listed = "\n".join(f"   {file}" for file in groups)
+    listed = "\n".join(f"   {file}" for file in API)
     about = "The package behind the notebooks, from its docstrings. See also :ref:`all names <genindex>`."
     pages["api/index.rst"] = f"{_heading('Interface', '=')}\n\n{about}\n\n.. toctree::\n   :maxdepth: 2\n\n{listed}\n"
     return pages
+
+
+def _package(module: str) -> str:
+    """The package of `API` that a module belongs to, the last of them if it is named nowhere."""
+    *_, last = (package for _, _, packages in API.values() for package in packages)
+    named = {package for _, _, packages in API.values() for package in packages}
+    return package if (package := module.rpartition(".")[0]) in named else last
 
 
 def _heading(text: str, line: str) -> str:

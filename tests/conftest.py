@@ -10,6 +10,7 @@ import medsec  # noqa: F401  (pins the instruction set, also before numpy and to
 
 # isort: split
 
+import itertools
 import json
 import subprocess
 import sys
@@ -28,12 +29,28 @@ hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("medsec")
 
 REAL = "pneumoniamnist.npz"
+NUMBERS = itertools.count()
 _ENV_ROOT = os.environ.get("MEDMNIST_ROOT")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cells_of_the_session(tmp_path_factory):
+    """Finished cells of the tests, also of fixtures that several share, never lie among those of the reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDSEC_CELLS", str(tmp_path_factory.mktemp("cells")))
+        patch.delenv("MEDSEC_FRESH", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cells_of_its_own(tmp_path_factory, monkeypatch):
+    """No test finds the finished cells of another."""
+    monkeypatch.setenv("MEDSEC_CELLS", str(tmp_path_factory.getbasetemp() / f"cells-of-test-{next(NUMBERS)}"))
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_gan_epoch_and_drawing(images, monkeypatch):
     with torch.device("cuda"):  # a fake model cannot be moved, but it can be born there
         g, d = models.Generator(28, 1, 2), models.Discriminator(28, 1, 2)
     optimizers = [torch.optim.Adam(net.parameters(), fused=True) for net in (g, d)]
-    client = fedgan.Client(0, x, y, torch.zeros(64, dtype=torch.bool), g, d, *optimizers)
+    client = fedgan.GANClient(0, x, y, torch.zeros(64, dtype=torch.bool), g, d, *optimizers)
     losses = fedgan._epoch(client, QUICK.fedgan.gan, rng)
     assert [loss.device.type for loss in losses] == ["cuda", "cuda"]
     drawn, labels = fedgan.synthesise(g.eval(), 10, seed=0)

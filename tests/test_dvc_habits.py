@@ -1,10 +1,8 @@
-"""The habits of docs/dvc.md, for real: metrics, plots and the queue, on a copy of this repository with a toy for notebook 01.
+"""What docs/dvc.md promises, for real, in a copy of this repository: nothing to do at first, another number, a killed run.
 
-The copy has the real dvc.yaml, parameters, package and images; its notebook 01 writes the stage's files without training.
+The last two with a toy for notebook 01, which writes the stage's files without training.
 """
 
-import csv
-import io
 import json
 import os
 import re
@@ -14,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -27,212 +24,144 @@ from nbformat import v4
 from medsec.core import paths
 
 STAGE = "01_backdoor_fedgan"
-PATIENCE = 240  # seconds to wait for an experiment: this machine may be busy
-TOY = """
-import json, os, pathlib
-import medsec
-from medsec.core import paths
+PATIENCE = 240  # seconds to wait: this machine may be busy
+ENDLESS = 99  # so many rounds go on for ever
+TOY = f"""
+import json, pathlib, time
 from experiments import params
-from medsec.show import panels
+from medsec.core import paths
 home = pathlib.Path.cwd().parent
-assert paths.ROOT == home, f"medsec of {paths.ROOT}, not of this experiment, {home}"
-assert not panels.is_live()
+assert paths.ROOT == home, f"medsec of {{paths.ROOT}}, not of this copy, {{home}}"
 rounds = params.load(profile).fedgan.rounds
 folder = paths.results(cohort)
 folder.mkdir(parents=True, exist_ok=True)
 for name in names:
     (folder / name).write_bytes(b"toy")
-metrics = {"poison": {"attack": {"trigger_rate": rounds / 100}}}
-(folder / "01_metrics.json").write_text(json.dumps(metrics))
-curve = [f"{r},0,{r / 100},{r / 50}" for r in range(1, rounds + 1)]
-(folder / "01_rounds.csv").write_text("\\n".join(["round,clean,poison,boost", *curve]) + "\\n")
+(folder / "01_metrics.json").write_text(json.dumps({{"poison": {{"attack": {{"trigger_rate": rounds / 100}}}}}}))
+(home / "out").mkdir(exist_ok=True)
+(home / "out" / "written").touch()
+while rounds == {ENDLESS}:
+    time.sleep(1)
 """
 
 
-def run(command, folder, *more, **environment):
-    """What a command prints in a folder; it must succeed. No name of a user is set, and another medsec is in the path."""
+def start(command, folder):
+    """A command in a folder. No name of a user is set, and another medsec is in the path."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MEDSEC_", "DVC_", "GIT_"))}
     clean |= {"PYTHONPATH": str(paths.ROOT), "DVC_NO_ANALYTICS": "1", "MEDSEC_LIVE": "1"}
     clean["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), clean["PATH"]))  # a stage says "python"
-    done = subprocess.run(
-        [*shlex.split(command), *more],
-        cwd=folder,
-        env=clean | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    words = shlex.split(command)
+    words = [sys.executable, "-m", *words] if words[0] == "dvc" else words
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=folder, env=clean, start_new_session=True, **pipes)
 
 
-def dvc(command, folder, *more, **environment):
-    return run(f"{shlex.quote(sys.executable)} -m dvc {command}", folder, *more, **environment)
-
-
-def left_running(folder):
-    """Processes that work in a folder or were started for it."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
-        about = [*(process.info["cmdline"] or []), process.info["cwd"] or ""]
-        if process.pid != os.getpid() and any(str(folder) in part for part in about):
-            found.append(process)
-    return found
+def run(command, folder):
+    """What a command prints; it must succeed."""
+    process = start(command, folder)
+    printed, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, f"{command}: {printed[-1000:]}\n{errors[-2000:]}"
+    return printed
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A repository of its own: the tracked files as they are here, images fetched, notebook 01 a toy, results its own."""
-    if subprocess.run(["git", "rev-parse"], cwd=paths.ROOT, capture_output=True, check=False).returncode:
+    """A repository of its own: the files that git knows or would take, as they are here, and what `dvc pull` brings."""
+    command = ["git", "ls-files", "-z", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=paths.ROOT, capture_output=True, check=False)
+    if listed.returncode:
         pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("habits") / "repository"
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=paths.ROOT, capture_output=True)
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (paths.ROOT / name).is_file() and not name.startswith(("records/", "executed/", "results/pneumoniamnist/")):
+        if (paths.ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(paths.ROOT / name, folder / name)
-    stages = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    needed = [name for name in stages[STAGE]["deps"] if name.startswith("records/")]  # large, and the toy reads none
-    for name in [*needed, f"executed/phantom/{STAGE}.ipynb"]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("toy", encoding="utf-8")
-    names = [Path(next(iter(out))).name for kind in ("outs", "plots") for out in stages[STAGE][kind]]
-    names = [name for name in names if name.startswith("01_") and not name.endswith((".ipynb", "rounds.csv"))]
-    cells = [v4.new_code_cell('cohort = ""\nprofile = ""'), v4.new_code_cell(f"names = {names}\n{TOY}")]
-    cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks" / f"{STAGE}.ipynb")
-
     run("git init --quiet --initial-branch main", folder)
-    run("git config user.email habits@example.org", folder)
-    run("git config user.name Habits", folder)
-    run("git config gc.auto 0", folder)
+    for setting in ("user.email habits@example.org", "user.name Habits", "gc.auto 0"):
+        run(f"git config {setting}", folder)
     run("git add --all", folder)
     run("git commit --quiet --message start", folder)
-    dvc("pull --quiet", folder)
-    yield folder
-    dvc("queue stop --kill", folder)
-    for process in left_running(folder):
-        process.kill()
+    run("dvc pull --quiet", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def queued(copy):
-    """One experiment, from the queue, with another number of rounds; and how the folder looked before."""
-    assert run("git status --porcelain", copy) == ""
-    dvc("exp run --queue --name few -S fedgan.rounds=3", copy, STAGE)
-    dvc("queue start -j 1", copy)
-    deadline = time.monotonic() + PATIENCE
-    while not (found := run("git for-each-ref refs/exps --format=%(refname)", copy)).endswith("/few\n"):
-        if time.monotonic() > deadline or "Failed" in (status := dvc("queue status", copy)):
-            pytest.fail(f"{found}\n{status}\n{dvc('queue logs few', copy)}")
-        time.sleep(3)
-    return SimpleNamespace(folder=copy, name="few", rounds=3)
+def toy(copy):
+    """The copy with a toy for notebook 01, and its outputs."""
+    outputs = yaml.safe_load((copy / "dvc.yaml").read_text(encoding="utf-8"))["stages"][STAGE]
+    names = [Path(next(iter(out))).name for kind in ("outs", "plots") for out in outputs[kind]]
+    names = [name for name in names if not name.endswith(".ipynb")]
+    cells = [v4.new_code_cell('cohort = ""\nprofile = ""'), v4.new_code_cell(f"names = {names}\n{TOY}")]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(v4.new_notebook(cells=cells), copy / "notebooks" / f"{STAGE}.ipynb")
+    run("git commit --quiet --all --message toy", copy)
+    return copy
 
 
-def test_the_queue_leaves_the_folder_alone(queued):
-    assert run("git status --porcelain", queued.folder) == ""
-    assert "Success" in dvc("queue status", queued.folder)
+def test_a_clone_has_nothing_to_do(copy):
+    found = json.loads(run("dvc status --json", copy))
+    ours = {stage: why for stage, why in found.items() if not re.search(r"record_\d\d$", stage)}  # frozen: made by hand
+    assert not ours, "the pipeline has not been run since; or run: dvc push"
 
 
-def test_metrics_of_an_experiment(queued):
-    (changed,) = json.loads(dvc("metrics diff --json HEAD", queued.folder, queued.name)).items()
-    file, metrics = changed
+def test_another_number_and_back(toy):
+    before = yaml.safe_load((toy / "params.yaml").read_text(encoding="utf-8"))["fedgan"]["rounds"]
+    run(f"dvc exp run -S fedgan.rounds=3 -S seeds.evaluation=[0] {STAGE}", toy)
+    ((file, metrics),) = json.loads(run("dvc metrics diff --json", toy)).items()
     assert file == "results/phantom/01_metrics.json"
-    assert metrics["poison.attack.trigger_rate"]["new"] == queued.rounds / 100
-    shown = json.loads(dvc("metrics show --json", queued.folder))[""]["data"]
-    assert shown[file]["data"]["poison"]["attack"]["trigger_rate"] == metrics["poison.attack.trigger_rate"]["old"]
-    before = yaml.safe_load((queued.folder / "params.yaml").read_text(encoding="utf-8"))["fedgan"]["rounds"]
-    params = json.loads(dvc("params diff --json HEAD", queued.folder, queued.name))
-    assert params == {"params.yaml": {"fedgan.rounds": {"old": before, "new": queued.rounds, "diff": 3 - before}}}
+    assert metrics["poison.attack.trigger_rate"]["new"] == 0.03
+    changed = json.loads(run("dvc params diff --json", toy))["params.yaml"]
+    assert changed["fedgan.rounds"] == {"old": before, "new": 3, "diff": 3 - before}
+    run("git checkout --quiet .", toy)
+    assert run("git status --porcelain", toy) == ""
 
 
-def test_the_table_of_experiments(queued):
-    columns = r"Experiment|fedgan\.rounds|.*poison\.attack\.trigger_rate"
-    table = dvc("exp show --csv --only-changed", queued.folder, "--drop", ".*", "--keep", columns)
-    rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(table))}
-    assert float(rows["few"]["fedgan.rounds"]) == queued.rounds
-    assert any(name.endswith("trigger_rate") and float(rows["few"][name]) == 0.03 for name in rows["few"])
+def test_a_killed_run_leaves_the_old_outputs(toy):
+    old = {file: file.read_bytes() for file in [*toy.glob("results/phantom/*"), *toy.glob("executed/phantom/*")]}
+    (written := toy / "out" / "written").unlink(missing_ok=True)
+    process = start(f"dvc exp run -S fedgan.rounds={ENDLESS} {STAGE}", toy)
+    deadline = time.monotonic() + PATIENCE
+    while not written.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
+    process.wait(60)
+    assert {file: file.read_bytes() for file in old} == old
+    assert run("git status --porcelain", toy) == " M params.yaml\n"
+    run("git checkout --quiet .", toy)
+    run(f"dvc repro {STAGE}", toy)  # no lock is left
+    assert json.loads((toy / "results" / "phantom" / "01_metrics.json").read_text(encoding="utf-8"))
 
-
-def test_plots_are_one_page_of_figures_and_curves(queued):
-    """Also that the template of the curves fits the table they are made of, for both revisions."""
-    dvc("plots diff HEAD", queued.folder, queued.name)
-    page = (queued.folder / "dvc_plots" / "index.html").read_text(encoding="utf-8")
-    (curves,) = re.findall(r'<div id = "trigger_rate_phantom">.*?var spec = (\{.*?\});\s*vegaEmbed', page, re.DOTALL)
-    points = json.loads(curves)["data"]["values"]
-    new = {(point["field"], point["round"]) for point in points if point["rev"] == queued.name}
-    assert new == {(name, str(r)) for name in ("clean", "poison", "boost") for r in range(1, queued.rounds + 1)}
-    assert {point["rev"] for point in points} == {"HEAD", queued.name}
-    assert 'id="no-vega"' in page, "says it where the curves cannot be drawn"
-    images = {file.name for file in (queued.folder / "dvc_plots" / "static").glob("*.png")}
-    assert {f"{rev}_results_phantom_01_backdoor_fedgan_gallery.png" for rev in ("HEAD", queued.name)} <= images
-    assert run("git status --porcelain", queued.folder) == "", "the page is ignored"
-
-
-def test_taking_an_experiment_and_going_back(queued):
-    """Last: it changes the folder, and goes back."""
-    mine = queued.folder / "README.md"
-    mine.write_text("mine", encoding="utf-8")
-    dvc("exp apply", queued.folder, queued.name)
-    assert mine.read_text(encoding="utf-8") != "mine", "docs/dvc.md warns of this"
-    metrics = json.loads((queued.folder / "results" / "phantom" / "01_metrics.json").read_text(encoding="utf-8"))
-    assert metrics["poison"]["attack"]["trigger_rate"] == queued.rounds / 100
-
-    run("git checkout --quiet params.yaml", queued.folder)
-    file = queued.folder / "params.yaml"
-    section, rest = file.read_text(encoding="utf-8").split("\nfedgan:", 1)
-    typed, n = re.subn(r"(?m)^  rounds: \d+", f"  rounds: {queued.rounds}", rest, count=1)
-    assert n == 1
-    file.write_text(f"{section}\nfedgan:{typed}", encoding="utf-8")
-    assert "up to date" in dvc("status", queued.folder, STAGE), "DVC compares values, not layout"
-
-    run("git checkout --quiet .", queued.folder)
-    assert run("git status --porcelain", queued.folder) == ""
-    run("git stash apply --quiet refs/exps/apply/stash", queued.folder)
-    assert mine.read_text(encoding="utf-8") == "mine"
-    run("git checkout --quiet .", queued.folder)
-
-
-def test_nothing_goes_on_running(queued):
-    """A worker that has nothing left to do ends by itself."""
-    deadline = time.monotonic() + 60
-    while left := left_running(queued.folder):
-        if time.monotonic() > deadline:
-            pytest.fail(f"still running: {[process.info['cmdline'] for process in left]}")
-        time.sleep(1)
-
-
-# What the pages say -------------------------------------------------------------------------------------------------------
 
 PAGES = [paths.ROOT / "README.md", paths.ROOT / "CONTRIBUTING.md", *sorted((paths.ROOT / "docs").glob("*.md"))]
 
 
-def commands(page):
-    """Every dvc command of a page: the lines of its blocks, and what stands in the text between backticks."""
-    text = page.read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
-    lines = [line.split("   #")[0].strip() for line in blocks.splitlines()]
-    return [line for line in [*lines, *re.findall(r"`([^`\n]+)`", text)] if re.match(r"(\w+=\S+ )*dvc \w", line)]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_dvc_knows_every_command_and_option_that_a_page_names(page, caplog):
+def test_the_commands_of_a_page_exist(page, caplog):
+    """Every dvc command in its blocks and between its backticks: the command, its options, its stages, its parameters."""
     stages = yaml.safe_load((paths.ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     numbers = yaml.safe_load((paths.ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for line in commands(page):
-        words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S+", word)][1:]
+    text = page.read_text(encoding="utf-8")
+    lines = [
+        line.split("   #")[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", text)]:
+        if not re.match(r"(\w+=\S+ )*dvc \w", line):
+            continue
+        words = [word for word in shlex.split(line) if word != "…" and not re.fullmatch(r"[A-Z_]+=\S+", word)][1:]
         try:
-            args = get_main_parser().parse_args([word for word in words if word != "…"])
+            args = get_main_parser().parse_args(words)
         except DvcParserError:
-            problem = caplog.messages[-1]
-            assert "arguments are required" in problem, f"{page.name}: dvc does not take: {line}: {problem}"
+            assert "arguments are required" in caplog.messages[-1], f"dvc does not take: {line}"
             continue  # a command that is only mentioned
-        if args.cmd in ("repro", "exp") and getattr(args, "targets", None):
-            for target in args.targets:
-                assert target.split(":")[-1] in {*stages, "dvc.yaml"}, f"{page.name}: no stage {target} in: {line}"
+        for target in (getattr(args, "targets", None) or []) if args.cmd in ("repro", "exp") else []:
+            assert target.split(":")[-1] in {*stages, "dvc.yaml"}, line
         for change in getattr(args, "set_param", None) or []:
             found = numbers
             for part in change.split("=")[0].split("."):
-                assert part in found, f"{page.name}: params.yaml has no {change.split('=')[0]}: {line}"
+                assert part in found, line
                 found = found[part]

@@ -76,9 +76,9 @@ def test_defence_rates_by_hand():
 def test_a_constant_classifier_has_a_perfect_rate_and_no_balanced_accuracy():
     """Why the rates are never shown alone."""
     y = torch.tensor([0, 0, 1, 1, 1])
-    rows = ev._Rows(ev.KEYS, ev.UNITS, 0, "base", "clean")
-    right = rows.answers(torch.tensor([[0.0, 1.0]]).expand(5, 2), y)
-    values = {row["metric"]: row["value"] for row in rows.rows}
+    run = ev.Run(None, "base", None, 0)
+    right = run.answers("clean", torch.tensor([[0.0, 1.0]]).expand(5, 2), y)
+    values = {row["metric"]: row["value"] for row in run.rows}
     assert ev.rates({"clean": right, "own": right}) == {"dr_whitebox": 1.0}
     assert values == pytest.approx({"accuracy": 0.6, "balanced_accuracy": 0.5, "auc": 0.5})
 
@@ -116,7 +116,8 @@ def test_slow_attacks_on_fewer_images(p):
     few = params.validate(params.merge(p.model_dump(), {"evasion": {"attacks": {"slow_images": 16}}}))
     setup = ev.prepare("npz", few)
     model = evasion_arms.train(setup, "base", 0)
-    table, outcomes = ev.attacked(setup, "base", model, model, 0, ["pgd20", "square"], [])
+    run = ev.Run(setup, "base", model, 0)
+    outcomes, table = ev.attack(run, model, ["pgd20", "square"], []), run.table()
     n = table[table["metric"] == "accuracy"].set_index("scenario")["n_items"]
     assert n.to_dict() == {"clean": 40, "noise": 40, "pgd20": 40, "square": 16, "worst_case": 16}
     eps = few.evasion.eps / 255
@@ -219,7 +220,7 @@ def outcomes(**changes):
 
 
 def verdicts(found):
-    return {check.name: check.passes for check in evasion_checks.of_outcomes(found, 0.1)}
+    return {check.name: check.passes for check in evasion_checks.compare(found, 0.1)}
 
 
 def test_a_sound_evaluation_passes():
@@ -253,12 +254,12 @@ def test_an_evaluation_that_cannot_be_trusted_is_found(counts, name):
 
 def test_checks_need_the_same_examples():
     with pytest.raises(InputError, match=r"outcomes of \[50, 100\] examples"):
-        evasion_checks.of_outcomes(outcomes() | {("pgd_margin", 0.1): np.ones(50, bool)}, 0.1)
+        evasion_checks.compare(outcomes() | {("pgd_margin", 0.1): np.ones(50, bool)}, 0.1)
 
 
 def test_slow_attacks_may_stop_early_and_are_compared_on_the_same_examples():
     found = outcomes() | {("square", 0.1): np.arange(50) < 30}  # of the first 50, of which 40 withstand PGD
-    square = {check.name: check.value for check in evasion_checks.of_outcomes(found, 0.1)}["gradient_free_weaker"]
+    square = {check.name: check.value for check in evasion_checks.compare(found, 0.1)}["gradient_free_weaker"]
     assert square == pytest.approx(10 / 50)
 
 
@@ -282,37 +283,57 @@ def trained(p):
     return evasion_arms.train(setup, "base", 0), *setup.splits["test"]
 
 
+def review(model, x, y, eps=4 / 255, **options):
+    options = {"steps": 3, "more": 6, "images": 3, "inner": 20} | options
+    right = np.ones(len(x), bool)
+    checks, unit = evasion_checks.reviewed(model, x, y, eps, {("clean", 0.0): right, ("pgd20", eps): right}, **options)
+    return {check.name: check for check in checks}, unit
+
+
 def test_masked_gradients_are_found_out(trained):
     model, x, y = trained
     masked = Masked(model).eval()
-    assert evasion_checks.of_gradients(model, x, y).passes
-    found = evasion_checks.of_gradients(masked, x, y)
-    assert not found.passes
-    assert found.value == 1
-    options = {"steps": 5, "step": 0.5, "seed": 0}
-    usual = evasion_checks.planted(model, x[:12], 8 / 255, inner=20, **options)
-    assert usual.n >= 10
-    assert usual.found > 0.9
-    assert usual.by_chance < 0.5
-    assert evasion_checks.of_planted(usual).passes
-    hidden = evasion_checks.planted(masked, x[:12], 40 / 255, inner=20, **options)
-    assert hidden.n > 0
-    assert not evasion_checks.of_planted(hidden).passes
+    options = {"steps": 5, "step": 0.5, "images": 12}
+    usual, unit = review(model, x, y, 8 / 255, **options)
+    assert usual["no_zero_gradients"].passes
+    assert unit.n >= 10
+    assert unit.found > 0.9
+    assert unit.by_chance < 0.5
+    assert usual["attack_unit_test"].passes
+    hidden, unit = review(masked, x, y, 40 / 255, **options)
+    assert not hidden["no_zero_gradients"].passes
+    assert hidden["no_zero_gradients"].value == 1
+    assert unit.n > 0
+    assert not hidden["attack_unit_test"].passes
 
 
 def test_steps_and_large_eps(trained):
     model, x, y = trained
-    checks = evasion_checks.of_steps(model, x, y, 4 / 255, steps=3, more=30, step=0.25, seed=0)
-    assert [check.name for check in checks] == ["more_steps_never_weaker", "converged"]
-    assert checks[0].value == -checks[1].value
-    large = evasion_checks.of_large_eps(model, x, y, 0.5, steps=10, step=0.25, seed=0)
-    assert large.passes
-    assert not evasion_checks.of_large_eps(Masked(model).eval(), x, y, 1e-6, steps=2, step=0.25, seed=0).passes
+    checks, _ = review(model, x, y, more=30, grey=0.5)
+    assert checks["more_steps_never_weaker"].value == -checks["converged"].value
+    assert checks["large_eps_breaks_all"].passes
+    assert "undefended_breaks" not in checks
+    checks, _ = review(Masked(model).eval(), x, y, grey=1e-6, undefended=True)
+    assert not checks["large_eps_breaks_all"].passes
+    assert not checks["undefended_breaks"].passes
+    assert set(checks) <= set(evasion_checks.QUESTIONS)
+
+
+def test_any_classifier_with_a_linear_head_can_be_reviewed(trained):
+    """Its planted example is told apart by what its last linear layer sees, whatever the model calls that."""
+    model, x, _ = trained
+    seen = evasion_checks.last_features(model, x)
+    torch.testing.assert_close(seen, model.features(x), rtol=0, atol=0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 60), nn.ReLU(), nn.Linear(60, 2)).eval()
+    assert review(net, x, torch.zeros(len(x), dtype=torch.int64))[1].n > 0
+    with pytest.raises(InputError, match="Sequential has no linear layer"):
+        evasion_checks.planted(
+            nn.Sequential(nn.AvgPool2d(28), nn.Flatten()).eval(), x, 0.1, inner=5, steps=2, step=1, seed=0
+        )
 
 
 def test_nothing_to_decide_with_is_no_pass():
-    empty = evasion_checks.of_planted(evasion_checks.Planted(0, math.nan, math.nan))
-    assert not empty.passes
+    assert not evasion_checks.Check("attack_unit_test", math.nan).passes
 
 
 # Where a network looks ------------------------------------------------------------------------------------------------
@@ -357,7 +378,7 @@ def test_maps_show_the_pixels_that_decide():
     assert not found[:, 4:].any()
     assert not found[:, :, 4:].any()
     assert found[:, :4, :4].any()
-    maps = evasion_maps.of(SmallResNet(1, 2).eval(), x, y)
+    maps = evasion_maps.attributions(SmallResNet(1, 2).eval(), x, y)
     assert {name: tuple(m.shape) for name, m in maps.items()} == dict.fromkeys(
         ["grad_cam", "integrated_gradients"], (2, 16, 16)
     )
@@ -370,10 +391,14 @@ def test_an_arm_is_measured_beside_the_lesions_of_the_phantom(p):
     y = setup.splits["test"][1]
     assert masks.shape == (p.evasion.test_images, *setup.splits["test"][0].shape[2:])
     assert not masks[(y == 0).numpy()].any(), "masks are in the order of the images"
-    rows = ev._attribution_rows(setup, "cbam", evasion_arms.train(setup, "cbam", 0), 0)
+    run = ev.Run(setup, "cbam", evasion_arms.train(setup, "cbam", 0), 0)
+    ev.measure_attribution(run)
+    rows = run.table()
     assert set(rows["map"]) == {"area", "prior", "grad_cam", "integrated_gradients", "cbam1", "cbam2", "cbam3"}
     assert not rows.duplicated(["map", "eps"]).any()
-    assert ev._attribution_rows(evasion_arms.prepare("npz", p), "base", None, 0).empty
+    without = ev.Run(evasion_arms.prepare("npz", p), "base", None, 0)
+    ev.measure_attribution(without)
+    assert not without.rows
 
 
 # The record -----------------------------------------------------------------------------------------------------------
@@ -474,7 +499,7 @@ def test_views_of_a_summary(p):
     assert (shown["retrain"] == "").all(), "no such arm in this table"
     checks = evasion_tables.checks(summary)
     assert list(checks.columns) == ["check", "it passes where", "passed", "arms in which it failed"]
-    assert set(checks["check"]) == {name.replace("_", " ") for name in evasion_tables.ASKED}
+    assert set(checks["check"]) == {name.replace("_", " ") for name in evasion_checks.QUESTIONS}
     checks = checks.set_index("check")
     assert checks.loc["undefended breaks", "passed"].endswith("of 2 runs"), "asked of the plain network only"
     assert checks.loc["no zero gradients"].tolist()[1:] == ["4 of 4 runs", ""]
@@ -541,12 +566,11 @@ def test_differences_are_paired_with_the_base_of_the_same_seed(p):
     runs = pd.DataFrame(
         [row("base", 0, 0.9), row("base", 1, 0.8), row("at", 0, 0.85), row("at", 1, 0.83), row("at", 2, 0.1)]
     )
-    found = ev.complete(runs, p)
-    found = found[found["metric"] == "accuracy_minus_base"]
-    assert found["seed"].tolist() == [0, 1]
-    assert found["value"].tolist() == pytest.approx([-0.05, 0.03])
     summary = ev.summarise(runs, p)
-    assert tables.row(summary, variant="at", scenario="clean", metric="accuracy_minus_base")["n"] == 2
+    paired = tables.row(summary, variant="at", scenario="clean", metric="accuracy_minus_base")
+    assert paired["n"] == 2
+    assert paired["value"] == pytest.approx((-0.05 + 0.03) / 2)
+    assert not summary["metric"][summary["variant"] == "base"].str.contains("minus").any()
 
 
 def test_an_attack_that_fails_has_no_short_way():
@@ -556,6 +580,6 @@ def test_an_attack_that_fails_has_no_short_way():
     nn.init.zeros_(sure[1].weight)
     sure[1].bias.data = torch.tensor([1.0, 0.0])
     found = adversarial.deepfool(sure.eval(), x, y, norm="l2", steps=2)
-    rows = ev._median_norm("deepfool", "base", sure, x, y, found, "l2", 0)
-    assert rows["metric"].tolist() == ["accuracy"]
-    assert rows["value"].item() == 1
+    run = ev.Run(None, "base", sure, 0)
+    ev.median_norm(run, "deepfool", x, y, found, "l2")
+    assert [(row["metric"], row["value"]) for row in run.rows] == [("accuracy", 1)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 
 import numpy as np
@@ -11,17 +10,19 @@ import pytest
 import torch
 import yaml
 
-from experiments import params, record_designs
+from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
-from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, SAME_BUT_FOR_LOSSES, TWIN, UNITS, VARIANTS
+from experiments.feddetect import record as feddetect_record
+from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, UNITS, VARIANTS
+from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
-from medsec.backdoor.attackers import SCENARIOS, Attack
+from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
-from medsec.evidence import record, tables
+from medsec.evidence import tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import Update
 from medsec.nets import fit as classifier
@@ -157,7 +158,7 @@ def test_a_client_is_blocked_below_a_hundredth_of_its_equal_share(p, monkeypatch
         own = first.get(round, 0.25)
         return aggregators.fedavg(updates, weights=[own, *[(1 - own) / 3] * 3])
 
-    monkeypatch.setattr(feddetect_eval, "uniform_mean", rule)
+    monkeypatch.setitem(aggregators.RULES, "none", rule)
     table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "honest", ("none",))
     found = {
         m: value(table, variant="none", scenario="honest", metric=m)
@@ -271,9 +272,7 @@ def test_the_oracle_is_the_mean_of_the_honest_updates(p, scenario, malicious):
     assert ORACLE not in VARIANTS
     changed = feddetect_eval.settings(p, scenario)
     rows = np.random.default_rng(0).normal(size=(changed.fedgan.n_clients, 6)).astype(np.float32)
-    federation = fedgan_eval.fedgan.Federation(
-        0, changed.fedgan.gan, 5, "generator", [], updates_of([[7.0] * 6])[0].state
-    )
+    federation = fedgan.FederatedGAN(0, changed.fedgan.gan, 5, "generator", [], updates_of([[7.0] * 6])[0].state)
     rule = feddetect_eval.defence(ORACLE, changed, federation, None)
     found, diagnostics = rule(updates_of(rows), 3)
     honest = range(malicious, changed.fedgan.n_clients)
@@ -495,26 +494,26 @@ def updates_of(rows):
     return [Update(i, {"w": torch.tensor(row, dtype=torch.float32)}, 1 + i) for i, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 2), (9, 2), (9, 3)])
-def test_nearest_krum_is_krum_where_that_is_defined(n, f):
-    updates = updates_of(np.random.default_rng(n).normal(size=(n, 20)))
-    for keep, rule in ((1, aggregators.krum), (n - f, aggregators.multi_krum)):
-        expected, chosen = rule(updates, n_malicious=f)
-        found, diagnostics = feddetect_eval.nearest_krum(updates, n_malicious=f, keep=keep)
-        torch.testing.assert_close(found["w"], expected["w"], rtol=0, atol=0)
-        weights = {u.client: (u.client in chosen["selected"]) / keep for u in updates}
-        assert diagnostics["weights"] == pytest.approx(weights)
-
-
-def test_nearest_krum_of_four_takes_one_of_the_closest_pair():
+def test_krum_of_four_takes_one_of_the_closest_pair(p):
+    """Four clients with one attacker miss the paper's condition by one; the notebook's rule is computed all the same."""
     rows = np.random.default_rng(0).normal(size=(4, 6))
     with pytest.raises(InputError, match="2 f"):
         aggregators.krum(updates_of(rows), n_malicious=1)
     distance = {(i, j): np.linalg.norm(rows[i] - rows[j]) for i in range(4) for j in range(i)}
-    found, diagnostics = feddetect_eval.nearest_krum(updates_of(rows), n_malicious=1, keep=1)
+    found, diagnostics = feddetect_eval.defence("krum", p, None, None)(updates_of(rows), 0)
     (chosen,) = [client for client, w in diagnostics["weights"].items() if w == 1]
     assert chosen in min(distance, key=distance.get)
     np.testing.assert_array_equal(found["w"], np.float32(rows[chosen]))
+
+
+def test_a_rule_that_joins_the_registry_is_a_variant_and_comes_last(p, monkeypatch):
+    assert VARIANTS[-1] == "norm_clip", "the order of the tables, whose cells are found again by it"
+    assert set(aggregators.RULES) <= set(VARIANTS)
+    monkeypatch.setitem(aggregators.RULES, "first", lambda updates, round=0: (updates[0].state, {}))
+    table, _ = feddetect_eval.run_cell(COHORT, p, SEED, "honest", ("first",))
+    assert set(table["metric"]) == IMAGES
+    with pytest.raises(InputError, match="server rule 'second': choose one of none, median"):
+        feddetect_eval.defence("second", p, None, None)
 
 
 # ----------------------------------------------------------------------------------------------------- null, downstream
@@ -578,7 +577,7 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
     """The copied rows are those that running the cell gives; what was run itself stays."""
     honest, boost, ran = (cell(scenario)[0] for scenario in ("honest", "boost", "boost_liar"))
     ran = ran[ran["variant"] == "none"].assign(value=0.125)
-    full = feddetect_eval.complete(pd.concat([honest, boost, ran], ignore_index=True), p)
+    full = complete(pd.concat([honest, boost, ran], ignore_index=True), p)
     assert not full.duplicated(ADDRESS).any()
     names = full.groupby("scenario")["variant"].unique().map(set).to_dict()
     blind = {"none", "median", "trimmed_mean", "norm_clip"}
@@ -604,12 +603,12 @@ def test_complete_fills_what_follows_and_nothing_twice(cell, p):
 
 def test_the_twin_is_not_copied_where_it_is_none(p):
     median = [row("median", s, "frechet", 3.0, **k) for s, k in (("colluders", {}), ("honest", {"m": 8}))]
-    assert len(feddetect_eval.complete(pd.DataFrame(median[:1]), p)) == 1
-    assert TWIN[0] not in set(feddetect_eval.complete(pd.DataFrame(median), p)["variant"])
+    assert len(complete(pd.DataFrame(median[:1]), p)) == 1
+    assert TWIN[0] not in set(complete(pd.DataFrame(median), p)["variant"])
     five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
     honest = pd.DataFrame([row("median", "honest", "frechet", 3.0)])
-    assert TWIN[0] not in set(feddetect_eval.complete(honest, five)["variant"])
-    assert TWIN[0] in set(feddetect_eval.complete(honest, p)["variant"])
+    assert TWIN[0] not in set(complete(honest, five)["variant"])
+    assert TWIN[0] in set(complete(honest, p)["variant"])
 
 
 def test_differences_to_the_clean_federation_by_hand(p):
@@ -640,7 +639,7 @@ def test_differences_to_the_clean_federation_by_hand(p):
             row(hardened, "aware", "frechet", 17.0, evade=0.5),
         ]
     )
-    full = feddetect_eval.complete(runs, p)
+    full = complete(runs, p)
     found = full[full["metric"].str.endswith("_minus_clean")]
     columns = ["variant", "scenario", "metric", "seed", "m", "partition", "evade"]
     assert {tuple(map(str, r[:-1])): r[-1] for r in found[[*columns, "value"]].itertuples(index=False)} == {
@@ -690,7 +689,7 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
     """A poisoned update that turns to NaN on the way is left out, as if that client had sent nothing."""
 
     def attack_of(scenario, setup, *rest):
-        return Attack(
+        return BackdoorAttack(
             SCENARIOS[scenario],
             setup.params.fedgan.malicious,
             aware=lambda own, others, round: {k: v * math.nan if v.is_floating_point() else v for k, v in own.items()},
@@ -711,14 +710,14 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
 @pytest.fixture(autouse=True)
 def swept(monkeypatch):
     """The small cohort of these tests is planned like those that the companion is about."""
-    monkeypatch.setattr(record_designs, "SWEPT", (COHORT,))
+    monkeypatch.setattr(record_plans, "SWEPT", (COHORT,))
 
 
 def plan(p, profile=None):
     if profile is not None:
         tree = params.merge(params.load(profile).model_dump(), {"cohorts": {"npz": {"path": p.cohorts.npz.path}}})
         p = params.validate(tree)
-    return p, record_designs.cells_02(COHORT, p)
+    return p, feddetect_record.plan(COHORT, p)
 
 
 @pytest.mark.parametrize("profile", [None, "quick", "full", "full-gpu"])
@@ -739,7 +738,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
 def planned(p, cells):
     """What the record's table will hold: the (variant, scenario, seed) of the headline, after `complete`."""
     rows = [row(v, c.arm, "label_accuracy", 1.0, c.seed) for c in cells if not c.keys for v in c.variants]
-    full = feddetect_eval.complete(pd.DataFrame(rows), p)
+    full = complete(pd.DataFrame(rows), p)
     assert not full.duplicated(ADDRESS).any(), "two cells give the same row"
     return set(full[["variant", "scenario", "seed"]].itertuples(index=False, name=None))
 
@@ -768,59 +767,20 @@ def test_the_plan_has_every_defence_against_every_attacker(p, profile):
 def test_the_plan_of_another_federation_has_the_trimmed_mean(p):
     """With five clients it is no twin of the median, so it has to be run."""
     five = params.validate(params.merge(p.model_dump(), {"fedgan": {"n_clients": 5}}))
-    found = planned(five, record_designs.cells_02(COHORT, five))
+    found = planned(five, feddetect_record.plan(COHORT, five))
     assert {s for v, s, _ in found if v == "trimmed_mean"} == set(SCENARIOS)
 
 
-def test_interrupted_and_resumed_gives_the_same_table(p, tmp_path, monkeypatch):
-    cells = [
-        record.Cell("no_attack", 0, variants=("none", "feddetect_hardened")),
-        record.Cell("honest", 0, variants=("none", "median"), group="baselines"),
-        record.Cell("boost_liar", 0, keys={"m": 5}, variants=("feddetect_released",)),
-        record.Cell("null", 0, keys={"m": 4}),
-    ]
-    small = dataclasses.replace(record_designs.DESIGNS[NOTEBOOK], cells=lambda cohort, p: cells)
-    monkeypatch.setitem(record_designs.DESIGNS, NOTEBOOK, small)
-    monkeypatch.setattr(params, "load", lambda profile: p)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "records", lambda cohort: tmp_path / "records" / cohort)
-
-    def call():
-        return record.main([NOTEBOOK, "--cohort", COHORT, "--processes", "1"])
-
-    assert call() == 0
-    place = record.place(COHORT, p) / NOTEBOOK
-    target = paths.records(COHORT) / f"{NOTEBOOK}.csv"
-    whole = tables.read(target)
-    about = json.loads(target.with_suffix(".json").read_text())
-    assert about["cells_finished"] == about["cells_planned"] == 4
-    assert {"feddetect", "fedgan_attackers", "feddetect_eval"} <= about["modules"].keys()
-
-    # Killed: one cell is missing, one half written, one has no note.
-    for name in ("no_attack-seed0", "null-m=4-seed0"):
-        (place / f"{name}.csv.gz").unlink()
-        (place / f"{name}.json").unlink()
-    (place / "no_attack-seed0.csv.partial").write_text("seed,variant\n")
-    (place / "honest-baselines-seed0.json").unlink()
-    target.unlink()
-    ran, run_cell = [], record.run_cell
-    monkeypatch.setattr(record, "run_cell", lambda *args: ran.append(args[3].name) or run_cell(*args))
-    assert call() == 0
-    assert sorted(ran) == ["honest-baselines-seed0", "no_attack-seed0", "null-m=4-seed0"]
-    resumed = tables.read(target)
-    times = [table["metric"] == "server_ms" for table in (whole, resumed)]
-    assert list(whole[times[0]][SUMMARY].itertuples(index=False)) == list(
-        resumed[times[1]][SUMMARY].itertuples(index=False)
-    )
-    assert {"none", "feddetect_hardened", "feddetect_released", "median"} <= set(whole[times[0]]["variant"])
-    pd.testing.assert_frame_equal(whole[~times[0]], resumed[~times[1]], check_exact=True)
-
-    # Rows of clients stay in the cells' tables of the notebook; rounds only without a key.
-    assert (whole["client"] == "").all()
-    assert (whole.loc[whole["m"] == "5", "round"] == "").all()
-    assert tables.row(whole, variant="median", scenario="liar", metric="frechet")["n"] == 1
-    assert tables.row(whole, variant="feddetect_hardened", scenario="no_attack", metric="frechet_minus_clean")["n"] == 1
-    assert not record.is_stale(NOTEBOOK, COHORT)
+def test_a_new_rule_has_cells_of_its_own(p, monkeypatch):
+    """So every finished cell of the record stays valid, and only the new ones are to be run."""
+    before = feddetect_record.plan(COHORT, p)
+    monkeypatch.setattr(feddetect_record, "ADDED", ("geometric_median",))
+    after = feddetect_record.plan(COHORT, p)
+    added = [c for c in after if c not in before]
+    assert [c for c in after if c not in added] == before
+    assert {c.variants for c in added} == {("geometric_median",)}
+    assert {c.arm for c in added} == set(SCENARIOS) - set(SAME_BUT_FOR_LOSSES)
+    assert len({c.name for c in after}) == len(after)
 
 
 # --------------------------------------------------------------------------------------------------------------- claims

@@ -37,6 +37,13 @@ def vector_of(combined):
     return np.concatenate([combined["b"].numpy(), combined["w"].numpy().ravel()])
 
 
+def selected_by(diagnostics):
+    """Whom Krum chose: they share the weight equally, the others have none."""
+    chosen = [client for client, weight in diagnostics["weights"].items() if weight > 0]
+    assert all(diagnostics["weights"][client] == 1 / len(chosen) for client in chosen)
+    return chosen
+
+
 def oracle_scores(rows, f):
     """Blanchard et al. 2017, section 4: explicit distances in float64, sum over the n − f − 2 closest others."""
     rows = [np.asarray(row, dtype=np.float64) for row in rows]
@@ -102,7 +109,7 @@ def test_krum_scores_are_the_papers(rows, data):
     updates = updates_of(rows)
     np.testing.assert_allclose(krum_scores(updates, f), expected, rtol=1e-6, atol=1e-6 * (1 + (rows**2).max()))
     chosen, diagnostics = krum(updates, n_malicious=f)
-    (selected,) = diagnostics["selected"]
+    (selected,) = selected_by(diagnostics)
     assert expected[selected] <= expected.min() + 1e-5 * (1 + (rows**2).max())
     np.testing.assert_array_equal(vector_of(chosen), rows[selected])
 
@@ -115,13 +122,13 @@ def test_krum_and_multi_krum_leave_out_colluding_outliers(f):
     updates = [Update(10 + i, state(row), 1 + 100 * i) for i, row in enumerate(rows)]
     expected = oracle_scores(rows, f)
     chosen, diagnostics = krum(updates, n_malicious=f)
-    assert diagnostics == {"selected": [10 + int(expected.argmin())]}
+    assert selected_by(diagnostics) == [10 + int(expected.argmin())]
     assert int(expected.argmin()) >= f
     np.testing.assert_array_equal(vector_of(chosen), rows[expected.argmin()])
     best = sorted(np.argsort(expected)[: 9 - f])
     combined, diagnostics = multi_krum(updates, n_malicious=f)
-    assert diagnostics == {"selected": [10 + i for i in best]}
-    assert not set(diagnostics["selected"]) & set(range(10, 10 + f))
+    assert selected_by(diagnostics) == [10 + i for i in best]
+    assert not set(selected_by(diagnostics)) & set(range(10, 10 + f))
     # Unweighted, whatever the clients say of their sample sizes.
     np.testing.assert_allclose(vector_of(combined), rows[best].mean(0), rtol=1e-5, atol=1e-6)
 
@@ -130,7 +137,7 @@ def test_krum_returns_a_copy():
     updates = updates_of(np.eye(5, 4))
     chosen, diagnostics = krum(updates, n_malicious=1)
     chosen["w"] += 100
-    assert updates[diagnostics["selected"][0]].state["w"].max() <= 1
+    assert updates[selected_by(diagnostics)[0]].state["w"].max() <= 1
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5])
@@ -148,7 +155,7 @@ def test_krum_survives_cancellation(spread):
         naive_wrong += int(np.sort(off, axis=1)[:, :5].sum(1).argmin()) != int(oracle_scores(rows, 2).argmin())
         expected = oracle_scores(rows, 2)
         np.testing.assert_allclose(krum_scores(updates_of(rows), 2), expected, rtol=1e-8)
-        assert krum(updates_of(rows), n_malicious=2)[1]["selected"] == [int(expected.argmin())]
+        assert selected_by(krum(updates_of(rows), n_malicious=2)[1]) == [int(expected.argmin())]
     # The trap is one: products of the raw float32 states mislead in most of the eight rounds.
     assert naive_wrong >= 4
     assert naive_negative == (0 if spread == 1e-3 else 8)

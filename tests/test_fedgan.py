@@ -1,4 +1,4 @@
-"""A federation that repeats itself, resumes, branches and is attacked exactly as it says; then whole cells, end to end."""
+"""A federation that repeats itself, branches and is attacked exactly as it says; then whole cells, end to end."""
 
 import math
 import random
@@ -19,6 +19,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import FedGANParams
 from medsec.evidence import tables
 from medsec.federated import aggregators
+from medsec.federated.rounds import scale_update
 from medsec.nets import fit as classifier
 
 BASE = {
@@ -112,14 +113,14 @@ def test_the_result_does_not_depend_on_how_the_rounds_are_called():
     assert same(whole, fedgan.run(parts)), "a finished federation goes on"
 
 
-def test_no_global_random_stream_is_touched(tmp_path):
+def test_no_global_random_stream_is_touched():
     def streams():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
 
     before = streams()
     federation = federation_of()
     assert streams() == before
-    fedgan.run(federation, checkpoint=tmp_path / "c.pt")
+    fedgan.run(federation)
     fedgan.run(fedgan.branch(federation_of(), 2.0), 1)
     fedgan.synthesise(federation.generator(), 3, 0)
     assert streams() == before
@@ -372,12 +373,12 @@ def test_synthesise():
 def test_scale_update_is_the_published_formula():
     received = {"w": torch.tensor([1.0, 2.0]), "bn.running_var": torch.tensor([1.0, 1.0]), "n": torch.tensor(3)}
     sent = {"w": torch.tensor([1.5, 1.0]), "bn.running_var": torch.tensor([0.2, 2.0]), "n": torch.tensor(5)}
-    scaled = fedgan.scale_update(sent, received, 4.0)
+    scaled = scale_update(sent, received, 4.0)
     assert scaled["w"].tolist() == [3.0, -2.0]
     assert scaled["bn.running_var"].tolist() == [0.0, 5.0]
     assert scaled["n"] == 5
     assert sent["w"].tolist() == [1.5, 1.0]
-    once = fedgan.scale_update(sent, received, 1.0)
+    once = scale_update(sent, received, 1.0)
     for name in sent:
         torch.testing.assert_close(once[name], sent[name])
 
@@ -448,109 +449,6 @@ def test_a_clean_branch_has_nobody_to_boost():
     assert [c.boost for c in boosted.clients] == [1.0] * 3
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def note(federation):
-    federation.history.append({"round": federation.round, "client": "server", "sum": float(federation.round)})
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_a_run_resumes_to_the_same_bits(k, tmp_path):
-    whole = fedgan.run(federation_of(), after_round=note)
-    file = tmp_path / "deep" / "c.pt"
-    fedgan.run(federation_of(), k, checkpoint=file, after_round=note)
-    rounds = []
-
-    def after_round(federation):
-        note(federation)
-        rounds.append(federation.round)
-
-    resumed = fedgan.run(federation_of(), checkpoint=file, after_round=after_round)
-    assert rounds == list(range(k + 1, 4)), "the rounds before the checkpoint were run again"
-    assert same(resumed, whole)
-    assert [f.name for f in file.parent.iterdir()] == ["c.pt"]
-
-
-def test_a_kill_in_the_middle_of_a_round(tmp_path):
-    whole = fedgan.run(federation_of())
-    file = tmp_path / "c.pt"
-
-    def killed(updates, round):
-        if round == 2:
-            raise KeyboardInterrupt
-        return aggregators.fedavg(updates, round)
-
-    with pytest.raises(KeyboardInterrupt):
-        fedgan.run(federation_of(), aggregate=killed, checkpoint=file)
-    assert same(fedgan.run(federation_of(), checkpoint=file), whole)
-
-
-def test_a_kill_while_the_checkpoint_is_written(tmp_path, monkeypatch):
-    whole = fedgan.run(federation_of())
-    file = tmp_path / "c.pt"
-    fedgan.run(federation_of(), 1, checkpoint=file)
-    original = torch.save
-
-    def half(content, path):
-        original(content, path)
-        path.write_bytes(path.read_bytes()[:5000])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
-        with pytest.raises(KeyboardInterrupt):
-            fedgan.run(federation_of(), checkpoint=file)
-    assert same(fedgan.run(federation_of(), checkpoint=file), whole)
-
-
-def test_a_boosted_branch_resumes(tmp_path):
-    def branch():
-        return fedgan.branch(fedgan.run(federation_of(), 1), 3.0, 1)
-
-    whole = fedgan.run(branch())
-    fedgan.run(branch(), 2, checkpoint=tmp_path / "c.pt")
-    assert same(fedgan.run(branch(), checkpoint=tmp_path / "c.pt"), whole)
-
-
-def test_an_older_checkpoint_does_not_turn_back_a_federation(tmp_path):
-    fedgan.run(federation_of(), 1, checkpoint=tmp_path / "c.pt")
-    ahead, control = (fedgan.run(federation_of(), 2) for _ in range(2))
-    assert same(fedgan.run(ahead, checkpoint=tmp_path / "c.pt"), fedgan.run(control))
-
-
-@pytest.mark.parametrize("damage", ["half", "empty", "text", "other content", "pickle"])
-def test_a_damaged_checkpoint(damage, tmp_path):
-    file = tmp_path / "c.pt"
-    fedgan.run(federation_of(), 1, checkpoint=file)
-    if damage == "half":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage in ("empty", "text"):
-        file.write_text("" if damage == "empty" else "no checkpoint")
-    elif damage == "other content":
-        torch.save([1, 2, 3], file)
-    else:
-        torch.save({"seed": 0, "clients": [Fraction(1, 2)] * 3}, file)
-    with pytest.raises(InputError, match=r"checkpoint c\.pt .*delete it"):
-        fedgan.run(federation_of(), checkpoint=file)
-
-
-FOREIGN = {
-    "another seed": lambda: federation_of(seed=9),
-    "fewer clients": lambda: federation_of(sizes=(24, 8)),
-    "wider networks": lambda: federation_of(gan={"width": 6}),
-    "other average": lambda: federation_of(average="both"),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_the_checkpoint_of_another_run(name, tmp_path):
-    file = tmp_path / "c.pt"
-    fedgan.run(FOREIGN[name](), 1, checkpoint=file)
-    with pytest.raises(InputError, match=r"checkpoint c\.pt"):
-        fedgan.run(federation_of(), checkpoint=file)
-
-
 # -------------------------------------------------------------------------------------------------------- broken clients
 
 
@@ -608,9 +506,8 @@ SMALL = {
 
 
 @pytest.fixture
-def tiny(tiny_npz, tmp_path, monkeypatch):
-    """Function: parameters for a small colour cohort of three classes; checkpoints go to a temporary folder."""
-    monkeypatch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path / "checkpoints"))
+def tiny(tiny_npz):
+    """Function: parameters for a small colour cohort of three classes."""
     file = tiny_npz(classes=3, channels=3, per_class=80)
 
     def make(**fedgan_change):
@@ -642,12 +539,11 @@ def processes():
     get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def test_cells_end_to_end(tiny, tmp_path, processes, monkeypatch):
+def test_cells_end_to_end(tiny, processes):
     params = tiny()
     cells = [("npz", params, SEED, arm) for arm in fedgan_eval.ARMS]
     fresh = [fedgan_eval.run_cell(*cell) for cell in cells]
     clean, attack, controls = (table for table, _ in fresh)
-    assert not list((tmp_path / "checkpoints").rglob("*.pt")), "a finished cell leaves its checkpoints"
 
     for table in (clean, attack, controls):
         assert list(table.columns) == COLUMNS
@@ -724,31 +620,6 @@ def test_cells_end_to_end(tiny, tmp_path, processes, monkeypatch):
             pd.testing.assert_frame_equal(table, table_again, check_exact=True)
             assert images.keys() == images_again.keys()
             assert all(np.array_equal(images[name], images_again[name]) for name in images)
-
-
-def test_an_interrupted_cell_resumes_to_the_same_table(tiny, tmp_path, monkeypatch):
-    params = tiny()
-    original = fedgan.train_client
-    calls = []
-
-    def killed(client, state, federation, round):
-        calls.append(round)
-        if len(calls) == 8:  # six of the two rounds of poison, then the second client of boost
-            raise KeyboardInterrupt
-        return original(client, state, federation, round)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fedgan, "train_client", killed)
-        with pytest.raises(KeyboardInterrupt):
-            fedgan_eval.run_cell("npz", params, SEED, "attack")
-    assert list((tmp_path / "checkpoints").rglob("*.pt"))
-    counted = []
-    monkeypatch.setattr(fedgan, "train_client", lambda *a: counted.append(1) or original(*a))
-    resumed, _ = fedgan_eval.run_cell("npz", params, SEED, "attack")
-    assert len(counted) == 3, "finished rounds were run again"
-    whole, _ = fedgan_eval.run_cell("npz", params, SEED, "attack")
-    assert len(counted) == 3 + 9
-    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
 
 
 @pytest.fixture

@@ -665,7 +665,6 @@ def test_a_folder_of_dicom_files_with_and_without_a_suffix(tmp_path, pointed):
 
 def test_a_federated_gan_on_a_colour_folder(tmp_path, pointed, monkeypatch):
     """Notebook 01's cell, from files to rows: three classes, three channels."""
-    monkeypatch.setenv("MEDSEC_CHECKPOINTS", str(tmp_path / "checkpoints"))
     root = write_tree(tmp_path / "mine", ("a", "b", "c"), patients=50, each=2, shape=(40, 36, 3))
     small = {
         "n_clients": 2, "malicious": [0], "images_per_client": 12, "rounds": 2,

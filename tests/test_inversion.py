@@ -1,6 +1,7 @@
 """Gradient inversion against a plain loop, its bookkeeping, and what it says of odd input; the measures by hand."""
 
 import copy
+import doctest
 import math
 import sys
 
@@ -13,6 +14,7 @@ from torch import nn
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import InversionSettings
+from medsec.inversion import attacks, defences
 from medsec.inversion import scores as reconstruction
 from medsec.inversion.attacks import (
     ATTACKS,
@@ -420,3 +422,10 @@ def test_total_variation_by_hand():
 def test_images_of_different_shape():
     with pytest.raises(InputError, match="need the same"):
         reconstruction.psnr(np.zeros((1, 1, 2, 2)), np.zeros((2, 1, 2, 2)))
+
+
+@pytest.mark.parametrize("module", [attacks, defences, reconstruction])
+def test_examples_in_docstrings(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted
+    assert not outcome.failed

@@ -9,16 +9,19 @@ import pytest
 import torch
 import yaml
 
-from experiments import params, record_designs
+from experiments import params
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import cells as ev
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense import figures as inversion_plots
+from experiments.gia_defense import record
 from experiments.gia_defense import tables as inversion_tables
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
-from medsec.evidence import tables
+from medsec.evidence import cells, tables
+from medsec.evidence.cells import Cell
+from medsec.inversion import adaptive
 from medsec.inversion import attacks as inversion
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion import scores as reconstruction
@@ -37,7 +40,7 @@ SMALL = {
         "attack": {"iterations": 3, "together": 2},
         "purifier": {"images": 32, "width": 4, "epochs": 1},
         "autoencoder": {"latent": 4, "latent_prior": 6, "epochs": 1},
-        "defences": {"k": 2},
+        "defences": {"shadow_hardened": {"k": 2}},
         "shadow": {"steps": 1},
     },
 }
@@ -56,6 +59,11 @@ def p(tmp_path_factory, write_npz):
 @pytest.fixture(scope="module")
 def setup(p):
     return instruments.prepare("npz", p)
+
+
+def recorded(p, cell):
+    """The rows of a cell that the record keeps."""
+    return record.keep(ev.run("npz", cells.resolved(p, cell), cell)[0], cell)
 
 
 ADAPTIVE = {
@@ -152,13 +160,13 @@ def test_a_federation_is_attacked_on_the_way(p):
 def test_every_defence_gives_a_client(setup):
     images, labels = instruments.deal(setup, 0)
     model = instruments.network(setup, 0)
-    plain = instruments.client("none", setup, images[0], labels[0], 0).send(model, images[0][:4], labels[0][:4], 0)
+    plain = instruments.client("none", setup, images[0], labels[0], 0).defend(model, images[0][:4], labels[0][:4], 0)
     for variant in instruments.VARIANTS[1:]:
         own = instruments.client(variant, setup, images[0], labels[0], 0)
-        sent = own.send(model, images[0][:4], labels[0][:4], 0)
+        sent = own.defend(model, images[0][:4], labels[0][:4], 0)
         assert [g.shape for g in sent] == [g.shape for g in plain]
         assert any(not torch.equal(a, b) for a, b in zip(sent, plain, strict=True)), variant
-        assert (own.perturb is None) == (variant in ("gradient_noise", "dp_sgd", "topk", "soteria"))
+        assert (own.perturb is None) == (variant in gradient_defences.DEFENCES)
     with pytest.raises(InputError, match="choose one of none, gradient_noise"):
         instruments.client("magic", setup, images[0], labels[0], 0)
 
@@ -180,10 +188,10 @@ def test_what_an_attacker_leaves_out(setup):
     model = instruments.network(setup, 0)
     gradients = [torch.randn(2, *p.shape) for p in model.parameters()]
     gradients[0][0, 0] = 0
-    weights = attackers.known_weights("topk", View(model, gradients))
+    weights = attackers.KNOWN["topk"](View(model, gradients))
     assert (weights[0][0, 0] == 0).all()
     assert sum(int((w == 0).sum()) for w in weights) == gradients[0][0, 0].numel()
-    weights = attackers.known_weights("soteria", View(model, gradients))
+    weights = attackers.KNOWN["soteria"](View(model, gradients))
     names = [name for name, _ in model.named_parameters()]
     assert [name for name, w in zip(names, weights, strict=True) if (w == 0).all()] == ["head.weight"]
     assert all((w == 1).all() for name, w in zip(names, weights, strict=True) if name != "head.weight")
@@ -293,9 +301,12 @@ def test_a_known_offset_is_taken_off(setup):
     x, y = 0.3 + 0.4 * images[0][:2, None], labels[0][:2, None]
     own = instruments.client("offset", setup, images[0], labels[0], 0)
     found = attackers.case(own, model, x, y, 0)
-    exact = inversion.Found(found.changed, torch.zeros(2), torch.zeros(2, dtype=torch.bool), torch.zeros(2))
-    back = attackers.unmasked("offset", setup, found, exact, 0)
-    before, after = (reconstruction.psnr(a[:, 0].clamp(0, 1).numpy(), x[:, 0].numpy()) for a in (exact.images, back))
+
+    def copy(images, labels, seed):
+        return instruments.client("offset", setup, images, labels, seed).perturb
+
+    back = adaptive.unmask(found.changed, model, found.guess, copy, setup.splits["public"], seed=0)
+    before, after = (reconstruction.psnr(a[:, 0].clamp(0, 1).numpy(), x[:, 0].numpy()) for a in (found.changed, back))
     assert (after > before + 20).all()
 
 
@@ -306,7 +317,8 @@ def test_what_is_added_by_hand(setup):
     delta[..., :14, :] = 0.2  # half of the image
     view = View(instruments.network(setup, 0), [])
     found = attackers.Case(x, labels[0][:2, None], labels[0][:2, None], x + delta, view)
-    rows = ev._change_rows(setup, "gaussian", found, torch.tensor([[0], [1]]), 0).set_index("metric")["value"]
+    run = ev.Run(setup, "gaussian", 0, images, labels, torch.tensor([[0], [1]]))
+    rows = ev._change_rows(run, found).set_index("metric")["value"]
     assert rows["rms"] == pytest.approx(0.2 / 2**0.5, rel=1e-5)
     assert rows["offset_share"] == pytest.approx(0.5, rel=1e-5)
     table = ev.spectrum(delta[:, 0])
@@ -314,39 +326,37 @@ def test_what_is_added_by_hand(setup):
     assert table.loc[table["x"] == 0, "value"].item() == pytest.approx(0.5)
 
 
-def test_the_attackers_copy_is_used_as_the_client_uses_its_own(setup, monkeypatch):
+@pytest.mark.parametrize("variant", ["shadow_released", "shadow_hardened"])
+def test_the_attackers_copy_is_used_as_the_client_uses_its_own(setup, variant):
     """Batches as large as the victims', another seed, and no public image that stands in for itself."""
-    model = instruments.network(setup, 0)
     sizes, seeds = set(), set()
-    make = instruments.client
 
-    def watched(variant, setup, a, b, seed, public=None):
-        own = make(variant, setup, a, b, seed, public)
+    def copy(images, labels, seed, public=None):
+        own = instruments.client(variant, setup, images, labels, seed, public)
         seeds.add(seed)
 
         def perturb(model, x, y, round):
             sizes.add(len(x))
             return own.perturb(model, x, y, round)
 
-        return instruments.Client(own.send, perturb)
+        return perturb
 
-    monkeypatch.setattr(attackers, "client", watched)
-    for variant in ("shadow_released", "shadow_hardened"):
-        changed, clean = attackers.public_pairs(variant, setup, model, 1, 0)
-        assert len(changed) == len(clean) >= setup.params.inversion.purifier.images // 4
-        assert not (changed == clean).flatten(1).all(1).any()
-    assert sizes == {1}
+    options = {"batch": 2, "n": 10, "stand_ins": variant in instruments.STAND_INS, "seed": 0}
+    changed, clean = adaptive.public_pairs(copy, instruments.network(setup, 0), setup.splits["public"], **options)
+    assert len(changed) == len(clean) == 10
+    assert not (changed == clean).flatten(1).all(1).any()
+    assert sizes == {2}
     assert derive_seed(0, "defence", 0) not in seeds
 
 
 @pytest.mark.parametrize("cohort", ["phantom"])
 def test_the_record_has_enough_victims_and_seeds(cohort):
     p = params.load("full")
-    cells = record_designs.cells_03(cohort, p)
-    assert len({cell.name for cell in cells}) == len(cells)
+    planned = record.plan(cohort, p)
+    assert len({cell.name for cell in planned}) == len(planned)
     for variant in instruments.VARIANTS:
         seeds = {
-            arm: {c.seed for c in cells if c.arm == arm and c.variants == (variant,)}
+            arm: {c.seed for c in planned if c.arm == arm and c.variants == (variant,)}
             for arm in ("attack", "federation")
         }
         assert len(seeds["attack"]) * p.inversion.victims >= 64
@@ -358,33 +368,32 @@ def test_the_record_has_enough_victims_and_seeds(cohort):
         assert seeds["federation"] >= set(p.seeds.evaluation[: None if decides else sweep.other_utility_seeds])
     assert p.record.inversion.other_utility_seeds >= 3
     assert set(p.record.inversion.utility_variants) == {"none", "shadow_hardened"}
-    trained = {c.seed for c in cells if c.arm == "federation" and c.variants == ("shadow_hardened",)}
+    trained = {c.seed for c in planned if c.arm == "federation" and c.variants == ("shadow_hardened",)}
     assert len(trained) >= 30
     assert not trained & set(p.seeds.tuning)
-    swept = {key for c in cells for key in c.keys}
+    swept = {key for c in planned for key in c.keys}
     assert swept == {"batch", "steps", "labels", "strength"}
-    for variant, sections in p.record.inversion.strengths.items():
-        for section, names in sections.items():
-            for name, values in names.items():
-                usual = getattr(getattr(p.inversion, section), name)
-                assert usual not in values, f"{variant}: {name} {usual} is the headline's"
+    for variant, names in p.record.inversion.strengths.items():
+        for name, values in names.items():
+            usual = p.inversion.defences[variant][name]
+            assert usual not in values, f"{variant}: {name} {usual} is the headline's"
 
 
 def test_an_unknown_strength_is_named_before_anything_runs():
     p = params.load("full")
-    wrong = {"record": {"inversion": {"strengths": {"topk": {"defences": {"topk_kept": [0.1]}}}}}}
+    wrong = {"record": {"inversion": {"strengths": {"topk": {"kept": [0.1]}}}}}
     p = params.validate(params.merge(p.model_dump(), wrong))
-    with pytest.raises(InputError, match=r"strengths.*topk_kept"):
-        record_designs.cells_03("phantom", p)
+    with pytest.raises(InputError, match=r"strengths\.topk.*kept"):
+        record.plan("phantom", p)
 
 
 def test_a_stronger_defence_changes_more_and_trains_no_generator_anew(p):
     change = {"inversion": {"defences": {"image_noise": {"rms": 0.4}}}}
-    cell = record_designs.Cell("strength", 0, change, {"strength": 0.4}, group="image_noise", variants=("image_noise",))
-    rows = record_designs.run_03("npz", p, cell)
+    cell = Cell("strength", 0, change, {"strength": 0.4}, group="image_noise", variants=("image_noise",))
+    rows = recorded(p, cell)
     assert set(rows["strength"]) == {"0.4"}
     assert {"psnr", "auc"} <= set(rows["metric"])
-    usual = record_designs.run_03("npz", p, dataclasses.replace(cell, change={}))
+    usual = recorded(p, dataclasses.replace(cell, change={}))
     psnr = [r[(r["scenario"] == "ceiling") & (r["metric"] == "psnr") & (r["region"] == "")] for r in (rows, usual)]
     assert psnr[0]["value"].item() < psnr[1]["value"].item() - 3
     stronger = params.validate(params.merge(p.model_dump(), change))
@@ -394,8 +403,7 @@ def test_a_stronger_defence_changes_more_and_trains_no_generator_anew(p):
 def test_the_record_keeps_of_single_attacks_what_its_tables_show(p):
     p = params.validate(params.merge(p.model_dump(), {"inversion": {"attacks": ["dlg", "ig"]}}))
     whole = [ev.attack_cell("npz", p, variant, 0)[0] for variant in ("none", "soteria")]
-    cells = [record_designs.Cell("attack", 0, group=variant, variants=(variant,)) for variant in ("none", "soteria")]
-    kept = [record_designs.run_03("npz", p, cell) for cell in cells]
+    kept = [recorded(p, Cell("attack", 0, group=name, variants=(name,))) for name in ("none", "soteria")]
     assert len(pd.concat(kept)) < 0.8 * len(pd.concat(whole))
     before, after = (ev.summarise(pd.concat(runs, ignore_index=True), p) for runs in (whole, kept))
     pd.testing.assert_frame_equal(inversion_tables.by_attack(before), inversion_tables.by_attack(after))
@@ -410,15 +418,15 @@ def test_a_federation_that_diverges_is_a_row_of_the_record(p, monkeypatch):
 
         monkeypatch.setattr(ev.fedcls, "train", train)
 
-    cell = record_designs.Cell("federation", 1, group="topk", variants=("topk",))
+    cell = Cell("federation", 1, group="topk", variants=("topk",), given=record.DIVERGES)
     change = {"inversion": {"defences": {"topk": {"keep": 0.5}}}}
-    cells = [
+    planned = [
         cell,
         dataclasses.replace(cell, arm="strength", change=change, keys={"strength": 0.5}),
-        dataclasses.replace(cell, arm="rounds", change={"shares": [1.0]}),
+        dataclasses.replace(cell, arm="rounds", given={"shares": [1.0], **record.DIVERGES}),
     ]
     failing("gradient of a holds NaN or infinite values: the model diverged; lower its lr")
-    rows = pd.concat([record_designs.run_03("npz", p, each) for each in cells], ignore_index=True)
+    rows = pd.concat([recorded(p, each) for each in planned], ignore_index=True)
     assert rows["metric"].tolist() == ["failed"] * 3
     assert rows["value"].tolist() == [1.0] * 3
     assert rows["strength"].tolist() == ["", "0.5", ""]
@@ -430,14 +438,14 @@ def test_a_federation_that_diverges_is_a_row_of_the_record(p, monkeypatch):
     assert inversion_tables.headline(summary)["n"].tolist() == []
     failing("anything else")
     with pytest.raises(InputError, match="anything else"):
-        record_designs.run_03("npz", p, cell)
+        recorded(p, cell)
 
 
 def test_a_cell_of_the_record_runs(p):
-    cell = record_designs.Cell("attack", 0, keys={"batch": 2}, group="none", variants=("none",))
-    assert set(record_designs.run_03("npz", p, cell)["batch"]) == {"2"}
-    cell = record_designs.Cell("rounds", 0, {"shares": [0.0, 0.4]}, group="none", variants=("none",))
-    assert set(record_designs.run_03("npz", p, cell)["round"]) == {"0", "0.4"}
+    cell = Cell("attack", 0, keys={"batch": 2}, group="none", variants=("none",))
+    assert set(recorded(p, cell)["batch"]) == {"2"}
+    cell = Cell("rounds", 0, group="none", variants=("none",), given={"shares": [0.0, 0.4]})
+    assert set(recorded(p, cell)["round"]) == {"0", "0.4"}
 
 
 def test_measures_pair_a_batch_and_find_whose_image_it_is(setup):

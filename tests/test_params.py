@@ -1,13 +1,12 @@
 """medsec.core.params: every mistake in the parameters is one line that names the key."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from experiments import params
+from experiments.__main__ import main
 from medsec.core import paths
 from medsec.core.errors import InputError
 
@@ -31,10 +30,6 @@ def message(tree):
     return text
 
 
-def test_the_shipped_parameters_are_valid():
-    assert params.load().seeds.evaluation
-
-
 @pytest.mark.parametrize("file", sorted(paths.PROFILES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_shipped_profiles_are_valid_and_change_something(file):
     assert params.load(file.stem) != params.load()
@@ -46,7 +41,6 @@ def test_the_shipped_profiles_are_valid_and_change_something(file):
         ("fedgam", {}, "did you mean fedgan?"),
         ("seeds.evalation", [1], "did you mean evaluation?"),
         ("fedgan.round", 5, "did you mean rounds?"),
-        ("cohorts.phantom.images.tset", 5, "did you mean test?"),
         ("fedgan.gan.zzzzzz", 5, "known: z_dim, "),
     ],
 )
@@ -61,40 +55,15 @@ def test_a_misspelt_key_names_the_nearest(dotted, value, hint):
     [
         # of the wrong type
         ("seeds.tuning", 101),
-        ("seeds.tuning", ["101"]),
-        ("seeds.evaluation", [1.5]),
         ("threats.gallery", "8"),
-        ("threats.gallery", 8.0),
-        ("threats.gallery", True),
-        ("threats", 3),
         ("fedgan.gan.beta1", None),
-        ("fedgan.malicious", 0),
         # impossible
         ("seeds.tuning", []),
-        ("seeds.evaluation", [-1]),
-        ("seeds.evaluation", [2**31]),
-        ("cohorts.phantom.size", 30),
         ("cohorts.phantom.size", 27),
-        ("cohorts.phantom.size", 228),
-        ("cohorts.phantom.images.client", 0),
-        ("cohorts.medmnist.size", 32),
-        ("cohorts.npz.shares.client", 1.5),
-        ("cohorts.folder.size", 30),
-        ("cohorts.folder.channels", 2),
-        ("cohorts.folder.shares.val", 0.0),
-        ("threats.dirichlet_alpha", 0.0),
-        ("threats.dirichlet_alpha", float("inf")),
         ("threats.dirichlet_alpha", float("nan")),
-        ("fedgan.rounds", 0),
         ("fedgan.partition", "idd"),
         ("fedgan.gan.beta1", 1.0),
-        ("fedgan.gan.lr_g", -1.0e-3),
         ("fedgan.gan.batch", 1),
-        ("fedgan.poison.boost", 0.5),
-        ("fedgan.poison.ratio", 0.0),
-        ("fedgan.poison.label", -1),
-        ("fedgan.poison.boost_after", 1.0),
-        ("classifier.lr", 0.0),
     ],
 )
 def test_a_wrong_value_names_key_and_value(dotted, value):
@@ -109,7 +78,6 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("seeds.tuning", [1, 2, 101], "seeds: seeds [1, 2] are both tuning and evaluation seeds"),
         ("seeds.evaluation", [0, 0], "seeds: evaluation seeds repeat"),
         ("cohorts.medmnist.shares.client", 0.6, "cohorts.medmnist.shares: client + public + reference must be 1"),
-        ("cohorts.folder.shares.val", 0.2, "cohorts.folder.shares: client + public + reference + val + test must be 1"),
         ("cohorts.folder.patient_pattern", "_.*", "cohorts.folder.patient_pattern: '_.*' has 0 groups"),
         ("cohorts.folder.patient_pattern", "(", "cohorts.folder.patient_pattern: '(' is no regular expression"),
         ("fedgan.malicious", [0, 0], "fedgan: malicious names a client twice"),
@@ -117,7 +85,6 @@ def test_a_wrong_value_names_key_and_value(dotted, value):
         ("evasion.hardened.finetune_epochs", 0, "evasion.hardened: ema > 0 with finetune_epochs 0"),
         ("matrix.prune_after", 0.05, "matrix: prune_after 0.05 of 8 rounds is before the first: nothing is pruned"),
         ("fedgan.malicious", [99], "fedgan: malicious client 99 does not exist"),
-        ("fedgan.malicious", [0, 1, 2, 3, 4], "fedgan: 5 malicious clients of only 4"),
     ],
 )
 def test_values_that_do_not_fit_together(dotted, value, expected):
@@ -138,15 +105,11 @@ def test_a_number_that_yaml_reads_as_text_is_explained():
     assert "write 1.0e-3" in message(tree)
 
 
-def test_a_missing_key_is_named():
+def test_a_missing_key_is_named_unless_it_is_misspelt():
     tree = change("seeds.tuning", [1])
     del tree["seeds"]["tuning"]
     assert message(tree) == "params.yaml: seeds.tuning is missing"
-
-
-def test_a_misspelling_is_reported_rather_than_the_key_it_leaves_missing():
-    tree = change("seeds.tunning", [101])
-    del tree["seeds"]["tuning"]
+    tree["seeds"]["tunning"] = [101]
     assert "did you mean tuning?" in message(tree)
 
 
@@ -202,26 +165,10 @@ def test_an_unknown_profile_lists_the_known(profiles):
         params.load("bigger")
 
 
-def test_merge_leaves_its_arguments_alone():
-    base, other = {"a": {"b": 1, "c": 2}, "d": [1, 2]}, {"a": {"b": 3}, "d": [4]}
-    assert params.merge(base, other) == {"a": {"b": 3, "c": 2}, "d": [4]}
-    assert base == {"a": {"b": 1, "c": 2}, "d": [1, 2]}
-    assert other == {"a": {"b": 3}, "d": [4]}
-
-
-def test_the_command_prints_parameters_that_are_valid_again(capsys):
-    assert params.main([]) == 0
+def test_the_command_prints_valid_parameters_or_fails_with_one_line(capsys):
+    assert main(["params"]) == 0
     assert params.validate(yaml.safe_load(capsys.readouterr().out)) == params.load()
-
-
-def test_the_command_fails_with_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "medsec.core.params", "--profile", "huge"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=paths.ROOT,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown profile 'huge'")
-    assert done.stderr.count("\n") == 1
+    assert main(["params", "--profile", "huge"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert error.startswith("error: unknown profile 'huge'")

@@ -232,18 +232,18 @@ def test_a_substitution_sends_the_substitutes(public):
     x = torch.cat([public[:11], public[:1]])  # the first image comes twice, once with each label
     y[11] = 1
     used = public[50:62]
-    defence = suppression.Substitution(x, y, used)
+    defence = suppression.substituted(x, y, used)
     rows = [4, 0, 11]
-    found = defence.perturb(model, x[rows], y[rows], 0)
+    found = defence(model, x[rows], y[rows], 0)
     assert torch.equal(found, used[rows])
-    assert torch.equal(found, defence.perturb(model, x[rows].clone(), y[rows], 9))
-    sent = gd.send(defence.perturb)(model, x[rows], y[rows], 0)
+    assert torch.equal(found, defence(model, x[rows].clone(), y[rows], 9))
+    sent = gd.send(defence)(model, x[rows], y[rows], 0)
     assert all(torch.equal(a, b) for a, b in zip(sent, convnet.gradients(model, found, y[rows]), strict=True))
 
 
 def test_bad_input_is_named(autoencoder, public):
     model, x, y = convnet.new(SIZE, 1, 2, width=4, seed=0), public[:8], torch.arange(8) % 2
-    defence = suppression.Substitution(x, y, public[8:16])
+    defence = suppression.substituted(x, y, public[8:16])
     for image, label, message in [
         (x[:2].flip(3), y[:2], "is not in the set that was given at the start"),
         (x[:1], 1 - y[:1], "with label 1 is not in the set"),
@@ -252,9 +252,9 @@ def test_bad_input_is_named(autoencoder, public):
         (torch.rand(1, 1, 32, 32), y[:1], r"images of shape \(1, 32, 32\), but the shadow generator"),
     ]:
         with pytest.raises(InputError, match=message):
-            defence.perturb(model, image, label, 0)
+            defence(model, image, label, 0)
     with pytest.raises(InputError, match=r"substitutes of shape \(3, 1, 28, 28\) for images of shape \(8, 1, 28, 28\)"):
-        suppression.Substitution(x, y, public[:3])
+        suppression.substituted(x, y, public[:3])
     options = {"k": 2, "grouping": "similar", "seed": 0}
     for image, label, message in [
         (x, y[:5], r"labels of shape \(5,\), torch.int64: need \(8,\)"),

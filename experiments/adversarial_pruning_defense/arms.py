@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.params import Params
+from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec import data
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
-from medsec.core.settings import Cohorts, Recipe
+from medsec.core.settings import Recipe
+from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
 
 
@@ -61,7 +62,7 @@ QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what t
 GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setup:
     """The images of one cohort: ``splits`` has ``train``, ``val`` and ``test`` as (N, C, S, S) in [0, 1] and (N,) int64."""
 
@@ -78,23 +79,18 @@ def prepare(cohort: str, params: Params) -> Setup:
     Raises:
         InputError: the cohort cannot be loaded.
     """
-    loaded, whole = _load(cohort, params.cohorts.model_dump_json())
-    joined = [whole[name] for name in params.evasion.train]
-    x, y = whole["test"]
-    order = test_order(params, len(x))
-    splits = {
-        "train": (torch.cat([images for images, _ in joined]), torch.cat([labels for _, labels in joined])),
-        "val": whole["val"],
-        "test": (x[order], y[order]),
-    }
-    return Setup(params, loaded, splits)
+    return _prepared(cohort, params.model_dump_json())
 
 
 @functools.lru_cache(maxsize=1)  # a process runs several cells of one cohort
-def _load(name: str, cohorts_json: str) -> tuple[data.Cohort, dict[str, tuple[Tensor, Tensor]]]:
-    loaded = data.load(name, Cohorts.model_validate_json(cohorts_json))
-    parts = loaded.splits.items()
-    return loaded, {split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in parts}
+def _prepared(name: str, params_json: str) -> Setup:
+    params = Params.model_validate_json(params_json)
+    cohort = data.load(name, params.cohorts)
+    whole = tensors(cohort)
+    train = (torch.cat(parts) for parts in zip(*(whole[split] for split in params.evasion.train), strict=True))
+    order = test_order(params, len(cohort["test"]))
+    x, y = whole["test"]
+    return Setup(params, cohort, {"train": tuple(train), "val": whole["val"], "test": (x[order], y[order])})
 
 
 def test_order(params: Params, n: int) -> Tensor:
@@ -136,39 +132,21 @@ def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> 
     run = derive_seed(seed, "retrain") if arm.other_seed else seed
     model = _fitted(setup, arm.recipe, arm.cbam, run)
     if share is not None:
-        recipe = getattr(p, arm.recipe)
-        model = robust.pruned(model, *setup.splits["train"], recipe, ratio=share, seed=run)
-    return _rounded(model)
-
-
-def _rounded(model: nn.Module) -> nn.Module:
+        model = robust.pruned(model, *setup.splits["train"], getattr(p, arm.recipe), ratio=share, seed=run)
     return copy.deepcopy(model).half().float()
 
 
-_memory: dict[tuple, nn.Module] = {}
-KEPT = 8  # networks that are remembered, so that arms which prune need not train their start again
-
-
+@functools.lru_cache(maxsize=8)  # arms which prune need not train their start again
 def _fitted(setup: Setup, recipe: str, cbam: bool, seed: int) -> nn.Module:
-    """A network before it is pruned; the last few are remembered."""
-    p = setup.params.evasion
-    chosen: Recipe = getattr(p, recipe)
-    key = (
-        setup.cohort.fingerprint,
-        tuple(p.train),
-        chosen.model_dump_json(),
-        p.attention.model_dump_json(),
-        cbam,
-        seed,
-    )
-    if key not in _memory:
-        images, labels = setup.splits["train"]
-        start = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if cbam else None)
-        found = robust.fit(start, images, labels, chosen, seed=seed, epochs=chosen.epochs, lr=chosen.lr)
-        while len(_memory) >= KEPT:
-            del _memory[next(iter(_memory))]
-        _memory[key] = found
-    return _memory[key]
+    """A network before it is pruned."""
+    chosen: Recipe = getattr(setup.params.evasion, recipe)
+    start = _untrained(setup, cbam, seed)
+    return robust.fit(start, *setup.splits["train"], chosen, seed=seed, epochs=chosen.epochs, lr=chosen.lr)
+
+
+def _untrained(setup: Setup, cbam: bool, seed: int) -> nn.Module:
+    attention = setup.params.evasion.attention if cbam else None
+    return robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=attention)
 
 
 def _arm(variant: str) -> Arm:
@@ -227,16 +205,15 @@ def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
     except (OSError, SafetensorError) as error:
         print(f"{file.name} cannot be read ({type(error).__name__}); the network is trained anew", file=sys.stderr)
         return None
-    p, arm = setup.params.evasion, _arm(variant)
-    model = robust.new(setup.cohort.channels, setup.cohort.n_classes, seed=seed, cbam=p.attention if arm.cbam else None)
+    model = _untrained(setup, _arm(variant).cbam, seed)
     model.load_state_dict(state)  # into single precision
     return model.eval()
 
 
 def network(setup: Setup, variant: str, seed: int) -> nn.Module:
     """The committed network of an arm where there is one, else one that is trained now."""
-    found = load(setup, variant, seed)
-    return train(setup, variant, seed) if found is None else found
+    stored = load(setup, variant, seed)
+    return train(setup, variant, seed) if stored is None else stored
 
 
 def seeds_with_checkpoints(setup: Setup, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:

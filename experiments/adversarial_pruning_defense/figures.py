@@ -10,36 +10,46 @@ from torch import Tensor
 from medsec.show import plots
 from medsec.show.plots import WIDTH
 
-LOOKS = {  # of the three rates: colour, marker, offset, what the legend says
+RATES = {  # colour, marker, offset, what the legend says
     "dr_whitebox": ("#D55E00", "^", -0.16, "the attack knows the model (white-box)"),
     "dr_transfer": ("#0072B2", "o", 0.0, "examples made for the undefended model (transfer)"),
     "dr_recovered": ("#009E73", "s", 0.16, "of those that turned the undefended model (recovered)"),
 }
+MAPS = {
+    "integrated_gradients": ("#D55E00", "^", -0.24, "Integrated Gradients"),
+    "grad_cam": ("#0072B2", "o", -0.08, "Grad-CAM"),
+}
+
+
+def _forest(table: pd.DataFrame, column: str, looks: Mapping[str, tuple], lines: Mapping[str, float], size, *, width):
+    """Value and interval of the quantities that ``column`` names, arm by arm; other values (``lines``) as vertical lines."""
+    variants = list(dict.fromkeys(table["variant"]))
+    fig, ax = plt.subplots(figsize=(WIDTH, size[0] * len(variants) + size[1]), layout="constrained")
+    for name, (colour, marker, shift, label) in looks.items():
+        rows = table[table[column] == name]
+        heights = [variants.index(v) + shift for v in rows["variant"]]
+        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=width)
+        ax.plot(rows["value"], heights, marker, color=colour, markersize=size[2], linestyle="none", label=label or None)
+    for (label, value), style in zip(lines.items(), (":", "--"), strict=False):
+        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
+    ax.set(yticks=range(len(variants)), yticklabels=variants, xlim=(0, 1.02))
+    ax.invert_yaxis()
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig, ax
 
 
 def rates(table: pd.DataFrame, published: Mapping[str, float], title: str):
     """Three numbers that have been called defence rate, arm by arm.
 
     Args:
-        table: columns ``variant, metric, value, low, high``; metrics as in `LOOKS`.
+        table: columns ``variant, metric, value, low, high``; metrics as in `RATES`.
         published: label -> the paper's value, drawn as a line.
         title: of the figure.
     """
-    variants = list(dict.fromkeys(table["variant"]))
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.4 * len(variants) + 1.5), layout="constrained")
-    for metric, (colour, marker, shift, label) in LOOKS.items():
-        rows = table[table["metric"] == metric]
-        heights = [variants.index(v) + shift for v in rows["variant"]]
-        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.3)
-        ax.plot(rows["value"], heights, marker, color=colour, markersize=5, linestyle="none", label=label)
-    for (label, value), style in zip(published.items(), (":", "--"), strict=False):
-        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=f"published: {label}")
-    ax.set(
-        yticks=range(len(variants)), yticklabels=variants, xlabel="defence rate (share of the examples)", xlim=(0, 1.02)
-    )
-    ax.invert_yaxis()
+    lines = {f"published: {label}": value for label, value in published.items()}
+    fig, ax = _forest(table, "metric", RATES, lines, (0.4, 1.5, 5), width=1.3)
+    ax.set_xlabel("defence rate (share of the examples)")
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    fig.legend(loc="outside lower center", ncols=2)
     return fig, ax
 
 
@@ -103,25 +113,10 @@ def pointing(table: pd.DataFrame, controls: Mapping[str, float], title: str):
         controls: label -> share.
         title: of the figure.
     """
-    variants = list(dict.fromkeys(table["variant"]))
-    looks_ = {
-        "integrated_gradients": ("#D55E00", "^", -0.24, "Integrated Gradients"),
-        "grad_cam": ("#0072B2", "o", -0.08, "Grad-CAM"),
-    }
-    gates = [name for name in dict.fromkeys(table["map"]) if name not in looks_]
-    for i, name in enumerate(gates):
-        looks_[name] = ("#009E73", "s", 0.08 + 0.1 * i, "" if i else "attention gates, from the image inwards")
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.5 * len(variants) + 1.4), layout="constrained")
-    for name, (colour, marker, shift, label) in looks_.items():
-        rows = table[table["map"] == name]
-        heights = [variants.index(v) + shift for v in rows["variant"]]
-        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=1.2)
-        ax.plot(rows["value"], heights, marker, color=colour, markersize=4.5, linestyle="none", label=label or None)
-    for (label, value), style in zip(controls.items(), (":", "--"), strict=False):
-        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
-    label = "share of the images with a lesion in which the map's highest point lies in it"
-    ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel=label, xlim=(0, 1.02))
-    ax.invert_yaxis()
+    gates = [name for name in dict.fromkeys(table["map"]) if name not in MAPS]
+    label = "attention gates, from the image inwards"
+    looks = MAPS | {name: ("#009E73", "s", 0.08 + 0.1 * i, "" if i else label) for i, name in enumerate(gates)}
+    fig, ax = _forest(table, "map", looks, controls, (0.5, 1.4, 4.5), width=1.2)
+    ax.set_xlabel("share of the images with a lesion in which the map's highest point lies in it")
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    fig.legend(loc="outside lower center", ncols=2)
     return fig, ax

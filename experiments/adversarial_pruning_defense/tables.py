@@ -1,23 +1,47 @@
 """Views of notebook 04's summary table: what its figures and tables show. All read a table, none attacks a model."""
 
+from collections.abc import Mapping, Sequence
+
 import pandas as pd
 
-from experiments.adversarial_pruning_defense.arms import ARMS
-from experiments.adversarial_pruning_defense.cells import UNITS, eps_key
-from experiments.adversarial_pruning_defense.params import EvasionParams
+from experiments.adversarial_pruning_defense.arms import VARIANTS
+from experiments.adversarial_pruning_defense.cells import UNITS
+from experiments.params.adversarial_pruning_defense import EvasionParams
+from medsec.evasion.sanity import QUESTIONS
+from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
 
-RATES = ("dr_whitebox", "dr_transfer", "dr_recovered")
 
-
-def rates(summary: pd.DataFrame, p: EvasionParams, whitebox: str = "pgd20") -> pd.DataFrame:
-    """The three defence rates of every arm at the headline's eps; ``whitebox``: the attack that knows the arm."""
+def rates(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """The three defence rates of every arm under PGD at the headline's eps."""
     rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
-    white = rows[(rows["metric"] == "dr_whitebox") & (rows["scenario"] == whitebox)]
-    others = rows[rows["metric"].isin(RATES[1:]) & (rows["scenario"] == "pgd20")]
-    found = pd.concat([white, others])
-    order = {variant: place for place, variant in enumerate(ARMS)}
-    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    rows = rows[rows["scenario"] == "pgd20"]
+    white = rows["metric"] == "dr_whitebox"
+    return _in_order(pd.concat([rows[white], rows[rows["metric"].isin(["dr_transfer", "dr_recovered"])]]))
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """The arms in the order of notebook 04."""
+    return rows.sort_values("variant", key=lambda column: column.map(VARIANTS.index), kind="stable")
+
+
+def by_arm(summary: pd.DataFrame, columns: Mapping[str, tuple[int, dict]], arms: Sequence[str]) -> pd.DataFrame:
+    """One line an arm, one column a quantity: value and interval as text, empty where there is none.
+
+    Args:
+        columns: heading -> digits and the row that is shown, without its arm (`medsec.evidence.tables.cell`).
+    """
+    return pd.DataFrame(
+        {"arm": arm} | {name: tables.cell(summary, d, variant=arm, **where) for name, (d, where) in columns.items()}
+        for arm in arms
+    )
+
+
+CLEAN = {  # what a defence costs
+    "balanced accuracy": (3, {"scenario": "clean", "metric": "balanced_accuracy"}),
+    "minus base": (3, {"scenario": "clean", "metric": "balanced_accuracy_minus_base"}),
+    "AUC": (3, {"scenario": "clean", "metric": "auc"}),
+}
 
 
 def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
@@ -26,44 +50,29 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     Rates have the arm's own right answers as their denominator; ``worst case, of all images`` has every image, so that arms can
     be ranked by it: a network that is less often right without an attack has fewer answers to lose.
     """
-    at, lines = eps_key(p.eps / 255), []
-    for variant in _arms(summary):
-        clean = {"variant": variant, "scenario": "clean"}
-        worst = {"variant": variant, "scenario": "worst_case", "eps": at}
-        transfer = {"variant": variant, "scenario": "pgd20", "metric": "dr_transfer", "eps": at}
-        lines.append(
-            {
-                "arm": variant,
-                "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
-                "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-                "AUC": tables.cell(summary, 3, **clean, metric="auc"),
-                "worst case, rate": tables.cell(summary, 2, **worst, metric="dr_whitebox"),
-                "worst case, of all images": tables.cell(summary, 2, **worst, metric="accuracy"),
-                "transfer": tables.cell(summary, 2, **transfer),
-                "n": tables.row(summary, **clean, metric="accuracy")["n"],
-            }
-        )
-    return pd.DataFrame(lines)
+    at, arms = eps_key(p.eps / 255), _arms(summary)
+    worst = {"scenario": "worst_case", "eps": at}
+    columns = CLEAN | {
+        "worst case, rate": (2, worst | {"metric": "dr_whitebox"}),
+        "worst case, of all images": (2, worst | {"metric": "accuracy"}),
+        "transfer": (2, {"scenario": "pgd20", "metric": "dr_transfer", "eps": at}),
+    }
+    n = [tables.row(summary, variant=arm, scenario="clean", metric="accuracy")["n"] for arm in arms]
+    return by_arm(summary, columns, arms).assign(n=n)
 
 
 def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     """One line an attack that knows the network, one column an arm: the defence rate at the headline's eps."""
-    at = eps_key(p.eps / 255)
-    rows = summary[(summary["metric"] == "dr_whitebox") & (summary["eps"] == at) & (summary["prune"] == "")]
-    return pd.DataFrame(
-        {"attack": scenario.replace("_", " ")}
-        | {
-            variant: tables.cell(summary, 2, variant=variant, scenario=scenario, metric="dr_whitebox", eps=at)
-            for variant in _arms(summary)
-        }
-        for scenario in dict.fromkeys(rows["scenario"])
-    )
+    at = {"metric": "dr_whitebox", "eps": eps_key(p.eps / 255)}
+    rows = summary[(summary["metric"] == at["metric"]) & (summary["eps"] == at["eps"]) & (summary["prune"] == "")]
+    columns = {s.replace("_", " "): (2, at | {"scenario": s}) for s in dict.fromkeys(rows["scenario"])}
+    return by_arm(summary, columns, _arms(summary)).set_index("arm").T.rename_axis("attack").reset_index()
 
 
 def _arms(summary: pd.DataFrame) -> list[str]:
     """The arms that a table has, other shares of pruning aside."""
     there = summary[(summary["scenario"] == "clean") & (summary["prune"] == "")]["variant"]
-    return [variant for variant in ARMS if variant in set(there)]
+    return [variant for variant in VARIANTS if variant in set(there)]
 
 
 def recipes(p: EvasionParams) -> pd.DataFrame:
@@ -103,47 +112,38 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
 
     A rate has the arm's own right answers as its denominator, the accuracy has all images.
     """
-    lines = []
-    rates_ = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
-    for variant in ("base", "at", "hardened_plain", "hardened"):
-        clean = {"variant": variant, "scenario": "clean"}
-        line = {
-            "arm": variant,
-            "balanced accuracy": tables.cell(summary, 3, **clean, metric="balanced_accuracy"),
-            "minus base": tables.cell(summary, 3, **clean, metric="balanced_accuracy_minus_base"),
-            "AUC": tables.cell(summary, 3, **clean, metric="auc"),
-        }
-        for eps in sorted(set(rates_["eps"]), key=float):
-            where = {"variant": variant, "scenario": "autoattack", "metric": "dr_whitebox", "eps": eps}
-            name = f"AutoAttack, {255 * float(eps):.3g}/255"
-            line[f"{name}: rate"] = tables.cell(summary, 3, **where)
-            line[f"{name}: accuracy"] = tables.cell(summary, 3, **{**where, "metric": "accuracy"})
-        lines.append(line)
-    return pd.DataFrame(lines)
+    columns = dict(CLEAN)
+    rows = summary[(summary["scenario"] == "autoattack") & (summary["metric"] == "dr_whitebox")]
+    for eps in sorted(set(rows["eps"]), key=float):
+        name, attacked = f"AutoAttack, {255 * float(eps):.3g}/255", {"scenario": "autoattack", "eps": eps}
+        columns[f"{name}: rate"] = (3, attacked | {"metric": "dr_whitebox"})
+        columns[f"{name}: accuracy"] = (3, attacked | {"metric": "accuracy"})
+    return by_arm(summary, columns, ["base", "at", "hardened_plain", "hardened"])
 
 
 def distances(summary: pd.DataFrame) -> pd.DataFrame:
     """Median length of the change that turns an answer, by attacks without a cap: one line an arm."""
-    lines = []
-    for variant in ARMS:
-        line = {"arm": variant}
-        for name, scenario, norm, unit in (
-            ("DeepFool, L2", "deepfool", "l2", 1),
-            ("DeepFool, largest change (255ths)", "deepfool", "linf", 255),
-            ("Carlini–Wagner, L2", "cw_l2", "l2", 1),
-        ):
-            where = {"variant": variant, "scenario": scenario, "norm": norm}
-            median = tables.select(summary, {**where, "metric": "median_norm"})
-            line[name] = ""
-            if len(median):
-                scaled = median.iloc[0].copy()
-                scaled[["value", "low", "high"]] *= unit
-                line[name] = f"{tables.interval(scaled)} (n = {scaled['n']})"
-                left = tables.cell(summary, 2, **where, metric="accuracy")
-                line[name] += "" if left.startswith("0.00 ") else f"; {left} not turned"
-        lines.append(line)
-    found = pd.DataFrame(lines)
-    return found[(found.drop(columns="arm") != "").any(axis=1)]
+    attacks = {
+        "DeepFool, L2": ("deepfool", "l2", 1),
+        "DeepFool, largest change (255ths)": ("deepfool", "linf", 255),
+        "Carlini–Wagner, L2": ("cw_l2", "l2", 1),
+    }
+
+    def told(variant: str, scenario: str, norm: str, unit: float) -> str:
+        where = {"variant": variant, "scenario": scenario, "norm": norm}
+        median = tables.select(summary, {**where, "metric": "median_norm"})
+        if median.empty:
+            return ""
+        scaled = median.iloc[0].copy()
+        scaled[["value", "low", "high"]] *= unit
+        left = tables.cell(summary, 2, **where, metric="accuracy")
+        aside = "" if left.startswith("0.00 ") else f"; {left} not turned"
+        return f"{tables.interval(scaled)} (n = {scaled['n']}){aside}"
+
+    lines = pd.DataFrame(
+        {"arm": variant} | {name: told(variant, *attack) for name, attack in attacks.items()} for variant in VARIANTS
+    )
+    return lines[(lines.drop(columns="arm") != "").any(axis=1)]
 
 
 READINGS = {  # of a "defence rate": the metric, and what the attacker must know
@@ -196,41 +196,20 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
     return {"accuracy, clean": rows[rows["scenario"] == "clean"], f"accuracy, PGD {p.eps:g}/255": rows[attacked]}
 
 
-ASKED = {  # of a check: what is true where it passes
-    "iterative_beats_single_step": "PGD leaves no more right than FGSM",
-    "noise_weaker_than_fgsm": "noise of the same size leaves more right than FGSM",
-    "larger_eps_never_weaker": "a larger eps leaves no more right",
-    "whitebox_beats_transfer": "what withstands PGD does not fall to examples made for the plain network",
-    "gradient_free_weaker": "nor to Square, which uses no gradient",
-    "no_zero_gradients": "the gradient is nowhere exactly 0",
-    "more_steps_never_weaker": "many more steps leave no more right",
-    "converged": "nor many fewer: the steps are enough",
-    "large_eps_breaks_all": "where any image may become grey, nothing is left",
-    "undefended_breaks": "the same attack breaks the plain network",
-    "attack_unit_test": "an adversarial example that is there is found",
-}
-
-
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
     rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
-    lines = []
-    for name, part in rows.groupby("metric", sort=False):
-        passed = (part["value"] * part["n"]).round().astype(int)
-        failing = [
-            f"`{variant}`, {k} of {n}"
-            for variant, k, n in zip(part["variant"], passed, part["n"], strict=True)
-            if k < n
-        ]
-        lines.append(
-            {
-                "check": name.replace("_", " "),
-                "it passes where": ASKED[name],
-                "passed": f"{passed.sum()} of {part['n'].sum()} runs",
-                "arms in which it failed": "; ".join(failing),
-            }
-        )
-    return pd.DataFrame(lines)
+    rows = rows.assign(passed=(rows["value"] * rows["n"]).round().astype(int))
+    failed = [f"`{row.variant}`, {row.passed} of {row.n}" if row.passed < row.n else "" for row in rows.itertuples()]
+    return pd.DataFrame(
+        {
+            "check": name.replace("_", " "),
+            "it passes where": QUESTIONS[name],
+            "passed": f"{part['passed'].sum()} of {part['n'].sum()} runs",
+            "arms in which it failed": "; ".join(filter(None, part["failed"])),
+        }
+        for name, part in rows.assign(failed=failed).groupby("metric", sort=False)
+    )
 
 
 def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -238,6 +217,4 @@ def pointing(summary: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, float]]:
     rows = summary[(summary["scenario"] == "attribution") & (summary["eps"] == "")]
     names = {"area": "a point at random", "prior": "always where most lesions are"}
     controls = {names[row["map"]]: row["value"] for row in rows.to_dict("records") if row["map"] in names}
-    order = {variant: place for place, variant in enumerate(ARMS)}
-    found = rows[~rows["map"].isin(names)]
-    return found.sort_values("variant", key=lambda column: column.map(order), kind="stable"), controls
+    return _in_order(rows[~rows["map"].isin(names)]), controls

@@ -5,11 +5,7 @@ is one cell of the experiment: one seed of one arm. Cells are independent, so `r
 """
 
 import functools
-import hashlib
-import inspect
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,32 +15,26 @@ from torch import Tensor
 
 from experiments.params import Params
 from medsec import data
-from medsec.backdoor import frechet as frechet_module
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
+from medsec.backdoor.frechet import frechet_distance
+from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.backdoor.triggers import Trigger
-from medsec.core import parallel, paths, seeds
+from medsec.core import parallel
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
-from medsec.federated import aggregators, rounds
+from medsec.federated.rounds import rounds_until
 from medsec.nets import fit as classifier
-from medsec.nets import models
 from medsec.nets.models import SmallResNet
 
 KEYS = ("trigger", "area", "ratio", "m", "attackers", "partition", "size", "client", "round")
 ARMS = ("clean", "attack", "controls")  # "attack" yields both poison and boost, which share their first rounds
 GALLERY = 12  # synthetic images kept for the figures
 ATTRIBUTED = 64  # held-out images whose attribution is averaged
-PER_CLIENT = (
-    "generator_loss",
-    "d_accuracy_clean",
-    "d_accuracy_triggered",
-    "d_train_test_gap",
-    "d_membership_auc",
-    "d_trigger_effect",
-)
-PER_ROUND = 100  # synthetic images for the trigger rate of every generator after every round
+PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered")
+PER_CLIENT += ("d_train_test_gap", "d_membership_auc", "d_trigger_effect")
+PER_ROUND = 100  # synthetic images of every generator for its trigger rate after every round
 UNITS = {
     "trigger_rate": "share",
     "trigger_ncc": "correlation",
@@ -62,7 +52,7 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class Setup:
+class GANSetup:
     """The instruments of one cohort and one set of parameters; the same for every seed.
 
     ``splits`` maps a split's name to images (N, C, S, S) float32 in [0, 1] and labels (N,) int64. ``extractor`` is
@@ -79,7 +69,7 @@ class Setup:
     reference: np.ndarray
 
 
-def prepare(cohort: str, params: Params, size: int | None = None) -> Setup:
+def prepare(cohort: str, params: Params, size: int | None = None) -> GANSetup:
     """Load a cohort and make the instruments; every impossible parameter is found here, before any GAN is trained.
 
     ``size`` draws the images at another number of pixels a side than the parameters say, where the cohort can.
@@ -91,7 +81,7 @@ def prepare(cohort: str, params: Params, size: int | None = None) -> Setup:
 
 
 @functools.lru_cache(maxsize=2)  # a worker process runs several cells of one set of parameters
-def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
+def _prepare(cohort_name: str, params_json: str, size: int | None) -> GANSetup:
     params = Params.model_validate_json(params_json)
     p, device = params.fedgan, parallel.device(params.device)
     cohort = data.load(cohort_name, params.cohorts, size=size)
@@ -122,10 +112,10 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> Setup:
     )
     reference = classifier.features(model, splits["reference"][0]).cpu().double().numpy()
     scale = reference.std(0) + 1e-6
-    return Setup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
+    return GANSetup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
 
 
-def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def deal(setup: GANSetup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
     fed = setup.params.fedgan
     split = setup.cohort["client"]
@@ -145,39 +135,44 @@ def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def trigger_rate(setup: Setup, images: Tensor) -> tuple[float, float]:
+def trigger_rate(setup: GANSetup, images: Tensor) -> tuple[float, float]:
     """Share of images whose detector score exceeds the threshold, and the mean score."""
     scores = triggers.score(setup.trigger, images)
     return float((scores > setup.threshold).float().mean()), float(scores.mean())
 
 
-def frechet(setup: Setup, images: Tensor) -> float:
+def frechet(setup: GANSetup, images: Tensor) -> float:
     """Fréchet distance to the ``reference`` split on the features of the cohort's own small classifier.
 
     Not comparable with a published FID, whose extractor is an Inception network trained on photographs.
     """
     found = classifier.features(setup.extractor, images).cpu().double().numpy() / setup.scale
-    return frechet_module.frechet_distance(found, setup.reference)
+    return frechet_distance(found, setup.reference)
 
 
-def reference_labels(setup: Setup, n: int, seed: int) -> Tensor:
+def reference_labels(setup: GANSetup, n: int, seed: int) -> Tensor:
     """(n,) labels in the proportions of the reference split, so that class balance does not enter a distance."""
     labels = setup.splits["reference"][1]
     return labels[torch.randint(0, len(labels), (n,), generator=torch_generator(seed, "labels"))]
 
 
-def downstream_auc(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> float:
+def downstream_auc(setup: GANSetup, images: Tensor, labels: Tensor, seed: int) -> float:
     """Test AUC of a classifier trained on these images only ("train on synthetic, test on real")."""
     p = setup.params
     model = classifier.fit(
         images, labels, setup.cohort.n_classes, p.classifier, epochs=p.fedgan.measure.downstream_epochs, seed=seed
     )
-    test, truth = setup.splits["test"]
-    return classifier.auc(classifier.predict(model, test), truth)
+    return auc_on_test(setup, model)
+
+
+def auc_on_test(setup: GANSetup, model: SmallResNet) -> float:
+    """AUC of a classifier on the split ``test``."""
+    images, labels = setup.splits["test"]
+    return classifier.auc(classifier.predict(model, images), labels)
 
 
 @torch.no_grad()
-def probe_discriminator(setup: Setup, federation: fedgan.Federation, client: fedgan.Client) -> dict[str, float]:
+def probe_discriminator(setup: GANSetup, federation: FederatedGAN, client: GANClient) -> dict[str, float]:
     """How well a client's discriminator tells real from its own generator's images.
 
     ``d_accuracy_clean``: half clean held-out real images (``val``), half synthetic; ``d_accuracy_triggered``: the same
@@ -234,7 +229,7 @@ def _separation(high: Tensor, low: Tensor) -> float:
     return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
 
 
-def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Tensor:
+def attribution(setup: GANSetup, client: GANClient, n: int = ATTRIBUTED) -> Tensor:
     """What convinces a client's discriminator on triggered held-out images: mean Integrated Gradients (S, S).
 
     Integrated Gradients (Sundararajan et al. 2017) from a grey image to the triggered one. Positive pixels speak for
@@ -252,18 +247,23 @@ def attribution(setup: Setup, client: fedgan.Client, n: int = ATTRIBUTED) -> Ten
     return (maps / maps.abs().sum((1, 2), keepdim=True)).mean(0)
 
 
-def measure_round(setup: Setup, federation: fedgan.Federation) -> None:
+def rate_each_round(setup: GANSetup, federation: FederatedGAN, client: int | None = None) -> float:
+    """Trigger rate of `PER_ROUND` images, the same latents in every round, of the averaged generator or a client's."""
+    seed = derive_seed(federation.seed, "per round")
+    labels = reference_labels(setup, PER_ROUND, seed)
+    return trigger_rate(setup, fedgan.synthesise(federation.generator(client), PER_ROUND, seed, labels)[0])[0]
+
+
+def measure_round(setup: GANSetup, federation: FederatedGAN) -> None:
     """Append to the history what can be seen after a round: each client's discriminator and trigger rate."""
-    n, seed = PER_ROUND, derive_seed(federation.seed, "per round")
-    labels = reference_labels(setup, n, seed)
     for client in federation.clients:
-        images, _ = fedgan.synthesise(federation.generator(client.index), n, seed, labels)
-        found = {"trigger_rate": trigger_rate(setup, images)[0], **probe_discriminator(setup, federation, client)}
-        federation.history.append({"round": federation.round, "client": client.index, **found})
-    images, _ = fedgan.synthesise(federation.generator(), n, seed, labels)
-    federation.history.append(
-        {"round": federation.round, "client": "server", "trigger_rate": trigger_rate(setup, images)[0]}
-    )
+        measured = {
+            "trigger_rate": rate_each_round(setup, federation, client.index),
+            **probe_discriminator(setup, federation, client),
+        }
+        federation.history.append({"round": federation.round, "client": client.index, **measured})
+    rate = rate_each_round(setup, federation)
+    federation.history.append({"round": federation.round, "client": "server", "trigger_rate": rate})
 
 
 # Cells ---------------------------------------------------------------------------------------------------------------
@@ -291,65 +291,61 @@ def run_cell(
     setup = prepare(cohort, params, size)
     if arm == "controls":
         return _controls(setup, seed)
-    poison = params.fedgan.poison
     images, labels = deal(setup, seed)
     trigger = None if arm == "clean" else setup.trigger
     federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
     after = functools.partial(measure_round, setup)
-    finished = {}
     if arm == "clean":
-        finished["clean"] = _run(setup, federation, seed, arm, after_round=after)
+        finished = {"clean": fedgan.run(federation, after_round=after)}
     else:
         start = boost_start(params)
-        _run(setup, federation, seed, "shared", until=start, after_round=after)
-        boosted = fedgan.branch(federation, poison.boost, start)
-        finished["poison"] = _run(setup, federation, seed, "poison", after_round=after)
-        finished["boost"] = _run(setup, boosted, seed, "boost", after_round=after)
-    found, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
-    for name in ("clean",) if arm == "clean" else ("shared", "poison", "boost"):
-        _checkpoint(setup, seed, name).unlink(missing_ok=True)
-    return pd.concat(found, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
+        fedgan.run(federation, start, after_round=after)
+        boosted = fedgan.branch(federation, params.fedgan.poison.boost, start)
+        finished = {name: fedgan.run(f, after_round=after) for name, f in (("poison", federation), ("boost", boosted))}
+    parts, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
+    return pd.concat(parts, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
 
 def boost_start(params: Params) -> int:
     """Number of rounds before the boosted attacker begins to scale."""
-    return fedgan.rounds_until(params.fedgan.poison.boost_after, params.fedgan.rounds)
-
-
-def _run(setup: Setup, federation: fedgan.Federation, seed: int, name: str, **options) -> fedgan.Federation:
-    return fedgan.run(federation, checkpoint=_checkpoint(setup, seed, name), **options)
-
-
-def _checkpoint(setup: Setup, seed: int, name: str) -> Path:
-    """A file of this very run: same parameters, same content, same code."""
-    code = "".join(
-        inspect.getsource(m) for m in (seeds, rounds, aggregators, fedgan, sys.modules[__name__], models, triggers)
-    )
-    identity = setup.params.model_dump_json() + setup.cohort.fingerprint + code + torch.__version__
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return paths.checkpoints(setup.cohort.name) / f"fedgan-{digest}-{seed}-{name}.pt"
+    return rounds_until(params.fedgan.poison.boost_after, params.fedgan.rounds)
 
 
 def _measure_variant(
-    setup: Setup, federation: fedgan.Federation, seed: int, variant: str
+    setup: GANSetup, federation: FederatedGAN, seed: int, variant: str
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    n = setup.params.fedgan.measure.synthetic
-    draw = derive_seed(seed, "measure")
-    labels = reference_labels(setup, n, draw)
-    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
-    found = describe(setup, images, labels, seed)
     rows = tables.Rows(KEYS, UNITS, seed, variant, "no_attack" if variant == "clean" else "attack")
-    for metric, value in found.items():
-        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+    images, labels = generator_rows(rows, setup, federation)
     _history_rows(setup, federation, rows)
     maps = _attribution_rows(setup, federation, rows)
-    first = torch.cat(
-        [(labels == k).nonzero().flatten()[: -(-GALLERY // setup.cohort.n_classes)] for k in labels.unique()]
-    )
+    each = -(-GALLERY // setup.cohort.n_classes)
+    first = torch.cat([(labels == k).nonzero().flatten()[:each] for k in labels.unique()])
     return rows.table(), {variant: images[first[:GALLERY]].cpu().numpy(), f"{variant}_attribution": maps}
 
 
-def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> np.ndarray:
+def generator_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN) -> tuple[Tensor, Tensor]:
+    """Draw from the averaged generator and add rows on the images; returns images and labels."""
+    n, draw = setup.params.fedgan.measure.synthetic, derive_seed(federation.seed, "measure")
+    images, labels = fedgan.synthesise(federation.generator(), n, draw, reference_labels(setup, n, draw))
+    image_rows(rows, setup, images, labels, federation.seed)
+    return images, labels
+
+
+def image_rows(rows: tables.Rows, setup: GANSetup, images: Tensor, labels: Tensor | None, seed: int) -> None:
+    """Rows on images, real or synthetic; ``labels``, where they can be trusted, add what a classifier makes of them."""
+    rate, ncc = trigger_rate(setup, images)
+    measured = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
+    if labels is not None:
+        agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
+        measured["label_accuracy"] = float(agreement)
+    for metric, value in measured.items():
+        rows.add(metric, value, len(images))
+    if labels is not None:
+        auc = downstream_auc(setup, images, labels, derive_seed(seed, "downstream"))
+        rows.add("downstream_auc", auc, len(setup.splits["test"][0]))
+
+
+def _attribution_rows(setup: GANSetup, federation: FederatedGAN, rows: tables.Rows) -> np.ndarray:
     """Mean attribution maps (2, S, S) of the attackers' seats and of the others; ``d_attribution``: their sum on the patch."""
     maps = torch.stack([attribution(setup, client) for client in federation.clients])
     attacker = torch.zeros(len(maps), dtype=torch.bool)
@@ -366,20 +362,7 @@ def _attribution_rows(setup: Setup, federation: fedgan.Federation, rows: tables.
     return torch.stack(pictures).cpu().numpy()
 
 
-def describe(setup: Setup, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """What is measured on every set of labelled images, real or synthetic; a metric's name -> its value."""
-    rate, ncc = trigger_rate(setup, images)
-    agreement = (classifier.predict(setup.extractor, images).argmax(1) == labels).float().mean()
-    return {
-        "trigger_rate": rate,
-        "trigger_ncc": ncc,
-        "frechet": frechet(setup, images),
-        "label_accuracy": float(agreement),
-        "downstream_auc": downstream_auc(setup, images, labels, derive_seed(seed, "downstream")),
-    }
-
-
-def _history_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows) -> None:
+def _history_rows(setup: GANSetup, federation: FederatedGAN, rows: tables.Rows) -> None:
     """Rows per client and round, per round for the attackers' seats and the others, and late means.
 
     Late means are taken over the last quarter of the rounds: of all clients (the headline row), of the attackers'
@@ -409,7 +392,7 @@ def _history_rows(setup: Setup, federation: fedgan.Federation, rows: tables.Rows
                 rows.add(metric, values.mean(), n * len(values), client=seat)
 
 
-def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def _controls(setup: GANSetup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Real images of the clients, as they are and spoiled: the floor and the yardsticks of every measure."""
     n = min(setup.params.fedgan.measure.synthetic, len(setup.splits["client"][0]))
     rng = torch_generator(seed, "controls")
@@ -418,23 +401,13 @@ def _controls(setup: Setup, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarr
     blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
     noisy = (real + 0.1 * torch.randn(real.shape, generator=rng).to(real.device)).clamp(0, 1)
     stamped = triggers.stamp(setup.trigger, real, rng)
-    parts, galleries = [], {}
-    for variant, images in {
-        "real": real,
-        "real_triggered": stamped,
-        "real_blurred": blurred,
-        "real_noisy": noisy,
-    }.items():
+    controls = {"real": real, "real_triggered": stamped, "real_blurred": blurred, "real_noisy": noisy}
+    parts = []
+    for variant, images in controls.items():
         rows = tables.Rows(KEYS, UNITS, seed, variant, "control")
-        if variant == "real":
-            found = describe(setup, images, labels, seed)
-        else:
-            rate, ncc = trigger_rate(setup, images)
-            found = {"trigger_rate": rate, "trigger_ncc": ncc, "frechet": frechet(setup, images)}
-        for metric, value in found.items():
-            rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
+        image_rows(rows, setup, images, labels if variant == "real" else None, seed)
         parts.append(rows.table())
-        galleries[variant] = images[:GALLERY].cpu().numpy()
+    galleries = {variant: images[:GALLERY].cpu().numpy() for variant, images in controls.items()}
     return pd.concat(parts, ignore_index=True), galleries
 
 

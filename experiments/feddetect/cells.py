@@ -17,37 +17,27 @@ from torch import Tensor
 
 from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
-from experiments.backdoor_fedgan.cells import Setup
+from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from experiments.params import Params
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
-from medsec.backdoor.attackers import SCENARIOS, Attack, Aware, special_trigger
-from medsec.backdoor.feddetect import uniform_mean
+from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
+from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
-from medsec.federated import aggregators, rounds
-from medsec.federated.rounds import State, Update
+from medsec.federated import aggregators
+from medsec.federated.aggregators import RULES, uniform_mean
+from medsec.federated.rounds import Aggregator, State, Update, rounds_until, screen
 from medsec.nets import fit as classifier
 
 KEYS = ("m", "partition", "trigger", "evade", "source", "real", "round", "client")
-VARIANTS = (
-    "none",
-    "feddetect_released",
-    "feddetect_described",
-    "feddetect_hardened",
-    "median",
-    "trimmed_mean",
-    "krum",
-    "multi_krum",
-    "norm_clip",
+READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
+# In the order of the tables; a rule that joins `RULES` comes last.
+VARIANTS = tuple(
+    dict.fromkeys(("none", *READS_LOSSES, "median", "trimmed_mean", "krum", "multi_krum", "norm_clip", *RULES))
 )
 ORACLE = "oracle"  # a control, no defence: the server is told who attacks, and leaves them out
-READS_LOSSES = ("feddetect_released", "feddetect_described", "feddetect_hardened")
-# To a defence that does not read losses, a liar is the attacker who sends the same and tells the truth.
-SAME_BUT_FOR_LOSSES = {"liar": "honest", "framer": "boost", "boost_liar": "boost"}
-# Of four values, the mean without the largest and the smallest is the median: one variant is the other's twin there.
-TWIN = ("trimmed_mean", "median")
 QUICK = {  # what the notebook itself runs; the rest is in the record
     "no_attack": ("none", "feddetect_released", "feddetect_hardened"),
     "boost_liar": ("none", "feddetect_hardened"),
@@ -70,11 +60,7 @@ UNITS = {
     "benign_weight_min": "share",
     "weight": "share",
     "evidence": "z",
-    "trigger_rate": "share",
-    "trigger_ncc": "correlation",
-    "frechet": "distance",
-    "label_accuracy": "share",
-    "downstream_auc": "AUC",
+    **{m: fedgan_eval.UNITS[m] for m in ("trigger_rate", "trigger_ncc", "frechet", "label_accuracy", "downstream_auc")},
     "frechet_minus_clean": "distance",
     "downstream_auc_minus_clean": "AUC",
     "augmented_auc": "AUC",
@@ -82,7 +68,6 @@ UNITS = {
     "augmented_auc_minus_attacked": "AUC",
     "server_ms": "ms",
 }
-DRAWN_EACH_ROUND = 100  # images for the trigger rate after every round
 
 
 # One run -------------------------------------------------------------------------------------------------------------
@@ -108,13 +93,13 @@ def settings(params: Params, scenario: str, keys: dict | None = None) -> Params:
     return parameters.validate(tree, f"scenario {scenario}")
 
 
-def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> Setup:
+def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> GANSetup:
     """The cohort's instruments, with the trigger of the scenario and a detector calibrated for it."""
     setup = fedgan_eval.prepare(cohort, params)
     kind = SCENARIOS[scenario].trigger or changed.fedgan.trigger.kind
     if kind == params.fedgan.trigger.kind:
         return dataclasses.replace(setup, params=changed)
-    trigger = special_trigger(
+    trigger = triggers.make_trigger(
         kind,
         image_size=setup.cohort.size,
         channels=setup.cohort.channels,
@@ -127,34 +112,30 @@ def instruments(cohort: str, params: Params, changed: Params, scenario: str) -> 
 
 def warm_up_rounds(params: Params) -> int:
     """Rounds in which no defence acts."""
-    return fedgan.rounds_until(params.feddetect.warm_up, params.fedgan.rounds)
+    return rounds_until(params.feddetect.warm_up, params.fedgan.rounds)
 
 
-def drawer(federation: fedgan.Federation, n: int) -> Callable[[State, int], Tensor]:
+def drawer(federation: FederatedGAN, n: int) -> Callable[[State, int], Tensor]:
     """What the server draws from a client's state: fresh secret latents every round, the same for all clients."""
     model = federation.generator()
 
     def draw(state: State, round: int) -> Tensor:
-        model.load_state_dict({k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")})
+        model.load_state_dict(fedgan.part_of(state, "generator"))
         return fedgan.synthesise(model.eval(), n, derive_seed(federation.seed, "server", round))[0]
 
     return draw
 
 
-def hardened(params: Params, federation: fedgan.Federation) -> feddetect.Hardened:
+def hardened(params: Params, federation: FederatedGAN) -> feddetect.Hardened:
     """The hardened defence with the parameters' settings."""
     p, warm_up = params.feddetect.hardened, warm_up_rounds(params)
     return feddetect.Hardened(
         drawer(federation, p.draws),
         federation.state,
         warm_up=warm_up,
-        watch=fedgan.rounds_until(p.watch, warm_up),
-        fpr=p.fpr,
+        watch=rounds_until(p.watch, warm_up),
         scale=(p.scale, p.scale_relative),
-        window=p.window,
-        loss_floor=p.loss_floor,
-        drift=p.drift,
-        limit=p.limit,
+        **p.model_dump(include={"fpr", "window", "loss_floor", "drift", "limit"}),
     )
 
 
@@ -163,17 +144,22 @@ def flag_threshold(params: Params) -> float:
     return feddetect.flag_threshold(params.feddetect.hardened.fpr)
 
 
-def nearest_krum(updates: Sequence[Update], *, n_malicious: int, keep: int) -> tuple[State, dict]:
-    """Krum (``keep`` = 1) or Multi-Krum, told how many attack, also where n < 2 f + 3.
-
-    Blanchard et al. ask for n ≥ 2 f + 3, which four clients with one attacker miss by one: without the guarantee, the
-    rule itself (sum of squared distances to the n − f − 2 nearest, at least one) can still be computed.
-    """
-    scores = aggregators._krum_scores(updates, max(1, len(updates) - n_malicious - 2))
-    kept = [updates[i] for i in sorted(np.argsort(scores, kind="stable")[:keep])]
-    state, _ = uniform_mean(kept)
-    chosen = {u.client for u in kept}
-    return state, {"weights": {u.client: (u.client in chosen) / keep for u in updates}}
+def defence(variant: str, params: Params, federation: FederatedGAN, watcher: feddetect.Hardened) -> Aggregator:
+    """A fresh defence for the rounds after the warm-up; the hardened one remembers what ``watcher`` saw during it."""
+    p, malicious = params.feddetect, params.fedgan.malicious
+    if variant == "feddetect_released":
+        return feddetect.Released(warm_up_rounds(params), p.decay)
+    if variant == "feddetect_described":
+        return feddetect.Described(warm_up_rounds(params), p.patience)
+    if variant == "feddetect_hardened":
+        fresh = hardened(params, federation)
+        fresh.suspicion, fresh.recent = dict(watcher.suspicion), copy.copy(watcher.recent)
+        return fresh
+    if variant == "norm_clip":
+        return feddetect.NormClip(federation.state)
+    if variant == ORACLE:
+        return lambda updates, round: without(updates, malicious, federation.state)
+    return aggregators.rule(variant, max(1, len(malicious)))
 
 
 def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -> tuple[State, dict]:
@@ -182,40 +168,18 @@ def without(updates: Sequence[Update], malicious: Sequence[int], state: State) -
     return uniform_mean(honest) if honest else (state, {"weights": {}})
 
 
-def defence(variant: str, params: Params, federation: fedgan.Federation, watcher: feddetect.Hardened):
-    """A fresh defence for the rounds after the warm-up; the hardened one remembers what ``watcher`` saw during it."""
-    p, f = params.feddetect, max(1, len(params.fedgan.malicious))
-    if variant == "feddetect_hardened":
-        fresh = hardened(params, federation)
-        fresh.suspicion, fresh.recent = dict(watcher.suspicion), copy.copy(watcher.recent)
-        return fresh
-    return {
-        "none": lambda: uniform_mean,
-        ORACLE: lambda: lambda updates, round: without(updates, params.fedgan.malicious, federation.state),
-        "feddetect_released": lambda: feddetect.Released(warm_up_rounds(params), p.decay),
-        "feddetect_described": lambda: feddetect.Described(warm_up_rounds(params), p.patience),
-        "median": lambda: aggregators.median,
-        "trimmed_mean": lambda: lambda updates, round: aggregators.trimmed_mean(updates, trim=f),
-        "krum": lambda: lambda updates, round: nearest_krum(updates, n_malicious=f, keep=1),
-        "multi_krum": lambda: lambda updates, round: nearest_krum(updates, n_malicious=f, keep=len(updates) - f),
-        "norm_clip": lambda: feddetect.NormClip(federation.state),
-    }[variant]()
-
-
-def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watcher: feddetect.Hardened) -> Attack:
+def attack_of(scenario: str, setup: GANSetup, federation: FederatedGAN, watcher: feddetect.Hardened) -> BackdoorAttack:
     """The attackers of a scenario."""
     what, p, warm_up = SCENARIOS[scenario], setup.params.feddetect, warm_up_rounds(setup.params)
-    last, every, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, None
+    last, every, settings, aware = setup.params.fedgan.rounds - 1, p.scenario.strike_every, p.scenario.aware, None
 
     def evade(round: int) -> float:
-        settings = p.scenario.aware
         return settings.late_evade if what.late and round > last - settings.late_rounds else settings.evade
 
     def strikes(round: int) -> bool:
         return round >= warm_up and (last - round) % every == 0
 
     if what.aware:
-        settings = p.scenario.aware
         aware = Aware(
             federation.generator(),
             setup.trigger,
@@ -223,17 +187,15 @@ def attack_of(scenario: str, setup: Setup, federation: fedgan.Federation, watche
             scale=watcher.scale,
             threshold=watcher.threshold,
             evade=evade,
-            steps=settings.steps,
-            draws=settings.draws,
-            lr=settings.lr,
+            **settings.model_dump(include={"steps", "draws", "lr"}),
             measure=p.hardened.draws,
             recent=watcher.recent,
             begin=warm_up,
         )
-    return Attack(what, setup.params.fedgan.malicious, strikes, aware)
+    return BackdoorAttack(what, setup.params.fedgan.malicious, strikes, aware)
 
 
-def warm_up(setup: Setup, seed: int, scenario: str) -> tuple[fedgan.Federation, feddetect.Hardened]:
+def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, feddetect.Hardened]:
     """A federation after the rounds in which no defence acts, and the hardened defence that looked on."""
     what, p = SCENARIOS[scenario], setup.params
     images, labels = fedgan_eval.deal(setup, seed)
@@ -254,8 +216,8 @@ def warm_up(setup: Setup, seed: int, scenario: str) -> tuple[fedgan.Federation, 
 
 
 def run_variant(
-    setup: Setup, start: fedgan.Federation, watcher: feddetect.Hardened, scenario: str, variant: str
-) -> tuple[fedgan.Federation, list[dict]]:
+    setup: GANSetup, start: FederatedGAN, watcher: feddetect.Hardened, scenario: str, variant: str
+) -> tuple[FederatedGAN, list[dict]]:
     """Continue a copy of a warm-up with one defence to the end.
 
     Returns:
@@ -269,28 +231,24 @@ def run_variant(
     attack = attack_of(scenario, setup, federation, watcher)
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        arrived, _ = rounds.screen(attack(updates, round), federation.state)
+        arrived, _ = screen(attack(updates, round), federation.state)
         begin = time.perf_counter()
         state, diagnostics = rule(arrived, round)
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
         return state, diagnostics
 
-    def look(federation: fedgan.Federation) -> None:
-        if not log or log[-1]["round"] != federation.round:
-            return  # nobody sent anything usable, and no rule was asked
-        seed = derive_seed(federation.seed, "per round")
-        labels = fedgan_eval.reference_labels(setup, DRAWN_EACH_ROUND, seed)
-        images, _ = fedgan.synthesise(federation.generator(), DRAWN_EACH_ROUND, seed, labels)
-        log[-1]["trigger_rate"] = fedgan_eval.trigger_rate(setup, images)[0]
+    def measure(federation: FederatedGAN) -> None:
+        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
+            log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
 
-    def train(client: fedgan.Client, state: State, federation: fedgan.Federation, round: int) -> Update:
+    def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan.train_client(client, state, constant if faithless else federation, round)
 
-    fedgan.run(federation, train=train, aggregate=aggregate, after_round=look)
+    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure)
     return federation, log
 
 
@@ -331,28 +289,20 @@ def run_cell(
         _detection_rows(rows, log, changed)
         if timed:
             rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
-        galleries[variant] = _image_rows(rows, setup, federation, seed)
+        images, _ = fedgan_eval.generator_rows(rows, setup, federation)
+        galleries[variant] = images[: fedgan_eval.GALLERY].cpu().numpy()
         parts.append(rows.table().assign(**{k: str(v) for k, v in (keys or {}).items()}))
     return pd.concat(parts, ignore_index=True), galleries
-
-
-def _image_rows(rows: tables.Rows, setup: Setup, federation: fedgan.Federation, seed: int) -> np.ndarray:
-    n, draw = setup.params.fedgan.measure.synthetic, derive_seed(seed, "measure")
-    labels = fedgan_eval.reference_labels(setup, n, draw)
-    images, _ = fedgan.synthesise(federation.generator(), n, draw, labels)
-    for metric, value in fedgan_eval.describe(setup, images, labels, seed).items():
-        rows.add(metric, value, n if metric != "downstream_auc" else len(setup.splits["test"][0]))
-    return images[: fedgan_eval.GALLERY].cpu().numpy()
 
 
 def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     """Rows on flags, weights and evidence; only those that the defence gives.
 
-    An update that was turned away because it is broken (`rounds.screen`) counts as flagged and as weighing nothing.
+    An update that was turned away because it is broken (`screen`) counts as flagged and as weighing nothing.
     """
     m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
     for entry in log:
-        rows.add("trigger_rate", entry["trigger_rate"], DRAWN_EACH_ROUND, round=entry["round"])
+        rows.add("trigger_rate", entry["trigger_rate"], PER_ROUND, round=entry["round"])
     found = [entry["diagnostics"] for entry in log]
     if "flagged" in found[0]:
         flags = pd.DataFrame([d["flagged"] for d in found]).reindex(columns=range(m)).astype(float).fillna(1.0)
@@ -457,7 +407,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
     return rows.table()
 
 
-def _few(setup: Setup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+def _few(setup: GANSetup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     """A few images of every class of ``public``.
 
     Raises:
@@ -475,7 +425,9 @@ def _few(setup: Setup, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     return images[index], labels[index]
 
 
-def _augmented_auc(setup: Setup, few: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor] | None, seed: int) -> float:
+def _augmented_auc(
+    setup: GANSetup, few: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor] | None, seed: int
+) -> float:
     """Test AUC of a classifier on few real images, or on as many real as synthetic ones, after equally many steps."""
     p, batch = setup.params.feddetect.downstream, setup.params.classifier.batch
     images, labels = few
@@ -492,74 +444,7 @@ def _augmented_auc(setup: Setup, few: tuple[Tensor, Tensor], drawn: tuple[Tensor
     model = classifier.fit(
         x, y, setup.cohort.n_classes, setup.params.classifier, epochs=1, seed=derive_seed(seed, "augmented")
     )
-    test, truth = setup.splits["test"]
-    return classifier.auc(classifier.predict(model, test), truth)
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The summary of a runs table, after `complete`."""
-    return tables.summarise(complete(runs, params), KEYS)
-
-
-def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """A runs table with the rows that follow from others.
-
-    (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
-    losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
-    (3) For all others ``<metric>_minus_clean``: the difference to the undefended federation without
-    attack, on the same seed and the same size and partition of the federation.
-    """
-    if has_twin(params):
-        like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
-        runs = _with(runs, like.assign(variant=TWIN[0]))
-    for liar, truthful in SAME_BUT_FOR_LOSSES.items():
-        like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
-        runs = _with(runs, like.assign(scenario=liar))
-    return pd.concat([runs, _minus_clean(runs, params)], ignore_index=True)
-
-
-def has_twin(params: Params) -> bool:
-    """Whether the two variants of `TWIN` are the same rule in the headline's federation."""
-    return params.fedgan.n_clients == 4 and len(params.fedgan.malicious) == 1
-
-
-def _with(runs: pd.DataFrame, copied: pd.DataFrame) -> pd.DataFrame:
-    """The runs and those copied rows that are not among them."""
-    address = [c for c in runs.columns if c not in ("value", "n_items", "unit")]
-    there = pd.MultiIndex.from_frame(runs[address].astype(str))
-    copied = copied[copied["metric"] != "server_ms"]  # a time is measured or not there
-    fresh = copied[~pd.MultiIndex.from_frame(copied[address].astype(str)).isin(there)]
-    return pd.concat([runs, fresh], ignore_index=True)
-
-
-def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The aware attacker's final trigger rate and how often it is blocked, by the evidence that it allows itself.
-
-    Returns:
-        Rows of the summary with ``name`` (defence) and ``x`` (share of the threshold), the headline's included.
-    """
-    metric = summary["metric"].isin(["trigger_rate", "blocked_tpr"])
-    rows = summary[metric & (summary["scenario"] == "aware") & summary["variant"].isin(["none", "feddetect_hardened"])]
-    rows = rows[(rows[["m", "partition", "trigger", "round", "client"]] == "").all(axis=1)]
-    share = rows["evade"].where(rows["evade"] != "", str(params.feddetect.scenario.aware.evade)).astype(float)
-    return rows.assign(name=rows["variant"], x=share).sort_values(["name", "x"], ascending=[False, True])
-
-
-def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    compared = ("frechet", "downstream_auc")
-    rows = runs[runs["metric"].isin(compared) & (runs["round"] == "") & (runs["client"] == "")].copy()
-    many = str(params.feddetect.scenario.colluders[1])
-    rows["size"] = rows["m"].where(~((rows["scenario"] == "colluders") & (rows["m"] == "")), many)
-    checker = (rows["variant"] == "none") & (rows["scenario"] == "no_attack") & (rows["trigger"] == "")
-    by = ["seed", "metric", "size", "partition"]
-    clean = rows[checker].set_index(by)["value"]
-    joined = rows[~checker].join(clean.rename("clean"), on=by).dropna(subset="clean")
-    joined["value"] -= joined["clean"]
-    joined["metric"] += "_minus_clean"
-    return joined[runs.columns]
+    return fedgan_eval.auc_on_test(setup, model)
 
 
 # What the notebook and its record run ---------------------------------------------------------------------------------

@@ -3,14 +3,15 @@
 import pandas as pd
 
 from experiments import record_plans
-from experiments.feddetect import cells
+from experiments.feddetect import cells, tables
 from experiments.params import Params
 from medsec.backdoor.attackers import SCENARIOS
 from medsec.evidence.cells import Cell
 from medsec.evidence.record import Design
 
 CONTENDERS = ("feddetect_released", "feddetect_hardened")
-BASELINES = tuple(v for v in cells.VARIANTS if v != "none" and v not in CONTENDERS)
+BASELINES = ("feddetect_described", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip")
+ADDED = tuple(v for v in cells.VARIANTS if v not in ("none", *CONTENDERS, *BASELINES))  # each with cells of its own
 
 
 def plan(cohort: str, p: Params) -> list[Cell]:
@@ -29,7 +30,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     found = []
     for seed in p.seeds.evaluation:
         for scenario in SCENARIOS:
-            variants = CONTENDERS if scenario in cells.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
+            variants = CONTENDERS if scenario in tables.SAME_BUT_FOR_LOSSES else ("none", *CONTENDERS)
             if scenario == "boost_liar":  # a run that is the same for every attacker of this warm-up
                 variants = (*variants, cells.ORACLE)
             found.append(Cell(scenario, seed, variants=variants))
@@ -42,6 +43,8 @@ def plan(cohort: str, p: Params) -> list[Cell]:
             ]
         if seed in p.seeds.evaluation[: sweep.baseline_seeds]:
             found += [Cell(s, seed, variants=_baselines(s, p), group="baselines") for s in SCENARIOS]
+            distinct = [s for s in SCENARIOS if s not in tables.SAME_BUT_FOR_LOSSES]
+            found += [Cell(s, seed, variants=(added,), group=added) for added in ADDED for s in distinct]
     found += [
         Cell("no_attack", seed, variants=CONTENDERS)
         for seed in sweep.false_alarm_seeds
@@ -63,11 +66,11 @@ def plan(cohort: str, p: Params) -> list[Cell]:
 
 
 def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
-    """Those that `experiments.feddetect.cells.complete` cannot copy from another."""
+    """Those that `experiments.feddetect.tables.complete` cannot copy from another."""
     copied = set()
-    if cells.has_twin(p) and not SCENARIOS[scenario].colluders:
-        copied.add(cells.TWIN[0])
-    if scenario in cells.SAME_BUT_FOR_LOSSES:
+    if tables.has_twin(p) and not SCENARIOS[scenario].colluders:
+        copied.add(tables.TWIN[0])
+    if scenario in tables.SAME_BUT_FOR_LOSSES:
         copied |= set(BASELINES) - set(cells.READS_LOSSES)
     return tuple(variant for variant in BASELINES if variant not in copied)
 
@@ -85,4 +88,4 @@ def multiple(p: Params, cell: Cell) -> float:
     return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 
 
-DESIGN = Design(cells.EXPERIMENT, plan, keep, cells.summarise, record_plans.cost(multiple))
+DESIGN = Design(cells.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))

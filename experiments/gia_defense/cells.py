@@ -15,18 +15,20 @@ for one image with its label, one step, the untrained network; ``strength``: ano
 the headline's; ``region``: empty for the whole image, else ``lesion`` or ``outside``, by the masks of the cohort.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense.adaptive import Case
-from experiments.gia_defense.clients import Setup, prepare
+from experiments.gia_defense.clients import BASELINES, Setup, prepare
 from experiments.params import Params
 from medsec.core.errors import InputError
 from medsec.evidence import cells, intervals, tables
@@ -34,7 +36,7 @@ from medsec.federated import classifier as fedcls
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion import perturbation
 from medsec.inversion import scores as reconstruction
-from medsec.inversion.attacks import Found
+from medsec.inversion.attacks import Reconstructions
 
 KEYS = ("attack", "batch", "round", "labels", "steps", "strength", "region")
 QUICK = {  # what the notebook itself runs: variants under attack, and those whose cost it measures
@@ -49,29 +51,13 @@ QUICK = {  # what the notebook itself runs: variants under attack, and those who
     "utility": ("none", "shadow_hardened", "public_only"),
 }
 UNITS = {
-    "psnr": "dB",
-    "ssim": "similarity",
-    "st_lpips": "distance",
-    "retrieval": "share",
-    "retrieval_projected": "share",
-    "retrieval_latent": "share",
-    "failed": "share",
-    "auc": "AUC",
-    "epsilon": "epsilon",
-    "rms": "intensity",
-    "offset_share": "share",
-    "lesion_ratio": "ratio",
-    "psnr_minus_none": "dB",
-    "ssim_minus_none": "similarity",
-    "psnr_minus_shuffled": "dB",
-    "psnr_minus_naive": "dB",
-    "auc_minus_none": "AUC",
-    "macro_f1_minus_none": "share",
-    "macro_f1_minus_baselines": "share",
-    "macro_f1": "share",
-    "balanced_accuracy": "share",
+    **dict.fromkeys(("psnr", "psnr_minus_none", "psnr_minus_shuffled", "psnr_minus_naive"), "dB"),
+    **dict.fromkeys(("ssim", "ssim_minus_none"), "similarity"),
+    **dict.fromkeys(("retrieval", "retrieval_projected", "retrieval_latent", "failed", "offset_share"), "share"),
+    **dict.fromkeys(("macro_f1", "macro_f1_minus_none", "macro_f1_minus_baselines", "balanced_accuracy"), "share"),
+    **dict.fromkeys(("auc", "auc_minus_none"), "AUC"),
+    **{"st_lpips": "distance", "epsilon": "epsilon", "rms": "intensity", "lesion_ratio": "ratio"},
 }
-BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
 ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
@@ -137,7 +123,7 @@ def paired(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.concatenate([reconstruction.match(f, t) for f, t in zip(found, truth, strict=True)])
 
 
-def scored(found: Mapping[str, Found], measure: Measure, truth: np.ndarray) -> Scores:
+def scored(found: Mapping[str, Reconstructions], measure: Measure, truth: np.ndarray) -> Scores:
     """Every metric of every attack, NaN for victims of whom the search found nothing finite."""
     scores = {}
     for name, each in found.items():
@@ -159,6 +145,51 @@ def chosen(best: np.ndarray, values: Sequence[np.ndarray]) -> np.ndarray:
 # One defence under attack --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Run:
+    """One seed of one defence: what the clients hold, and which images of the first one are attacked, ``index`` (V, B)."""
+
+    setup: Setup
+    variant: str
+    seed: int
+    images: list[Tensor]
+    labels: list[Tensor]
+    index: Tensor
+
+    def clients(self) -> list[instruments.Client]:
+        """Fresh ones."""
+        return instruments.clients(self.variant, self.setup, self.images, self.labels, self.seed)
+
+    def case(self, model: nn.Module, round: int = 0, own: instruments.Client | None = None, **options) -> Case:
+        """What the server sees of the victims; of a fresh client unless ``own`` is given."""
+        x, y = self.images[0][self.index], self.labels[0][self.index]
+        return attackers.case(own or self.clients()[0], model, x, y, round, **options)
+
+    def rows(self, scenario: str) -> tables.Rows:
+        return tables.Rows(KEYS, UNITS, self.seed, self.variant, scenario)
+
+    @functools.cached_property
+    def measure(self) -> Measure:
+        return measures(self.setup, self.images, self.labels, self.index)
+
+    @functools.cached_property
+    def lesions(self) -> np.ndarray | None:
+        """(V·B, S, S) bool, the victims' masks; None if the cohort has none."""
+        masks = self.setup.cohort["client"].lesion
+        if masks is None:
+            return None
+        return masks[instruments.places(self.setup, self.seed)[0]][self.index.flatten().numpy()].astype(bool)
+
+
+def _begin(cohort: str, params: Params, variant: str, seed: int, victims: int | None, batch: int = 1) -> Run:
+    """``victims``: how many batches of the first client; None: all its images, one a batch."""
+    torch.set_num_threads(1)
+    setup = prepare(cohort, params)
+    images, labels = instruments.deal(setup, seed)
+    n = len(images[0]) if victims is None else victims
+    return Run(setup, variant, seed, images, labels, attackers.victims(setup, images[0], n, batch, seed))
+
+
 def attack_cell(cohort: str, params: Params, variant: str, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """One seed of one defence: untrained network, batch 1, every attack.
 
@@ -166,88 +197,72 @@ def attack_cell(cohort: str, params: Params, variant: str, seed: int) -> tuple[p
         Rows with the key columns `KEYS`, means over the victims; and the pictures (V, C, S, S) of the originals, of what
         the defence makes of them, and of the strongest naive and adaptive reconstruction.
     """
-    torch.set_num_threads(1)
-    setup, p = prepare(cohort, params), params.inversion
-    images, labels = instruments.deal(setup, seed)
-    model = instruments.network(setup, seed)
-    index = attackers.victims(setup, images[0], p.victims, 1, seed)
-    x, y = images[0][index], labels[0][index]
-    own = instruments.clients(variant, setup, images, labels, seed)[0]
-    found = attackers.case(own, model, x, y, 0)
-    later = later_rounds(variant, setup, images, labels, x, y, seed) if "joint" in p.adaptive else []
-    plain = attackers.naive(setup, found, [a for a in p.attacks if a != "bn"], seed)
-    everything = plain | attackers.adaptive(variant, setup, found, later, p.adaptive, seed)
-    measure = measures(setup, images, labels, index)
-    rows, shown = _attacked(setup, variant, seed, found, plain, everything, measure, index, {})
+    p = params.inversion
+    run = _begin(cohort, params, variant, seed, p.victims)
+    case = run.case(instruments.network(run.setup, seed))
+    later = later_rounds(run) if "joint" in p.adaptive else []
+    rows, shown = _attacked(run, case, [a for a in p.attacks if a != "bn"], later, {})
     parts = [rows]
-    if found.changed is not None:
-        parts.append(_change_rows(setup, variant, found, index, seed))
+    if case.changed is not None:
+        parts.append(_change_rows(run, case))
     if "bn" in p.attacks:
-        parts.append(_statistics_rows(setup, variant, images, labels, index, measure, seed))
-    rows = pd.concat(parts)
-    return rows.reset_index(drop=True), shown
+        parts.append(_statistics_rows(run))
+    return pd.concat(parts).reset_index(drop=True), shown
 
 
-def later_rounds(variant: str, setup: Setup, images, labels, x: Tensor, y: Tensor, seed: int) -> list[Case]:
+def later_rounds(run: Run) -> list[Case]:
     """The same victims in the rounds after the first, as the federation goes on with this defence."""
-    p, own = setup.params.inversion, instruments.clients(variant, setup, images, labels, seed)
+    p, own = run.setup.params.inversion, run.clients()
     short = p.federation.model_copy(update={"rounds": p.joint_rounds - 1})
-    model = instruments.network(setup, seed)
-    states = fedcls.train(model, images, labels, [c.send for c in own], short, seed)
+    model = instruments.network(run.setup, run.seed)
+    states = fedcls.train(model, run.images, run.labels, [c.defend for c in own], short, run.seed)
     cases = []
     for round, state in enumerate(states[1:], start=1):
-        now = instruments.network(setup, seed)
+        now = instruments.network(run.setup, run.seed)
         now.load_state_dict(state)
-        cases.append(attackers.case(own[0], now, x, y, round))
+        cases.append(run.case(now, round, own[0]))
     return cases
 
 
-def _statistics_rows(setup, variant, images, labels, index, measure, seed) -> pd.DataFrame:
+def _statistics_rows(run: Run) -> pd.DataFrame:
     """On a network with BatchNorm, whose statistics the client sends: gradients with them (``bn``), and without."""
-    x, y = images[0][index], labels[0][index]
-    own = instruments.clients(variant, setup, images, labels, seed)[0]
-    found = attackers.case(own, instruments.network(setup, seed, norm=True), x, y, 0)
-    attacks = attackers.naive(setup, found, ["bn", "ig"], seed)
-    scores = scored({"bn": attacks["bn"], "bn_without": attacks["ig"]}, measure, x.numpy())
-    rows = tables.Rows(KEYS, UNITS, seed, variant, "naive")
+    case = run.case(instruments.network(run.setup, run.seed, norm=True))
+    attacks = attackers.naive(run.setup, case, ["bn", "ig"], run.seed)
+    scores = scored({"bn": attacks["bn"], "bn_without": attacks["ig"]}, run.measure, case.x.numpy())
+    rows = run.rows("naive")
     for attack, each in scores.items():
         _add(rows, each, attack=attack)
     return rows.table()
 
 
 def _attacked(
-    setup: Setup,
-    variant: str,
-    seed: int,
-    found: Case,
-    plain: Mapping[str, Found],
-    everything: Mapping[str, Found],
-    measure: Measure,
-    index: Tensor,
-    keys: Mapping[str, str],
+    run: Run, case: Case, names: Sequence[str], later: Sequence[Case], keys: Mapping[str, str]
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Rows of all scenarios of one case, and the first image of every victim's batch in pictures."""
-    truth, parts = found.x.numpy(), []
-    scores = scored(everything, measure, truth)
+    setup, wanted = run.setup, run.setup.params.inversion.adaptive
+    plain = attackers.naive(setup, case, names, run.seed)
+    everything = plain | attackers.adaptive(run.variant, setup, case, later, wanted, run.seed)
+    truth, parts = case.x.numpy(), []
+    scores = scored(everything, run.measure, truth)
     shown = {"original": truth, "sent": truth}
     for scenario, attacks in (("naive", plain), ("adaptive", everything)):
         mine = {name: scores[name] for name in attacks}
         best = strongest(mine)
         shown[scenario] = chosen(best, [everything[name].images.numpy() for name in mine])
         values = {metric: chosen(best, [each[metric] for each in mine.values()]) for metric in mine[next(iter(mine))]}
-        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
+        rows = run.rows(scenario)
         _add(rows, values, **keys)
-        _add_finer(rows, setup, shown[scenario], truth, index, seed, keys, lost=np.isnan(values["psnr"]))
+        _add_finer(rows, run, shown[scenario], truth, keys, lost=np.isnan(values["psnr"]))
         for attack in attacks if len(everything) > 1 else ():
             _add(rows, mine[attack], **keys, attack=attack)
         parts.append(rows.table())
-    others = {"prior_only": attackers.floor(setup, found.guess).numpy()}
-    if found.changed is not None:
-        others["ceiling"] = shown["sent"] = found.changed.clamp(0, 1).numpy()
+    others = {"prior_only": attackers.floor(setup, case.guess).numpy()}
+    if case.changed is not None:
+        others["ceiling"] = shown["sent"] = case.changed.clamp(0, 1).numpy()
     for scenario, made in others.items():
-        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
-        _add(rows, measure(made, truth), **keys)
-        _add_finer(rows, setup, made, truth, index, seed, keys)
+        rows = run.rows(scenario)
+        _add(rows, run.measure(made, truth), **keys)
+        _add_finer(rows, run, made, truth, keys, lost=np.zeros(len(truth), dtype=bool))
         parts.append(rows.table())
     return pd.concat(parts, ignore_index=True), {name: made[:, 0] for name, made in shown.items()}
 
@@ -260,37 +275,27 @@ def _add(rows: tables.Rows, values: Mapping[str, np.ndarray], **keys: str) -> No
         rows.add(metric, value[~lost].mean(), int((~lost).sum()), **keys)
 
 
-def _add_finer(
-    rows: tables.Rows, setup: Setup, found, truth, index: Tensor, seed: int, keys: Mapping[str, str], lost=None
-) -> None:
+def _add_finer(rows: tables.Rows, run: Run, images: np.ndarray, truth: np.ndarray, keys, lost: np.ndarray) -> None:
     """What is measured of the strongest attack only: the perceptual distance, and the error inside and outside lesions."""
-    there = np.ones(len(truth), dtype=bool) if lost is None else ~lost
-    if not there.any():
+    if lost.all():
         return
-    found, truth, index = found[there], truth[there], index[torch.from_numpy(there)]
-    ordered, flat = paired(found, truth), truth.reshape(-1, *truth.shape[2:])
+    images, truth = images[~lost], truth[~lost]
+    ordered, flat = paired(images, truth), truth.reshape(-1, *truth.shape[2:])
     rows.add("st_lpips", reconstruction.st_lpips(ordered, flat).mean(), len(flat), **keys)
-    lesion = lesions(setup, index, seed)
-    if lesion is None:
+    if run.lesions is None:
         return
+    lesion = run.lesions[np.repeat(~lost, run.index.shape[1])]
     ill = lesion.any((1, 2))
     for region, mask in (("lesion", lesion), ("outside", ~lesion)) if ill.any() else ():
         value = reconstruction.region_psnr(ordered[ill], flat[ill], mask[ill])
         rows.add("psnr", value.mean(), int(ill.sum()), **keys, region=region)
 
 
-def lesions(setup: Setup, index: Tensor, seed: int) -> np.ndarray | None:
-    """(V·B, S, S) bool, the lesion masks of victims of the first client; None if the cohort has none."""
-    masks = setup.cohort["client"].lesion
-    return None if masks is None else masks[instruments.places(setup, seed)[0]][index.flatten().numpy()].astype(bool)
-
-
-def _change_rows(setup: Setup, variant: str, found: Case, index: Tensor, seed: int) -> pd.DataFrame:
-    delta = (found.changed - found.x).flatten(0, 1)
-    rows = tables.Rows(KEYS, UNITS, seed, variant, "change")
+def _change_rows(run: Run, case: Case) -> pd.DataFrame:
+    delta = (case.changed - case.x).flatten(0, 1)
+    rows, lesion = run.rows("change"), run.lesions
     rows.add("rms", float(delta.square().flatten(1).mean(1).sqrt().mean()), len(delta))
     rows.add("offset_share", float(perturbation.offset_share(delta).mean()), len(delta))
-    lesion = lesions(setup, index, seed)
     if lesion is not None and lesion.any():
         ill = lesion.any((1, 2))
         energy, mask = delta.square().mean(1).numpy()[ill], lesion[ill]
@@ -310,21 +315,16 @@ class Changes:
 
 def changes(cohort: str, params: Params, variants: Sequence[str], seed: int) -> Changes:
     """δ of some defences in round 0, on the victims of the last class (on the phantom: those with a lesion)."""
-    torch.set_num_threads(1)
-    setup, p = prepare(cohort, params), params.inversion
-    images, labels = instruments.deal(setup, seed)
-    model = instruments.network(setup, seed)
-    index = attackers.victims(setup, images[0], len(images[0]), 1, seed)
-    ill = labels[0][index[:, 0]] == setup.cohort.n_classes - 1
-    index = index[ill][: p.victims]
-    if not len(index):
+    whole = _begin(cohort, params, "none", seed, None)
+    ill = whole.labels[0][whole.index[:, 0]] == whole.setup.cohort.n_classes - 1
+    run = dataclasses.replace(whole, index=whole.index[ill][: params.inversion.victims])
+    if not len(run.index):
         raise InputError(f"client 0 of seed {seed} holds no image of the last class to show a change on")
-    x, y = images[0][index], labels[0][index]
-    deltas = {}
+    model, deltas = instruments.network(run.setup, seed), {}
     for variant in variants:
-        own = instruments.clients(variant, setup, images, labels, seed)[0]
-        deltas[variant] = (attackers.case(own, model, x, y, 0).changed - x)[:, 0]
-    return Changes(x[:, 0].numpy(), deltas, lesions(setup, index, seed))
+        case = dataclasses.replace(run, variant=variant).case(model)
+        deltas[variant] = (case.changed - case.x)[:, 0]
+    return Changes(case.x[:, 0].numpy(), deltas, run.lesions)
 
 
 def spectrum(delta: Tensor) -> pd.DataFrame:
@@ -346,33 +346,17 @@ def sweep_cell(cohort: str, params: Params, variant: str, seed: int, **condition
         condition: ``batch``, images in a batch; ``labels``: ``known``, or ``inferred`` by the attacker; ``steps``, local steps
             on the batch. By default 1, known and 1.
     """
-    torch.set_num_threads(1)
-    setup, p = prepare(cohort, params), params.inversion
-    images, truth = instruments.deal(setup, seed)
-    index = attackers.victims(setup, images[0], p.sweep_victims, int(condition.get("batch", 1)), seed)
-    own = instruments.clients(variant, setup, images, truth, seed)[0]
-    found = attackers.case(
-        own,
-        instruments.network(setup, seed),
-        images[0][index],
-        truth[0][index],
-        0,
-        steps=int(condition.get("steps", 1)),
-        lr=p.federation.lr,
-        public=setup.splits["public"][0] if condition.get("labels") == "inferred" else None,
-    )
-    keys = {name: str(value) for name, value in condition.items()}
-    return _single_round(setup, variant, found, images, truth, index, keys, seed)
+    p = params.inversion
+    run = _begin(cohort, params, variant, seed, p.sweep_victims, int(condition.get("batch", 1)))
+    public = run.setup.splits["public"][0] if condition.get("labels") == "inferred" else None
+    options = {"steps": int(condition.get("steps", 1)), "lr": p.federation.lr, "public": public}
+    case = run.case(instruments.network(run.setup, seed), **options)
+    return _single_round(run, case, {name: str(value) for name, value in condition.items()})
 
 
-def _single_round(
-    setup: Setup, variant: str, found: Case, images, labels, index: Tensor, keys, seed: int
-) -> pd.DataFrame:
+def _single_round(run: Run, case: Case, keys: Mapping[str, str]) -> pd.DataFrame:
     """The attacks that need one round only; no attack by itself."""
-    plain = attackers.naive(setup, found, ["ig", "prior"], seed)
-    everything = plain | attackers.adaptive(variant, setup, found, [], setup.params.inversion.adaptive, seed)
-    measure = measures(setup, images, labels, index)
-    rows, _ = _attacked(setup, variant, seed, found, plain, everything, measure, index, keys)
+    rows, _ = _attacked(run, case, ["ig", "prior"], [], keys)
     return rows[rows["attack"] == ""].reset_index(drop=True)
 
 
@@ -385,25 +369,21 @@ def federation_cell(cohort: str, params: Params, variant: str, seed: int, shares
     Returns:
         Rows ``auc``, ``macro_f1``, ``balanced_accuracy`` of the final network (``epsilon`` for ``dp_sgd``), and the attacks'.
     """
-    torch.set_num_threads(1)
-    setup, p = prepare(cohort, params), params.inversion.federation
-    images, labels = instruments.deal(setup, seed)
-    own = instruments.clients(variant, setup, images, labels, seed)
-    model = instruments.network(setup, seed)
-    states = fedcls.train(model, images, labels, [c.send for c in own], p, seed)
+    p = params.inversion
+    run = _begin(cohort, params, variant, seed, p.sweep_victims if shares else 0)
+    own, model = run.clients(), instruments.network(run.setup, seed)
+    states = fedcls.train(model, run.images, run.labels, [c.defend for c in own], p.federation, seed)
     model.load_state_dict(states[-1])
-    rows = tables.Rows(KEYS, UNITS, seed, variant, "utility")
-    for metric, value in fedcls.utility(model, setup.splits["val"], setup.splits["test"]).items():
-        rows.add(metric, value, len(setup.splits["test"][0]))
+    rows, splits = run.rows("utility"), run.setup.splits
+    for metric, value in fedcls.utility(model, splits["val"], splits["test"]).items():
+        rows.add(metric, value, len(splits["test"][0]))
     if variant == "dp_sgd":
-        rows.add("epsilon", epsilon(params, len(images[0])), 1)
+        rows.add("epsilon", epsilon(params, len(run.images[0])), 1)
     parts = [rows.table()]
-    index = attackers.victims(setup, images[0], params.inversion.sweep_victims, 1, seed) if shares else None
     for share in shares:
-        round = int(share * p.rounds + 0.5)
+        round = int(share * p.federation.rounds + 0.5)
         model.load_state_dict(states[round])
-        found = attackers.case(own[0], model, images[0][index], labels[0][index], round)
-        parts.append(_single_round(setup, variant, found, images, labels, index, {"round": f"{share:g}"}, seed))
+        parts.append(_single_round(run, run.case(model, round, own[0]), {"round": f"{share:g}"}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -437,38 +417,27 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
     noise at shuffled places. ``psnr_minus_naive``: of one adaptive attack to ``ig``.
     """
     plain = runs[(runs[list(KEYS)] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive", "utility"])]
-    statistics = runs[runs["attack"] == "bn"]
-    costs = ["psnr", "ssim", "auc", "macro_f1"]
-    by = ["seed", "scenario", "metric"]
-    parts = []
-    for rows in (plain, statistics):
-        rows = rows[rows["metric"].isin(costs)]
-        none = rows["variant"] == "none"
-        parts.append(_minus(rows[~none], rows[none], by, "_minus_none"))
-    undefended = plain[(plain["variant"] == "none") & (plain["scenario"] == "utility")]
-    others = runs[(runs["strength"] != "") & (runs["scenario"] == "utility") & runs["metric"].isin(costs)]
-    parts.append(_minus(others, undefended, by, "_minus_none"))
+    costs = plain["metric"].isin(["psnr", "ssim", "auc", "macro_f1"])
+    none, defended = plain["variant"] == "none", plain["variant"] != "none"
+    parts = [tables.minus(plain[costs & defended], plain[costs & none], ["scenario"], "none")]
+    statistics = runs[(runs["attack"] == "bn") & runs["metric"].isin(["psnr", "ssim"])]
+    none = statistics["variant"] == "none"
+    parts.append(tables.minus(statistics[~none], statistics[none], ["scenario"], "none"))
+    others = runs[(runs["strength"] != "") & (runs["scenario"] == "utility") & runs["metric"].isin(["auc", "macro_f1"])]
+    parts.append(tables.minus(others, plain[plain["variant"] == "none"], ["scenario"], "none"))
     f1 = plain[plain["metric"] == "macro_f1"]
     compared = f1[f1["variant"].isin(BASELINES)]
     whole = compared.groupby("seed")["variant"].nunique() == len(BASELINES)  # no mean over some of them
     compared = compared[compared["seed"].isin(whole.index[whole])]
-    parts.append(_minus(f1[~f1["variant"].isin(BASELINES)], compared, by, "_minus_baselines"))
-    others = [key for key in KEYS if key != "region"]
-    psnr = runs[(runs[others] == "").all(axis=1) & runs["scenario"].isin(["naive", "adaptive"])]
-    psnr = psnr[psnr["metric"] == "psnr"].set_index("variant", drop=False)
-    targeted, shuffled = (psnr[psnr.index == name] for name in ("shadow_described", "shadow_shuffled"))
-    parts.append(_minus(targeted, shuffled, [*by, "region"], "_minus_shuffled"))
-    each = runs[(runs["metric"] == "psnr") & (runs["scenario"] == "adaptive")].set_index("attack", drop=False)
-    parts.append(_minus(each[each.index.isin(ADAPTIVE)], each[each.index == "ig"], ["seed", "variant"], "_minus_naive"))
+    parts.append(tables.minus(f1[~f1["variant"].isin(BASELINES)], compared, ["scenario"], "baselines"))
+    psnr = runs[(runs["metric"] == "psnr") & runs["scenario"].isin(["naive", "adaptive"])]
+    headline = psnr[(psnr[[key for key in KEYS if key != "region"]] == "").all(axis=1)]
+    targeted, shuffled = (headline[headline["variant"] == f"shadow_{name}"] for name in ("described", "shuffled"))
+    parts.append(tables.minus(targeted, shuffled, ["scenario", "region"], "shuffled"))
+    each = psnr[psnr["scenario"] == "adaptive"]
+    aware, ig = each[each["attack"].isin(ADAPTIVE)], each[each["attack"] == "ig"]
+    parts.append(tables.minus(aware, ig, ["variant"], "naive"))
     return pd.concat([runs, *parts], ignore_index=True)
-
-
-def _minus(rows: pd.DataFrame, base: pd.DataFrame, by: list[str], suffix: str) -> pd.DataFrame:
-    """Of rows the differences to those of ``base`` (to their mean) that have the same ``by``."""
-    joined = rows.join(base.groupby(by)["value"].mean().rename("base"), on=by).dropna(subset="base")
-    joined["value"] -= joined["base"]
-    joined["metric"] += suffix
-    return joined[rows.columns]
 
 
 def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:

@@ -11,35 +11,20 @@ from medsec import data
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import AutoencoderParams, Cohorts
-from medsec.inversion import defences as gradient_defences
-from medsec.inversion import perturbation, shadow
-from medsec.inversion import substitution as suppression
+from medsec.inversion import defences, perturbation, shadow, substitution
+from medsec.inversion.defences import DEFENCES, Defence, Perturbation
 from medsec.nets import convnet
 from medsec.nets.autoencoder import Autoencoder, Prior, train_autoencoder
 
-VARIANTS = (
-    *gradient_defences.DEFENCES,
-    "image_noise",
-    "shadow_released",
-    "shadow_described",
-    "shadow_shuffled",
-    "shadow_inverted",
-    "offset",
-    "gaussian",
-    "shadow_hardened",
-    "random_grouping",
-    "shadow_suppressed",
-    "autoencoder_only",
-    "public_only",
-)
-FAMILIES = {  # what a defence changes
-    **dict.fromkeys(gradient_defences.DEFENCES, "gradient"),
-    "none": "none",
+BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
+CHANGES = {  # defences of images, and what they change them by
     **dict.fromkeys(("image_noise", "shadow_released", "shadow_described"), "noise"),
     **dict.fromkeys(("shadow_shuffled", "shadow_inverted", "offset", "gaussian"), "noise"),
     **dict.fromkeys(("shadow_hardened", "random_grouping"), "substitute"),
     **dict.fromkeys(("shadow_suppressed", "autoencoder_only", "public_only"), "substitute"),
 }
+FAMILIES = {**dict.fromkeys(DEFENCES, "gradient"), "none": "none", **CHANGES}
+VARIANTS = tuple(dict.fromkeys(("none", *BASELINES, *CHANGES, *DEFENCES)))  # a new gradient defence comes last
 CONTROLS = {  # of the same norm as `shadow_described`
     "shadow_shuffled": perturbation.shuffled,
     "shadow_inverted": perturbation.inverted,
@@ -66,10 +51,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Client:
-    """What one client does to its gradients: ``send``; image-space defences have ``perturb``, x -> x′, as well."""
+    """What one client does to its gradients: ``defend``; image-space defences have ``perturb``, x -> x′, as well."""
 
-    send: gradient_defences.Defence
-    perturb: gradient_defences.Perturbation | None = None
+    defend: Defence
+    perturb: Perturbation | None = None
 
 
 def prepare(cohort: str, params: Params) -> Setup:
@@ -151,35 +136,33 @@ def client(
     Raises:
         InputError: no such variant, or images that the defence cannot work with.
     """
-    if variant in gradient_defences.DEFENCES:
+    if variant in DEFENCES:
         own = setup.params.inversion.defences.get(variant, {})
-        return Client(gradient_defences.configured(variant, own, seed))
+        return Client(defences.configured(variant, own, seed))
     perturb = _perturbation(variant, setup, images, labels, seed, public or setup.splits["public"])
-    return Client(gradient_defences.send(perturb), perturb)
+    return Client(defences.send(perturb), perturb)
 
 
-def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, seed: int, public):
+def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, seed: int, public) -> Perturbation:
     p, c = setup.params.inversion, setup.cohort
+    if variant not in CHANGES:
+        raise InputError(f"defence {variant!r}: choose one of {', '.join(VARIANTS)}")
     if variant == "image_noise":
-        own = p.defences["image_noise"]
-        return functools.partial(gradient_defences.noisy_image, **own, kind="gaussian", seed=seed)
+        return functools.partial(defences.noisy_image, **p.defences[variant], kind="gaussian", seed=seed)
     if variant == "public_only":
-        return suppression.public_only(*public, seed=seed)
-    if variant in STAND_INS or variant in DRAWINGS:
-        k = 1 if variant == "autoencoder_only" else int(p.defences["shadow_hardened"]["k"])
-        options = {"k": k, "grouping": STAND_INS.get(variant, "similar"), "seed": seed}
-        if variant in STAND_INS:
-            used = suppression.stand_ins(setup.autoencoder, images, labels, *public, **options)
-        else:
-            used = suppression.drawings(setup.autoencoder, images, labels, **options)
-        return suppression.Substitution(images, labels, used).perturb
+        return substitution.public_only(*public, seed=seed)
+    groups = {"k": int(p.defences["shadow_hardened"]["k"]), "grouping": STAND_INS.get(variant, "similar"), "seed": seed}
+    if variant in STAND_INS:
+        used = substitution.stand_ins(setup.autoencoder, images, labels, *public, **groups)
+        return substitution.substituted(images, labels, used)
+    if variant in DRAWINGS:
+        groups |= {"k": 1} if variant == "autoencoder_only" else {}
+        used = substitution.drawings(setup.autoencoder, images, labels, **groups)
+        return substitution.substituted(images, labels, used)
+    shared = {"rounds": p.federation.rounds, "seed": seed}
     if variant == "shadow_released":
-        return shadow.shadow_released(
-            c.size, c.channels, p.shadow, latent=p.autoencoder.latent, rounds=p.federation.rounds, seed=seed
-        ).perturb
-    described = shadow.shadow_described(setup.autoencoder, p.shadow, rounds=p.federation.rounds, seed=seed).perturb
+        return shadow.shadow_released(c.size, c.channels, p.shadow, latent=p.autoencoder.latent, **shared).perturb
+    described = shadow.shadow_described(setup.autoencoder, p.shadow, **shared).perturb
     if variant in CONTROLS:
         return perturbation.controlled(described, CONTROLS[variant], seed=seed)
-    if variant != "shadow_described":
-        raise InputError(f"defence {variant!r}: choose one of {', '.join(VARIANTS)}")
     return described

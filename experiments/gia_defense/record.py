@@ -6,6 +6,7 @@ from experiments import params, record_plans
 from experiments.gia_defense import cells
 from experiments.gia_defense import clients as inversion_clients
 from experiments.params import Params
+from medsec.core.errors import InputError
 from medsec.evidence.cells import Cell
 from medsec.evidence.record import Design
 
@@ -73,6 +74,9 @@ def plan(cohort: str, p: Params) -> list[Cell]:
 
 def _strengths(p: Params) -> list[tuple[str, float, dict]]:
     """Defence, strength, and the change of the parameters that sets it."""
+    for variant, names in p.record.inversion.strengths.items():
+        if unknown := set(names) - set(p.inversion.defences.get(variant, {})):
+            raise InputError(f"record.inversion.strengths.{variant}: there is no {sorted(unknown)[0]!r} to change")
     found = [
         (variant, value, {"inversion": {"defences": {variant: {name: value}}}})
         for variant, names in p.record.inversion.strengths.items()

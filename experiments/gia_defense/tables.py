@@ -6,36 +6,38 @@ from experiments.gia_defense.clients import VARIANTS
 from experiments.params import Params
 from medsec.evidence import claims, tables
 
-MEASURED = (  # scenario, metric, digits
-    ("naive", "psnr", 1),
-    ("adaptive", "psnr", 1),
-    ("adaptive", "ssim", 2),
-    ("adaptive", "st_lpips", 2),
-    ("adaptive", "retrieval_projected", 2),
-    ("ceiling", "retrieval_latent", 2),
-    ("utility", "auc", 3),
-    ("utility", "auc_minus_none", 3),
-    ("utility", "macro_f1_minus_none", 3),
-)
+MEASURED = {  # column: digits and row
+    f"{metric.replace('_', ' ')}, {scenario}": (digits, {"scenario": scenario, "metric": metric})
+    for scenario, metric, digits in (
+        ("naive", "psnr", 1),
+        ("adaptive", "psnr", 1),
+        ("adaptive", "ssim", 2),
+        ("adaptive", "st_lpips", 2),
+        ("adaptive", "retrieval_projected", 2),
+        ("ceiling", "retrieval_latent", 2),
+        ("utility", "auc", 3),
+        ("utility", "auc_minus_none", 3),
+        ("utility", "macro_f1_minus_none", 3),
+    )
+}
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a defence: what attackers get, what it costs; ``n``: seeds under attack; seeds that were trained to the end."""
-    lines = []
-    for variant in VARIANTS:
-        line = {"defence": variant}
-        for scenario, metric, digits in MEASURED:
-            name = f"{metric.replace('_', ' ')}, {scenario}"
-            line[name] = tables.cell(summary, digits, variant=variant, scenario=scenario, metric=metric)
-        runs = [
-            tables.select(summary, {"variant": variant, "scenario": scenario, "metric": metric})["n"].sum()
-            for scenario, metric in (("adaptive", "psnr"), ("utility", "auc"))
-        ]
-        line["identified, by the best attack"] = identified(summary, variant)
-        line["n"] = f"{runs[0]}; {runs[1]}{_lost(diverged(summary, variant))}"
-        lines.append(line)
-    found = pd.DataFrame(lines)
-    return found[~found["n"].str.startswith("0; 0")].reset_index(drop=True)
+    table = tables.wide(summary, "defence", "variant", VARIANTS, MEASURED)
+    table["identified, by the best attack"] = [identified(summary, variant) for variant in VARIANTS]
+    attacked, trained = (
+        [_seeds(summary, variant, scenario, metric) for variant in VARIANTS]
+        for scenario, metric in (("adaptive", "psnr"), ("utility", "auc"))
+    )
+    lost = [_lost(diverged(summary, variant)) for variant in VARIANTS]
+    table["n"] = [f"{a}; {t}{more}" for a, t, more in zip(attacked, trained, lost, strict=True)]
+    return table[[bool(a or t) for a, t in zip(attacked, trained, strict=True)]].reset_index(drop=True)
+
+
+def _seeds(summary: pd.DataFrame, variant: str, scenario: str, metric: str, **keys: str) -> int:
+    where = {"variant": variant, "scenario": scenario, "metric": metric, **keys}
+    return int(tables.select(summary, where)["n"].sum())
 
 
 def identified(summary: pd.DataFrame, variant: str) -> str:
@@ -52,8 +54,7 @@ def identified(summary: pd.DataFrame, variant: str) -> str:
 
 def diverged(summary: pd.DataFrame, variant: str, strength: str = "") -> int:
     """Seeds on which training with a defence found no classifier; those are in no mean."""
-    where = {"variant": variant, "scenario": "utility", "metric": "failed", "strength": strength}
-    return int(tables.select(summary, where)["n"].sum())
+    return _seeds(summary, variant, "utility", "failed", strength=strength)
 
 
 def _lost(seeds: int) -> str:
@@ -154,18 +155,9 @@ def by_attack(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a defence, one column an adaptive attack: its PSNR less that of ``ig`` on the same victims, in dB."""
     rows = summary[(summary["metric"] == "psnr_minus_naive") & (summary["scenario"] == "adaptive")]
     attacks = list(dict.fromkeys(rows["attack"]))
-    lines = [
-        {
-            "defence": variant,
-            **{
-                a: tables.cell(summary, 1, variant=variant, scenario="adaptive", metric="psnr_minus_naive", attack=a)
-                for a in attacks
-            },
-        }
-        for variant in VARIANTS
-        if variant in set(rows["variant"])
-    ]
-    return pd.DataFrame(lines)
+    where = {"scenario": "adaptive", "metric": "psnr_minus_naive"}
+    names = [variant for variant in VARIANTS if variant in set(rows["variant"])]
+    return tables.wide(summary, "defence", "variant", names, {a: (1, {**where, "attack": a}) for a in attacks})
 
 
 def sweeps(summary: pd.DataFrame, params: Params, metric: str = "psnr") -> dict[str, pd.DataFrame]:
@@ -206,40 +198,24 @@ def conditions(summary: pd.DataFrame) -> pd.DataFrame:
 
 def paper(summary: pd.DataFrame) -> pd.DataFrame:
     """The abstract's numbers beside ours: by BatchNorm's statistics and gradients, by gradients, and adaptively."""
+    cost = {"gradients": {"scenario": "utility"}}
+    leak = {
+        "gradients": {"scenario": "naive"},
+        "knowing it": {"scenario": "adaptive"},
+        "with statistics": {"scenario": "naive", "attack": "bn"},
+    }
     lines = [
-        {
-            "what": "PSNR, difference to no defence (dB)",
-            "paper": "-3.73",
-            **_differences(summary, "psnr", 1),
-        },
-        {"what": "SSIM, difference to no defence", "paper": "-0.2", **_differences(summary, "ssim", 2)},
-        {"what": "macro-F1, difference to no defence", "paper": "not stated", **_costs(summary, "macro_f1_minus_none")},
-        {
-            "what": "macro-F1, difference to the mean of the baselines",
-            "paper": "> -0.01",
-            **_costs(summary, "macro_f1_minus_baselines"),
-        },
+        {"what": what, "paper": stated}
+        | {
+            f"{name}: {label}": tables.cell(summary, digits, variant=f"shadow_{name}", metric=metric, **where)
+            for name in ("released", "described")
+            for label, where in conditions.items()
+        }
+        for what, stated, metric, digits, conditions in (
+            ("PSNR, difference to no defence (dB)", "-3.73", "psnr_minus_none", 1, leak),
+            ("SSIM, difference to no defence", "-0.2", "ssim_minus_none", 2, leak),
+            ("macro-F1, difference to no defence", "not stated", "macro_f1_minus_none", 3, cost),
+            ("macro-F1, difference to the mean of the baselines", "> -0.01", "macro_f1_minus_baselines", 3, cost),
+        )
     ]
     return pd.DataFrame(lines).fillna("")
-
-
-def _differences(summary: pd.DataFrame, metric: str, digits: int) -> dict[str, str]:
-    found = {}
-    for name in ("released", "described"):
-        for label, scenario in (("gradients", "naive"), ("knowing it", "adaptive")):
-            text = tables.cell(
-                summary, digits, variant=f"shadow_{name}", scenario=scenario, metric=f"{metric}_minus_none"
-            )
-            found[f"{name}: {label}"] = text
-        text = tables.cell(
-            summary, digits, variant=f"shadow_{name}", scenario="naive", metric=f"{metric}_minus_none", attack="bn"
-        )
-        found[f"{name}: with statistics"] = text
-    return found
-
-
-def _costs(summary: pd.DataFrame, metric: str) -> dict[str, str]:
-    return {
-        f"{name}: gradients": tables.cell(summary, 3, variant=f"shadow_{name}", scenario="utility", metric=metric)
-        for name in ("released", "described")
-    }

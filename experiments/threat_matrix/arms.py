@@ -1,11 +1,11 @@
-"""The rows of notebook 05: every defence of the three papers as a part of one federation that trains one classifier.
+"""The rows of notebook 05: every defence of the three papers, as a part of one federation that trains one classifier.
 
-A defence has up to four places in it, and a row fills some of them: what the server does with the updates (paper 1), which
-image a client uses instead of its own (paper 2), which network is trained, and on what (paper 3). Rows that fill several are
-stacks. What each place does is what notebooks 02 to 04 have, with two adaptations, since here nobody trains a generator:
+A defence acts in up to three places: on the server, on updates (paper 1); at a client, on images (paper 2); on the network and
+its training (paper 3). Rows that fill several places are stacks. Each place does what it does in notebooks 02 to 04, with two
+adaptations, because nobody trains a generator here:
 
-* FedDetect reads the losses that clients report; here these are losses of the classifier.
-* The hardened one also looks at what a client's generator draws; here at what a client's classifier looks at (`looks`).
+* FedDetect reads the losses that clients report. Here they are losses of the classifier.
+* The hardened FedDetect compares the images that clients' generators draw. Here it compares `saliency` maps of classifiers.
 """
 
 import functools
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments import params as parameters
-from experiments.adversarial_pruning_defense.params import EvasionParams
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
 from experiments.params import Params
-from experiments.threat_matrix.params import MatrixParams
+from experiments.params.adversarial_pruning_defense import EvasionParams
+from experiments.params.threat_matrix import MatrixParams
 from medsec import data
 from medsec.backdoor import feddetect
 from medsec.core.errors import InputError
@@ -29,24 +29,24 @@ from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import Aggregator, State
+from medsec.federated.aggregators import uniform_mean
+from medsec.federated.rounds import Aggregator, State, rounds_until
 from medsec.nets.autoencoder import train_autoencoder
 from medsec.nets.cbam import CBAM
-from medsec.nets.convnet import ConvNet
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is made of.
+    """What a row of the matrix is made of.
 
     Attributes:
-        title: for figures.
+        title: its name in figures.
         server: aggregator, one of `SERVERS`.
         images: a defence of `experiments.gia_defense.clients` that changes images, or "none".
         trained_against: clients train on adversarial examples.
-        prune: "no"; "small", the smallest weights; "random", as many at random: the control.
+        prune: "no"; "small", the smallest weights; "random", as many at random places (control).
         cbam: attention after the second convolution.
-        again: nothing is defended, and the order of the images is another: what a row differs from ``none`` by chance.
+        again: a second undefended run whose images come in another order: it shows the differences made by chance.
     """
 
     title: str
@@ -58,8 +58,8 @@ class Row:
     again: bool = False
 
 
-GAIN = 0.9
-STRIDES = (2, 1, 2)  # of its convolutions
+GAIN = 0.9  # the initial weights of a convolution have the standard deviation GAIN / √(inputs)
+STRIDES = (2, 1, 2)  # of the convolutions
 GATES = 4.0  # two gates that are both half open leave a quarter
 SERVERS = ("mean", "released", "described", "hardened", "norm_clip")
 ROWS = {
@@ -83,7 +83,7 @@ ROWS = {
     "shadow+at": Row("shadow h. + adv. training", images="shadow_hardened", trained_against=True),
     "feddetect+shadow+at": Row("all three", server="hardened", images="shadow_hardened", trained_against=True),
 }
-FAMILIES = {  # lines of the figure are drawn between them
+FAMILIES = {  # groups of rows in the figure
     "no defence": ("none", "none_again"),
     "paper 1, server": ("feddetect_released", "feddetect_described", "feddetect_hardened", "norm_clip"),
     "paper 2, images": ("shadow_released", "shadow_described", "shadow_hardened", "public_only"),
@@ -93,10 +93,15 @@ FAMILIES = {  # lines of the figure are drawn between them
 
 
 def row(variant: str) -> Row:
-    """Raises InputError for a name that is not in `ROWS`."""
+    """The row of this name; InputError if there is none."""
     if variant not in ROWS:
         raise InputError(f"row {variant!r} of the matrix: choose one of {', '.join(ROWS)}")
     return ROWS[variant]
+
+
+def undefended(row: Row) -> Row:
+    """The row of a malicious client that leaves out the clients' defences: only the network stays as it is."""
+    return replace(row, images="none", trained_against=False)
 
 
 def prepare(cohort: str, params: Params) -> Setup:
@@ -122,7 +127,7 @@ def prepare(cohort: str, params: Params) -> Setup:
 
 @functools.lru_cache(maxsize=2)
 def _instruments(name: str, seed: int, cohorts_json: str, autoencoder_json: str) -> tuple:
-    """As notebook 03's, without the attacker's generator, which no attacker here has a use for."""
+    """Like notebook 03's, without the attacker's own generator, which no attacker of this notebook uses."""
     p = AutoencoderParams.model_validate_json(autoencoder_json)
     cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
     splits = {
@@ -133,18 +138,21 @@ def _instruments(name: str, seed: int, cohorts_json: str, autoencoder_json: str)
     return cohort, splits, trained, nn.Identity()
 
 
-def network(setup: Setup, row: Row, seed: int) -> nn.Module:
-    """The untrained classifier of a run: that of notebook 03, made to learn within a few rounds of seconds.
+# Places of a defence -------------------------------------------------------------------------------------------------
 
-    It has one convolution less and halves the image at once, which is half the work, and its weights begin wider than
-    PyTorch's, with the standard deviation `GAIN` / √(inputs). Wider still it would learn faster and be harder to invert.
-    `GAIN`, `STRIDES` and the learning rate were chosen by what the undefended network learns (AUC on val) and gives away
-    (PSNR) on the tuning seeds. Every row begins alike; attention has further weights of its own.
+
+def network(setup: Setup, row: Row, seed: int) -> nn.Module:
+    """The untrained classifier of a run: that of notebook 03, changed so that it learns within a few short rounds.
+
+    It has one convolution less and halves the image at once, which halves the work. Its initial weights are larger than
+    PyTorch's: larger still, it would learn faster and be harder to invert. `GAIN`, `STRIDES` and the learning rate were chosen
+    on the tuning seeds, by the AUC on val and the PSNR of gradient inversion without a defence. All rows start from the same
+    weights; attention has further weights of its own, and its output is scaled by `GATES`.
     """
     model = inversion_clients.network(setup, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "wider"))
-        model.body = model.body[: 2 * len(STRIDES)]  # a convolution and its GELU each
+        model.body = model.body[: 2 * len(STRIDES)]  # each convolution is followed by a GELU
         convolutions = [layer for layer in model.body if isinstance(layer, nn.Conv2d)]
         for layer, stride in zip(convolutions, STRIDES, strict=True):
             layer.stride = (stride, stride)
@@ -153,21 +161,14 @@ def network(setup: Setup, row: Row, seed: int) -> nn.Module:
         nn.init.normal_(model.head.weight, std=model.head.in_features**-0.5)
         nn.init.zeros_(model.head.bias)
         if row.cbam:
-            _attend(model, setup.params)
+            size = setup.params.evasion.attention
+            attention = CBAM(setup.params.inversion.federation.width, reduction=size.reduction, kernel=size.kernel)
+            model.body = nn.Sequential(*model.body[:4], attention, Times(GATES), *model.body[4:])
     return model.eval()
 
 
-def _attend(model: ConvNet, params: Params) -> None:
-    """Put attention after the second convolution, and give back what its two gates take away when they are half open."""
-    size = params.evasion.attention
-    attention = CBAM(params.inversion.federation.width, reduction=size.reduction, kernel=size.kernel)
-    model.body = nn.Sequential(
-        *model.body[:4], attention, Times(GATES), *model.body[4:]
-    )  # a GELU after each convolution
-
-
 class Times(nn.Module):
-    """Multiplies by a constant. (In the weights, it would tell magnitude pruning that they count more than others.)"""
+    """Multiplies by a constant. (A factor in the weights would change which of them magnitude pruning removes.)"""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -177,61 +178,48 @@ class Times(nn.Module):
         return self.factor * x
 
 
-# What a client does to its images ------------------------------------------------------------------------------------
-
-
 def perturbation(setup: Setup, row: Row, images: Tensor, labels: Tensor, seed: int) -> Callable | None:
-    """``(model, x, y, round) -> x′``: the image that a client really uses; None where it uses its own.
+    """``(model, x, y, round) -> x′``: the image on which a client trains; None if it is its own.
 
-    First the image defence, then (`trained_against`) an adversarial example of what came out.
+    The image defence comes first. With `Row.trained_against` follows an adversarial example for the network as it is at this
+    batch: by FGSM-RS (Wong et al. 2020) for one step, by PGD for several.
+
+    Args:
+        images, labels: all that the client holds, (N, C, S, S) and (N,).
     """
-    first = None
+    defended = None
     if row.images != "none":
-        first = inversion_clients.client(row.images, setup, images, labels, derive_seed(seed, "defence")).perturb
+        defended = inversion_clients.client(row.images, setup, images, labels, derive_seed(seed, "defence")).perturb
     if not row.trained_against:
-        return first
+        return defended
     recipe = setup.params.evasion.robust
 
-    def both(model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
-        x = x if first is None else first(model, x, y, round)
-        return adversarial_images(model, x, y, recipe.eps / 255, recipe.steps, recipe.step, seed, round)
+    def adversarial_images(model: nn.Module, x: Tensor, y: Tensor, round_idx: int) -> Tensor:
+        x = x if defended is None else defended(model, x, y, round_idx)
+        rng = torch_generator(seed, "adversarial training", round_idx, int(x.sum(dtype=torch.float64) * 2**20))
+        return adversarial.pgd(model, x, y, recipe.eps / 255, rng, steps=recipe.steps, step=recipe.step)
 
-    return both
-
-
-def adversarial_images(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step: float, seed: int, round: int
-) -> Tensor:
-    """FGSM-RS (Wong et al. 2020) with one step, PGD with several, of the network as it is at this batch."""
-    rng = torch_generator(seed, "adversarial training", round, int(x.sum(dtype=torch.float64) * 2**20))
-    return adversarial.pgd(model, x, y, eps, rng, steps=steps, step=step)
+    return adversarial_images
 
 
-# What the network may be ---------------------------------------------------------------------------------------------
+def masks(model: nn.Module, row: Row, p: EvasionParams, seed: int) -> Masks | None:
+    """Which weights stay; None for a row that does not prune.
 
-
-def masks(model: nn.Module, row: Row, ratio: float, seed: int) -> Masks | None:
-    """Which weights stay (`medsec.evasion.pruning`); the control takes as many in every layer, at random places."""
+    As in notebook 04, `p.prune` of all weights go, and `p.prune_hardened` of them if the network is also trained against
+    attacks. The random control keeps as many in every layer, at random places.
+    """
     if row.prune == "no":
         return None
-    keep = pruning.masks(model, ratio)
+    keep = pruning.masks(model, p.prune_hardened if row.trained_against else p.prune)
     if row.prune == "random":
         rng = torch_generator(seed, "random masks")
         keep = {k: m.flatten()[torch.randperm(m.numel(), generator=rng)].view_as(m) for k, m in keep.items()}
     return keep
 
 
-def ratio(row: Row, p: EvasionParams) -> float:
-    """The share of the weights that goes; as in notebook 04, half where the network is trained against attacks as well."""
-    return p.prune_hardened if row.trained_against else p.prune
-
-
-# What the server does ------------------------------------------------------------------------------------------------
-
-
 def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: int) -> Aggregator:
-    """A fresh aggregator of one run, ``model`` being what the server starts with."""
-    warm_up, state = first_round(p.warm_up, p.federation.rounds), {k: v.clone() for k, v in model.state_dict().items()}
+    """A fresh aggregator for one run. ``model`` is what the server starts with."""
+    warm_up, state = rounds_until(p.warm_up, p.federation.rounds), {k: v.clone() for k, v in model.state_dict().items()}
     if row.server == "released":
         return feddetect.Released(warm_up, setup.params.feddetect.decay)
     if row.server == "described":
@@ -241,10 +229,10 @@ def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: 
     if row.server == "hardened":
         h = setup.params.feddetect.hardened
         return feddetect.Hardened(
-            functools.partial(looks, setup, network(setup, row, seed), p.looks, seed),
+            functools.partial(saliency, setup, network(setup, row, seed), p.looks, seed),
             state,
             warm_up=warm_up,
-            watch=first_round(h.watch, warm_up),
+            watch=rounds_until(h.watch, warm_up),
             fpr=h.fpr,
             scale=(p.scale, p.scale_relative),
             window=h.window,
@@ -252,30 +240,20 @@ def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: 
             drift=h.drift,
             limit=h.limit,
         )
-    return feddetect.uniform_mean
+    return uniform_mean
 
 
-def first_round(share: float, rounds: int) -> int:
-    """The round, from 0, that begins after this share of all rounds."""
-    return int(share * rounds + 0.5)
+def saliency(setup: Setup, model: nn.Module, n: int, seed: int, state: State, round_idx: int) -> Tensor:
+    """Saliency maps of one client's classifier: the gradient of the margin at ``n`` public images, (n, C, S, S).
 
-
-def looks(setup: Setup, model: nn.Module, n: int, seed: int, state: State, round: int) -> Tensor:
-    """What a client's classifier looks at: (n, C, S, S), the gradient of the margin of some public images, all clients the same.
-
-    It takes the place of images that a client's generator draws. A classifier with a backdoor has learnt to answer to a place
-    of the image to which the others pay no attention. The images are drawn anew in every round, and the server keeps them
-    secret. Each map is divided by its root mean square, so that a scaled update does not count for its length.
+    They take the place of the images that a client's generator draws: a classifier with a backdoor reacts to a place in the
+    image that other classifiers ignore. All clients are compared on the same images. The server draws new ones in every
+    round and keeps them secret. Each map is divided by its root mean square, so that the scale of an update does not count.
     """
     public, labels = setup.splits["public"]
-    chosen = torch.randperm(len(public), generator=torch_generator(seed, "server", round))[:n]
+    chosen = torch.randperm(len(public), generator=torch_generator(seed, "server", round_idx))[:n]
     model.load_state_dict(state)
     x = public[chosen].requires_grad_()
     with torch.enable_grad():
-        (found,) = torch.autograd.grad(adversarial.margin(model(x), labels[chosen]).sum(), x)
-    return found / found.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-
-
-def undefended(row: Row) -> Row:
-    """The row of an attacker who does as it likes: of the defences only the network is left."""
-    return replace(row, images="none", trained_against=False)
+        (maps,) = torch.autograd.grad(adversarial.margin(model(x), labels[chosen]).sum(), x)
+    return maps / maps.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)

@@ -1,30 +1,37 @@
 """What notebook 05 measures: every defence of the three papers against every attack, on one federation of one classifier.
 
-`rows_of` is one seed of one row: a federation without an attack, one for each way to plant a backdoor; gradient inversion in the
-middle of the one without an attack, and evasion on the network that comes out of it. So one network answers to all papers.
+`rows_of` runs one seed of one row: a federation without an attack, and one for each way to plant a backdoor. Gradient inversion
+takes the network in the middle of the training without an attack, evasion the one at its end. So one network answers to all
+three papers.
 
-Scenarios: ``no_attack``; ``backdoor``, a client that poisons a little and leaves out the defence that clients are to run;
-``boost_liar``, which poisons all it can, scales its update and reports the loss that honest clients have; ``compliant``, which is
-like ``backdoor`` and runs the clients' defence, as where the software is not the client's to change; ``naive`` and ``adaptive``,
-gradient inversion by an attacker who does not know the defence, and by one who does; ``prior_only``, its floor: no gradient at
-all; ``midway``: the network whose gradients these are; ``pgd20``, evasion; ``noise``, its control; ``constant``, what a network
-has that always gives the same answer.
+Scenarios:
 
-Metrics that are new here: ``attack_success``, of the test images of other classes that are called rightly, the share that the
-trigger turns into the target class (without an attack: the control); ``called_target``, of the same images without a trigger
-the share that is called the target class; ``<metric>_minus_none``, paired on the same seed and scenario;
-``<metric>_minus_matched``, to the undefended network of the same seed after the number of rounds at which its AUC is nearest (a
-network that has learnt less may give more away, whatever keeps it from learning); ``<metric>_minus_part``, of a stack to the
-part of it that is made for that threat (`PARTS`). Differences of the PSNR count what lies below ``prior_only``, the floor, as
-the floor.
+* ``no_attack``
+* ``backdoor``: a client poisons a little and leaves out the defence that clients are to run.
+* ``boost_liar``: it poisons all it can, scales its update and reports the loss of the honest clients.
+* ``compliant``: like ``backdoor``, but the client runs the defence, as where it cannot change the software.
+* ``naive``, ``adaptive``: gradient inversion by an attacker who does not know the defence, and by one who does.
+* ``prior_only``: the floor of gradient inversion, without any gradient. ``midway``: the network whose gradients are attacked.
+* ``pgd20``: evasion. ``noise``: its control. ``constant``: the score of a network that always gives the same answer.
 
-Key column: ``round``, of gradient inversion: empty for gradients in the middle of the training (``matrix.leak_after``), a number
-for those after so many rounds (of ``none`` only), ``network`` for those of plain images on a network that is trained on
-adversarial ones.
+New metrics:
+
+* ``attack_success``: of the test images of other classes that are classified correctly, the share that the trigger turns into
+  the target class (``no_attack`` is the control).
+* ``called_target``: the share of the same images that is called the target class without a trigger.
+* ``<metric>_minus_none``: difference to no defence, same seed and scenario. Here and below, a PSNR under ``prior_only`` counts
+  as ``prior_only``.
+* ``<metric>_minus_matched``: difference to the undefended network of the same seed after the number of rounds at which its AUC
+  is nearest to the row's. A network that has learnt less may reveal more, whatever keeps it from learning.
+* ``<metric>_minus_part``: difference of a stack to the part of it that is made for the threat (`PARTS`).
+
+Key column ``round``, of gradient inversion: empty for gradients in the middle of the training (``matrix.leak_after``), a number
+for those after so many rounds (``none`` only), ``network`` for gradients of unchanged images on an adversarially trained
+network.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,23 +47,25 @@ from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import Client, Setup
 from experiments.params import Params
-from experiments.threat_matrix import arms as matrix_arms
-from experiments.threat_matrix import federation as matrix_federation
+from experiments.threat_matrix import arms, federation
 from experiments.threat_matrix.arms import ROWS, Row
 from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec.backdoor import triggers
-from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
+from medsec.federated.rounds import rounds_until
 from medsec.inversion import defences as gradient_defences
-from medsec.inversion.attacks import Found
+from medsec.inversion.adaptive import known_entries
+from medsec.inversion.attacks import Reconstructions
 from medsec.nets import fit as classifier
 
 KEYS = ("round",)
 NETWORK = "network"
-VICTIM = 1  # the client whose images are attacked; number 0 is the one that may be malicious
+VICTIM = 1  # the client whose images are attacked; client 0 is the one that may be malicious
 LIKENESS = ("psnr", "ssim", "retrieval", "retrieval_projected")
+COMPARED = ("auc", "balanced_accuracy", "attack_success", "psnr", "retrieval")  # metrics with differences
 UNITS = {
     "auc": "AUC",
     "balanced_accuracy": "share",
@@ -80,13 +89,11 @@ class Column:
     """A column of the matrix.
 
     Attributes:
-        threat: the group that it belongs to.
-        name: what it shows, in a few words.
-        scenario, metric: where it stands in the table; the key column is empty.
-        scale: the value that is drawn lightest (best for whoever defends; of the PSNR it is the floor) and the one that is drawn
-            darkest.
-        beats_constant: it counts as better than no defence only above what a network has that always gives the same answer
-            (scenario ``constant`` of ``none``).
+        threat: the group of columns.
+        name: in a few words.
+        scenario, metric: its place in the table; the key column is empty.
+        scale: the best value for the defender (drawn lightest; for PSNR it is replaced by the floor) and the worst (darkest).
+        beats_constant: a cell counts as better than no defence only above scenario ``constant`` of ``none``.
     """
 
     threat: str
@@ -99,6 +106,10 @@ class Column:
     @property
     def high_is_bad(self) -> bool:
         return self.scale[1] > self.scale[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.threat.split(':')[0]}: {self.name}"
 
 
 COLUMNS = (
@@ -125,56 +136,46 @@ def missing(variant: str, scenario: str) -> str | None:
     Raises:
         InputError: no such row.
     """
-    row = matrix_arms.row(variant)
-    if scenario == "compliant" and row == matrix_arms.undefended(row):
-        return NOTHING_TO_RUN
-    return None
+    row = arms.row(variant)
+    return NOTHING_TO_RUN if scenario == "compliant" and row == arms.undefended(row) else None
 
 
 # One row -------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(cohort: str, params: Params, variants: str | Sequence[str], seed: int) -> pd.DataFrame:
-    """One seed of one row of the matrix under every attack; or of several rows, one after the other.
-
-    Returns:
-        Rows with the key column `KEYS`.
+def rows_of(cohort: str, params: Params, variants: str | tuple[str, ...], seed: int) -> pd.DataFrame:
+    """One seed of one or several rows of the matrix under every attack, with the key column `KEYS`.
 
     Raises:
         InputError: no such row, or a cohort that cannot be loaded or has too few images.
     """
     torch.set_num_threads(1)
     names = (variants,) if isinstance(variants, str) else variants
-    for name in names:
-        matrix_arms.row(name)  # a wrong name is told before anything is trained
-    setup = matrix_arms.prepare(cohort, params)
-    return pd.concat([_row(setup, name, seed) for name in names], ignore_index=True)
-
-
-def _row(setup: Setup, variant: str, seed: int) -> pd.DataFrame:
-    row, params = matrix_arms.row(variant), setup.params
-    done = {
-        scenario: matrix_federation.train(setup, row, scenario, params.matrix, seed)
-        for scenario in ATTACKS
-        if missing(variant, scenario) is None
-    }
-    parts = [_federation_rows(setup, variant, scenario, found, seed) for scenario, found in done.items()]
-    clean = done["no_attack"]
-    parts += [_inversion_rows(setup, variant, row, clean, seed), _evasion_rows(setup, variant, clean, seed)]
+    rows = {name: arms.row(name) for name in names}  # a wrong name is reported before any training
+    setup, memo, parts = arms.prepare(cohort, params), {}, []
+    for name, row in rows.items():
+        done = {
+            scenario: federation.train(setup, row, scenario, setup.params.matrix, seed, memo)
+            for scenario in ATTACKS
+            if missing(name, scenario) is None
+        }
+        parts += [_federation_rows(setup, name, scenario, trained, seed) for scenario, trained in done.items()]
+        parts.append(_inversion_rows(setup, name, row, done["no_attack"], seed))
+        parts.append(_evasion_rows(setup, name, done["no_attack"], seed))
     return pd.concat(parts, ignore_index=True)
 
 
 def _federation_rows(setup: Setup, variant: str, scenario: str, done: Federation, seed: int) -> pd.DataFrame:
-    """What came out of one federation: how good its classifier is, what the trigger does, and who counted how much."""
+    """How good the classifier of a federation is, what the trigger does to it, and how much each client counted."""
     x, y = setup.splits["test"]
     rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
-    found = classifier.predict(done.model, x)
-    rows.add("auc", classifier.auc(found, y), len(y))
-    rows.add("balanced_accuracy", classifier.balanced_accuracy(found, y), len(y))
+    predicted = classifier.predict(done.model, x)
+    rows.add("auc", classifier.auc(predicted, y), len(y))
+    rows.add("balanced_accuracy", classifier.balanced_accuracy(predicted, y), len(y))
     rows.add("sparsity", pruning.sparsity(done.model), 1)
     for metric, (value, n) in backdoor(setup, done.model).items():
         rows.add(metric, value, n)
-    m, warm_up = len(done.perturbations), matrix_arms.first_round(setup.params.matrix.warm_up, len(done.diagnostics))
+    m, warm_up = len(done.perturbations), rounds_until(setup.params.matrix.warm_up, len(done.diagnostics))
     weights = pd.DataFrame([d.get("weights", {}) for d in done.diagnostics[warm_up:]]).reindex(columns=range(m))
     weights = weights.fillna(0.0).to_numpy()
     honest = weights if scenario == "no_attack" else np.delete(weights, ATTACKER, axis=1)
@@ -187,47 +188,40 @@ def _federation_rows(setup: Setup, variant: str, scenario: str, done: Federation
 def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
     """``attack_success`` and ``called_target`` on the test images of other classes, each with its number of images.
 
-    Without an image that is called rightly there is nothing to turn, and no ``attack_success``.
+    There is no ``attack_success`` if no image is classified correctly.
     """
     (x, y), target = setup.splits["test"], setup.params.matrix.target
     x, y = x[y != target], y[y != target]
-    stamped = triggers.stamp(matrix_federation.new_trigger(setup), x, torch_generator(0, "trigger places"))
+    stamped = triggers.stamp(federation.new_trigger(setup), x, torch_generator(0, "trigger places"))
     plain, turned = (classifier.predict(model, images).argmax(1) for images in (x, stamped))
-    right, found = plain == y, {"called_target": (float((plain == target).float().mean()), len(y))}
+    right, rates = plain == y, {"called_target": (float((plain == target).float().mean()), len(y))}
     if right.any():
-        found["attack_success"] = (float((turned[right] == target).float().mean()), int(right.sum()))
-    return found
+        rates["attack_success"] = (float((turned[right] == target).float().mean()), int(right.sum()))
+    return rates
 
 
 # Gradient inversion --------------------------------------------------------------------------------------------------
 
 
 def _inversion_rows(setup: Setup, variant: str, row: Row, clean: Federation, seed: int) -> pd.DataFrame:
-    """The victims' gradients in the middle of the training; where the module says, also in other conditions."""
-    middle = matrix_arms.first_round(setup.params.matrix.leak_after, len(clean.diagnostics))
+    """The victims' gradients in the middle of the training, and the other conditions of the key column."""
+    middle = rounds_until(setup.params.matrix.leak_after, len(clean.diagnostics))
     perturb = clean.perturbations[VICTIM]
     plan = [("", middle, row, perturb)]
-    if row == ROWS["none"]:  # what a network gives away that has learnt less
-        plan += [(str(round), round, row, perturb) for round in range(middle)]
+    if row == ROWS["none"]:  # what a network reveals that has learnt less
+        plan += [(str(round_idx), round_idx, row, perturb) for round_idx in range(middle)]
     if row.trained_against and row.images == "none":
-        plain = dataclasses.replace(row, trained_against=False)
-        plan.append((NETWORK, middle, plain, _perturbation(setup, plain, seed)))
-    model, (x, y), parts = matrix_arms.network(setup, row, seed), setup.splits["test"], []
-    for key, round, used, change in plan:
-        model.load_state_dict(clean.states[round])
+        plan.append((NETWORK, middle, dataclasses.replace(row, trained_against=False), None))
+    model, (x, y), parts = arms.network(setup, row, seed), setup.splits["test"], []
+    for key, round_idx, used, change in plan:
+        model.load_state_dict(clean.states[round_idx])
         answers = {("midway", "auc"): (classifier.auc(classifier.predict(model, x), y), len(y))}
-        answers |= _inverted(setup, used, model, change, clean.keep, round, seed)
+        answers |= _inverted(setup, used, model, change, clean.keep, round_idx, seed)
         for (scenario, metric), (value, n) in answers.items():
             rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
             rows.add(metric, value, n, round=key)
             parts.append(rows.table())
     return pd.concat(parts, ignore_index=True)
-
-
-def _perturbation(setup: Setup, row: Row, seed: int) -> Callable | None:
-    """A fresh client's, the one whose images are attacked."""
-    images, labels = inversion_clients.deal(setup, seed)
-    return matrix_arms.perturbation(setup, row, images[VICTIM], labels[VICTIM], derive_seed(seed, "client", VICTIM))
 
 
 def _inverted(
@@ -236,18 +230,18 @@ def _inverted(
     model: nn.Module,
     perturb: Callable | None,
     keep: pruning.Masks | None,
-    round: int,
+    round_idx: int,
     seed: int,
 ) -> dict[tuple[str, str], tuple[float, int]]:
-    """(scenario, metric) -> mean over the victims and their number, of the strongest attack for every victim."""
+    """(scenario, metric) -> mean over the victims and their number, each under the attack that is strongest for it."""
     images, labels = (
         [part[VICTIM], *part[:VICTIM], *part[VICTIM + 1 :]] for part in inversion_clients.deal(setup, seed)
     )
     index = attackers.victims(setup, images[0], setup.params.matrix.victims, 1, seed)
     x, y = images[0][index], labels[0][index]
-    found = sent(row, model, perturb, keep, x, y, round)
-    plain = attackers.naive(setup, found, ["ig"], seed)
-    everything = plain | known(setup, row, found, seed)
+    case = sent(row, model, perturb, keep, x, y, round_idx)
+    plain = attackers.naive(setup, case, ["ig"], seed)
+    everything = plain | known(setup, row, case, seed)
     measure = inversion_eval.measures(setup, images, labels, index)
     scores, answers = inversion_eval.scored(everything, measure, x.numpy()), {}
     for scenario, names in (("naive", list(plain)), ("adaptive", list(everything))):
@@ -268,30 +262,30 @@ def sent(
     keep: pruning.Masks | None,
     x: Tensor,
     y: Tensor,
-    round: int,
+    round_idx: int,
 ) -> Case:
-    """What the server has of some victims: the gradient at the images that the client uses, 0 at weights that are pruned.
+    """What the server has of some victims: the gradient at the images that the client uses, 0 at pruned weights.
 
-    ``changed`` of the case is only set where a defence of paper 2 changes images: that is what its attackers undo.
+    ``changed`` of the case is set only if a defence of paper 2 changes images, because that is what its attackers undo.
     """
     send = gradient_defences.none if perturb is None else gradient_defences.send(perturb)
-    found = attackers.case(Client(send, perturb), model, x, y, round)
+    case = attackers.case(Client(send, perturb), model, x, y, round_idx)
     if row.images == "none":
-        found = dataclasses.replace(found, changed=None)
+        case = dataclasses.replace(case, changed=None)
     if keep is None:
-        return found
-    named = zip((name for name, _ in model.named_parameters()), found.view.gradients, strict=True)
+        return case
+    named = zip((name for name, _ in model.named_parameters()), case.view.gradients, strict=True)
     gradients = [g * keep[name] if name in keep else g for name, g in named]
-    return dataclasses.replace(found, view=dataclasses.replace(found.view, gradients=gradients))
+    return dataclasses.replace(case, view=dataclasses.replace(case.view, gradients=gradients))
 
 
-def known(setup: Setup, row: Row, found: Case, seed: int) -> dict[str, Found]:
-    """What an attacker who knows the defence does besides: notebook 03's attackers, and leaving out weights that are pruned."""
+def known(setup: Setup, row: Row, case: Case, seed: int) -> dict[str, Reconstructions]:
+    """The additional attacks of somebody who knows the defence: those of notebook 03, and one that ignores pruned weights."""
     wanted = ["purified", "unmasked", *(["generator"] if row.images in inversion_clients.STAND_INS else [])]
-    more = attackers.adaptive(row.images, setup, found, [], wanted, seed)
+    more = attackers.adaptive(row.images, setup, case, [], wanted, seed)
     if row.prune != "no":
-        view = dataclasses.replace(found.view, weights=attackers.known_weights("topk", found.view))
-        more["known"] = attackers.invert(setup, [view], found, "ig", seed)
+        view = dataclasses.replace(case.view, weights=known_entries(case.view))
+        more["known"] = attackers.invert(setup, view, case, "ig", seed)
     return more
 
 
@@ -299,24 +293,21 @@ def known(setup: Setup, row: Row, found: Case, seed: int) -> dict[str, Found]:
 
 
 def _evasion_rows(setup: Setup, variant: str, clean: Federation, seed: int) -> pd.DataFrame:
-    """The network that came out without an attack, under PGD that knows it, and under noise as strong as that: the control."""
-    everything = setup.params.model_copy(
-        update={"evasion": setup.params.evasion.model_copy(update={"test_images": None})}
-    )
+    """The final network without an attack on the federation, under white-box PGD, and under noise as strong (control)."""
+    p = setup.params.evasion
+    everything = setup.params.model_copy(update={"evasion": p.model_copy(update={"test_images": None})})
     order = evasion_arms.test_order(everything, len(setup.splits["test"][0]))[: setup.params.matrix.test_images]
     x, y = (part[order] for part in setup.splits["test"])
     right = classifier.predict(clean.model, x).argmax(1) == y
     parts = []
     for scenario in ("noise", "pgd20"):
-        made = evasion_eval.craft(
-            scenario, clean.model, x, y, setup.params.evasion.eps / 255, setup.params.evasion.attacks, seed
-        )
-        found = classifier.predict(clean.model, made)
+        made = evasion_eval.craft(scenario, clean.model, x, y, p.eps / 255, p.attacks, seed)
+        predicted = classifier.predict(clean.model, made)
         rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
-        rows.add("accuracy", float((found.argmax(1) == y).float().mean()), len(y))
-        rows.add("balanced_accuracy", classifier.balanced_accuracy(found, y), len(y))
+        rows.add("accuracy", float((predicted.argmax(1) == y).float().mean()), len(y))
+        rows.add("balanced_accuracy", classifier.balanced_accuracy(predicted, y), len(y))
         if right.any():
-            rows.add("dr_whitebox", float((found.argmax(1) == y)[right].float().mean()), int(right.sum()))
+            rows.add("dr_whitebox", float((predicted.argmax(1) == y)[right].float().mean()), int(right.sum()))
         parts.append(rows.table())
     if variant == "none":
         rows = tables.Rows(KEYS, UNITS, seed, variant, "constant")
@@ -328,17 +319,17 @@ def _evasion_rows(setup: Setup, variant: str, clean: Federation, seed: int) -> p
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def complete(runs: pd.DataFrame) -> pd.DataFrame:
-    """A runs table with paired differences on the same seed: ``_minus_none``, for stacks ``_minus_part``, and to controls.
+def with_differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """A runs table followed by the paired differences that the module describes, and by those to controls of the same row.
 
-    ``attack_success_minus_control``: to the same row without an attack, what the trigger does to a network nobody poisoned.
-    ``balanced_accuracy_minus_noise``: of PGD to noise as strong, of the same row.
+    ``attack_success_minus_control``: to the row without an attack, where the trigger meets a network that nobody poisoned.
+    ``balanced_accuracy_minus_noise``: PGD less noise as strong.
     """
-    compared = runs[runs["metric"].isin(["auc", "balanced_accuracy", "attack_success", "psnr", "retrieval"])]
+    compared = runs[runs["metric"].isin(COMPARED)]
     compared = _not_below_floor(compared[compared["scenario"] != "prior_only"], runs)
     defended = compared[compared["variant"] != "none"]
     base = compared[(compared["variant"] == "none") & (compared["round"] != NETWORK)]
-    network = base[base["round"] == ""].assign(round=NETWORK)  # robust and plain network, images as they are
+    network = base[base["round"] == ""].assign(round=NETWORK)  # robust and plain network, both on unchanged images
     parts = [
         tables.minus(defended, pd.concat([base, network]), ["scenario", "round"], "none"),
         _minus_matched(compared),
@@ -348,7 +339,7 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
     parts.append(tables.minus(success[~quiet], success[quiet], ["variant"], "control"))
     noise, hit = (compared[compared["scenario"] == name] for name in ("noise", "pgd20"))
     parts.append(tables.minus(hit, noise, ["variant"], "noise"))
-    # A compliant attacker does what only rows with a clients' defence have: beside ``none``, it is the plain one.
+    # Without a defence of clients, a compliant attacker is the plain one.
     plain = base[base["scenario"] == "backdoor"].assign(scenario="compliant")
     parts.append(tables.minus(defended, plain, ["scenario", "round"], "none"))
     for stack, by_scenario in PARTS.items():
@@ -361,7 +352,7 @@ def complete(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _not_below_floor(compared: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """PSNR below that of ``prior_only`` on the same seed counts as that: an attacker who has less can send the mean image in."""
+    """A PSNR below ``prior_only`` of the same seed counts as that: an attacker who has less can submit the mean image."""
     guess = runs[(runs["scenario"] == "prior_only") & (runs["metric"] == "psnr")]
     least = compared["seed"].map(guess.groupby("seed")["value"].first()).where(compared["metric"] == "psnr", -np.inf)
     return compared.assign(value=compared["value"].clip(lower=least))
@@ -369,25 +360,20 @@ def _not_below_floor(compared: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame
 
 def _minus_matched(compared: pd.DataFrame) -> pd.DataFrame:
     """Gradient inversion of every row less that of the undefended network that has learnt as much; see the module."""
-    learnt = compared[compared["scenario"] == "midway"]
-    undefended = learnt[learnt["variant"] == "none"].set_index(["seed", "round"])["value"]
-    found = compared[compared["scenario"].isin(["naive", "adaptive"]) & (compared["round"] == "")]
-    none = compared[compared["variant"] == "none"].set_index(["seed", "scenario", "metric", "round"])["value"]
-    own = learnt[learnt["round"] == ""].set_index(["seed", "variant"])["value"]
+    auc = compared[compared["scenario"] == "midway"]
+    undefended = auc[auc["variant"] == "none"].set_index(["seed", "round"])["value"]
+    own = auc[auc["round"] == ""].set_index(["seed", "variant"])["value"]
     nearest = {pair: (undefended[pair[0]] - value).abs().idxmin() for pair, value in own.items()}
-    found = found[found["variant"] != "none"].copy()
-    found["value"] -= [
-        none[seed, scenario, metric, nearest[seed, variant]]
-        for seed, variant, scenario, metric in zip(
-            found["seed"], found["variant"], found["scenario"], found["metric"], strict=True
-        )
-    ]
-    return found.assign(metric=found["metric"] + "_minus_matched")
+    inverted = compared[compared["scenario"].isin(["naive", "adaptive"]) & (compared["round"] == "")]
+    inverted = inverted[inverted["variant"] != "none"]
+    matched = [nearest[pair] for pair in zip(inverted["seed"], inverted["variant"], strict=True)]
+    none = compared[compared["variant"] == "none"]
+    return tables.minus(inverted.assign(round=matched), none, ["scenario", "round"], "matched").assign(round="")
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """The summary of a runs table, after `complete`."""
-    return tables.summarise(complete(runs), KEYS)
+    """The summary of a runs table, `with_differences`."""
+    return tables.summarise(with_differences(runs), KEYS)
 
 
 def run(cohort: str, p: Params, cell: Cell) -> Finished:
@@ -395,11 +381,10 @@ def run(cohort: str, p: Params, cell: Cell) -> Finished:
     return rows_of(cohort, p, cell.variants, cell.seed), {}
 
 
-SECTIONS = ("fedgan", "feddetect", "inversion", "evasion", "matrix")
 EXPERIMENT = Experiment(
     "05_threat_matrix",
     1,
-    SECTIONS,
+    ("fedgan", "feddetect", "inversion", "evasion", "matrix"),
     run,
     own=("inversion.defences",),
     shared=tuple({row.images: None for row in ROWS.values()}),
@@ -407,9 +392,9 @@ EXPERIMENT = Experiment(
 
 
 def quick(p: Params) -> list[Cell]:
-    """Every cell of the matrix, the dearest first.
+    """Every cell of the matrix, the most expensive first.
 
-    Rows that begin alike are in one cell: local epochs that they have in common are then done once (`matrix_federation`).
+    Rows that begin alike are in one cell, so that they share local epochs (`federation.trainer`).
     """
     alike: dict[tuple, list[str]] = {}
     for name, row in ROWS.items():

@@ -1,14 +1,14 @@
-"""The federation of notebook 05: clients that train one classifier, one of whom may plant a backdoor (BadNets, Gu et al. 2017).
+"""The federation of notebook 05: clients train one classifier, and one of them may plant a backdoor (BadNets, Gu et al. 2017).
 
-The malicious client stamps a trigger on some of its images and calls them by the target class. It has all that the threat
-model of notebook 02 gives it: it also scales what it sends, and reports the loss that honest clients have (``boost_liar``).
+The malicious client stamps a trigger on some of its images and labels them with the target class. In scenario ``boost_liar``
+it also scales its update and reports the loss of the honest clients, as the threat model of notebook 02 allows.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense.clients import Setup
-from experiments.threat_matrix import arms as matrix_arms
+from experiments.params.threat_matrix import MatrixParams
+from experiments.threat_matrix import arms
 from experiments.threat_matrix.arms import Row
-from experiments.threat_matrix.params import MatrixParams
 from medsec.backdoor import triggers
+from medsec.backdoor.attackers import falsified
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
@@ -27,10 +28,10 @@ from medsec.core.settings import FedClsParams
 from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import State, Update, run_round
+from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update
 
 ATTACKER = 0
-FORGETFUL = ("none", "shadow_hardened", "public_only")  # image defences whose epochs depend on nothing that was before
+STATELESS = ("none", "shadow_hardened", "public_only")  # image defences that remember nothing from batch to batch
 BACKDOOR = ThreatModel(
     name="Backdoor in a federated classifier",
     goal="Images that carry the trigger are taken for the target class; all others are called as before.",
@@ -50,7 +51,7 @@ class Attack:
         poisons: "no", "few" or "many" of its images get a stamped copy.
         boosts: it scales its update (`params.yaml`: ``matrix.boost``).
         lies: it reports the median of the honest losses.
-        complies: it runs the defence that clients are to run; else it leaves it out.
+        complies: it runs the defence that clients are to run; otherwise it leaves it out.
     """
 
     poisons: str = "few"
@@ -68,15 +69,25 @@ ATTACKS = {
 
 
 @dataclass(frozen=True)
+class Member:
+    """One client of a federation: its images and labels, the row that it really follows, and what it does to its images."""
+
+    images: Tensor
+    labels: Tensor
+    row: Row
+    perturb: Callable | None
+
+
+@dataclass(frozen=True)
 class Federation:
     """A finished federation.
 
     Attributes:
         model: the global classifier, in evaluation mode.
-        states: of that classifier before the first round and after every one.
-        keep: which of its weights may be other than zero, or None.
-        diagnostics: what the aggregator said after every round.
-        perturbations: what every client does to its images.
+        states: of that classifier, before the first round and after every round.
+        keep: masks of the weights that were not pruned, or None.
+        diagnostics: of the aggregator, one for every round.
+        perturbations: what each client does to its images, or None.
     """
 
     model: nn.Module
@@ -84,6 +95,64 @@ class Federation:
     keep: Masks | None
     diagnostics: list[dict]
     perturbations: list[Callable | None]
+
+
+def train(
+    setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int, memo: dict[str, tuple] | None = None
+) -> Federation:
+    """One federation of a row under one attack, from the first round to the last.
+
+    Args:
+        memo: of local epochs; give several federations the same dictionary, and epochs that they share run once.
+
+    Raises:
+        InputError: an unknown scenario, or a target class that the cohort does not have.
+    """
+    if scenario not in ATTACKS:
+        raise InputError(f"scenario {scenario!r}: choose one of {', '.join(ATTACKS)}")
+    if p.target >= setup.cohort.n_classes:
+        raise InputError(f"matrix.target {p.target}: {setup.cohort.name} has classes 0 to {setup.cohort.n_classes - 1}")
+    attack, rounds = ATTACKS[scenario], p.federation.rounds
+    members = clients(setup, row, attack, p, seed)
+    model = arms.network(setup, row, seed)
+    train_client = trainer(setup, row, members, model, p, seed, {} if memo is None else memo)
+    aggregate = arms.aggregator(setup, row, p, model, seed)
+    boost_from, prune_at = (rounds_until(share, rounds) for share in (p.warm_up, p.prune_after))
+    states, keep, diagnostics = [_snapshot(model)], None, []
+
+    def client(i: int, state: State, round_idx: int) -> Update:
+        return train_client(i, state, round_idx, keep)
+
+    def server(updates: Sequence[Update], round_idx: int) -> tuple[State, dict]:
+        boost = p.boost if round_idx >= boost_from else 1.0
+        return aggregate(tampered(updates, states[-1], attack, boost), round_idx)
+
+    for round_idx in range(rounds):
+        state, _, said = run_round(states[-1], range(len(members)), client, server, round_idx)
+        diagnostics.append(said)
+        model.load_state_dict(state)
+        if round_idx + 1 == prune_at:
+            keep = arms.masks(model, row, setup.params.evasion, seed)
+        if keep is not None:  # the server prunes, so a client that ignores the masks gains nothing
+            pruning.apply(model, keep)
+        states.append(_snapshot(model))
+    return Federation(model, states, keep, diagnostics, [member.perturb for member in members])
+
+
+def clients(setup: Setup, row: Row, attack: Attack, p: MatrixParams, seed: int) -> list[Member]:
+    """The clients of one run. The malicious one already has its stamped copies."""
+    members = []
+    for i, (images, labels) in enumerate(zip(*inversion_clients.deal(setup, seed), strict=True)):
+        own = row
+        if i == ATTACKER and attack.poisons != "no":
+            ratio = {"few": p.poison_few, "many": p.poison_many}[attack.poisons]
+            rng = derive_seed(seed, "attacker")
+            images, labels = poisoned(new_trigger(setup), images, labels, p.target, ratio, rng)
+        if i == ATTACKER and not attack.complies:
+            own = arms.undefended(row)
+        perturb = arms.perturbation(setup, own, images, labels, derive_seed(seed, "client", i))
+        members.append(Member(images, labels, own, perturb))
+    return members
 
 
 def new_trigger(setup: Setup) -> Trigger:
@@ -95,7 +164,10 @@ def new_trigger(setup: Setup) -> Trigger:
 def poisoned(
     trigger: Trigger, images: Tensor, labels: Tensor, target: int, ratio: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """A client's images and labels, and stamped copies, called ``target``, of a share ``ratio`` of its other classes'."""
+    """A client's images (N, C, S, S) and labels (N,), followed by stamped copies labelled ``target``.
+
+    The copies are of a random share ``ratio`` of its images of other classes.
+    """
     others = torch.nonzero(labels != target)[:, 0]
     rng = torch_generator(seed, "poison")
     chosen = others[torch.randperm(len(others), generator=rng)[: round(ratio * len(others))]]
@@ -103,132 +175,29 @@ def poisoned(
     return torch.cat([images, stamped]), torch.cat([labels, torch.full_like(labels[chosen], target)])
 
 
-@dataclass(frozen=True)
-class Clients:
-    """What the clients of a federation have, by their number: images, labels, the row that they really follow, ``perturb``."""
+def trainer(
+    setup: Setup, row: Row, members: Sequence[Member], model: nn.Module, p: MatrixParams, seed: int, memo: dict
+) -> Callable[[int, State, int, Masks | None], Update]:
+    """``(client, state, round, keep) -> Update``: one local epoch of a copy of ``model``.
 
-    images: list[Tensor]
-    labels: list[Tensor]
-    rows: list[Row]
-    perturb: list[Callable | None]
-
-
-def clients(setup: Setup, row: Row, attack: Attack, p: MatrixParams, seed: int) -> Clients:
-    """The clients of one run; the malicious one has its stamped copies already."""
-    images, labels = inversion_clients.deal(setup, seed)
-    if attack.poisons != "no":
-        ratio, rng = {"few": p.poison_few, "many": p.poison_many}[attack.poisons], derive_seed(seed, "attacker")
-        own = images[ATTACKER], labels[ATTACKER]
-        images[ATTACKER], labels[ATTACKER] = poisoned(new_trigger(setup), *own, p.target, ratio, rng)
-    rows = [row] * len(images)
-    if not attack.complies:
-        rows[ATTACKER] = matrix_arms.undefended(row)
-    perturb = [
-        matrix_arms.perturbation(setup, each, x, y, derive_seed(seed, "client", i))
-        for i, (each, x, y) in enumerate(zip(rows, images, labels, strict=True))
-    ]
-    return Clients(images, labels, rows, perturb)
-
-
-def trainer(setup: Setup, row: Row, them: Clients, model: nn.Module, p: MatrixParams, seed: int) -> Callable:
-    """``(client, state, round, keep) -> Update``: one local epoch, done once where several federations have it in common.
-
-    Args:
-        model: which network it is; a copy is trained.
+    Federations share epochs: all attacks have the same first round of honest clients, and a server that does nothing yet
+    leaves all states as they are without it. ``memo`` keeps such an epoch under a hash of everything that decides it.
     """
     order, local = derive_seed(seed, "again") if row.again else seed, copy.deepcopy(model)
-    settings = setup.params.model_dump_json() + p.model_dump_json()
-    fixed = [
-        _digest(settings, i, each.images, each.trained_against, seed, order, them.images[i], them.labels[i])
-        for i, each in enumerate(them.rows)
-    ]
+    settings = setup.cohort.name, setup.params.model_dump_json(), p.model_dump_json(), seed, order
 
-    def train_client(i: int, state: State, round: int, keep: Masks | None) -> Update:
-        def epoch() -> tuple[State, list[float]]:
+    def train_client(i: int, state: State, round_idx: int, keep: Masks | None) -> Update:
+        m = members[i]
+        decides = [m.images, m.labels, *state.values(), *(keep or {}).values()]
+        key = joblib.hash((settings, i, m.row.images, m.row.trained_against, round_idx, [t.numpy() for t in decides]))
+        if key not in memo or m.row.images not in STATELESS:
             local.load_state_dict(state)
-            rng, images, labels = torch_generator(order, "local", i, round), them.images[i], them.labels[i]
-            return local_epoch(local, images, labels, them.perturb[i], p.federation, round, rng, keep)
-
-        if them.rows[i].images in FORGETFUL:
-            sent, losses = _once(_digest(fixed[i], round, *state.values(), *(keep or {}).values()), epoch)
-        else:
-            sent, losses = epoch()
-        return Update(i, dict(sent), len(them.images[i]), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
+            rng = torch_generator(order, "local", i, round_idx)
+            memo[key] = local_epoch(local, m.images, m.labels, m.perturb, p.federation, round_idx, rng, keep)
+        sent, losses = memo[key]
+        return Update(i, dict(sent), len(m.images), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
 
     return train_client
-
-
-def train(setup: Setup, row: Row, scenario: str, p: MatrixParams, seed: int) -> Federation:
-    """One federation of a row under one attack, from the first round to the last.
-
-    Raises:
-        InputError: no such scenario, or a target class that the cohort has not.
-    """
-    if scenario not in ATTACKS:
-        raise InputError(f"scenario {scenario!r}: choose one of {', '.join(ATTACKS)}")
-    if p.target >= setup.cohort.n_classes:
-        raise InputError(f"matrix.target {p.target}: {setup.cohort.name} has classes 0 to {setup.cohort.n_classes - 1}")
-    attack, rounds = ATTACKS[scenario], p.federation.rounds
-    them = clients(setup, row, attack, p, seed)
-    model = matrix_arms.network(setup, row, seed)
-    train_client = trainer(setup, row, them, model, p, seed)
-    aggregate = matrix_arms.aggregator(setup, row, p, model, seed)
-    boost_from, prune_at = (matrix_arms.first_round(share, rounds) for share in (p.warm_up, p.prune_after))
-    states, keep, found = [{k: v.clone() for k, v in model.state_dict().items()}], None, []
-
-    def client(i: int, state: State, round: int) -> Update:
-        return train_client(i, state, round, keep)
-
-    def server(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        return aggregate(tampered(updates, states[-1], attack, p.boost if round >= boost_from else 1.0), round)
-
-    for round in range(rounds):
-        state, _, diagnostics = run_round(states[-1], range(len(them.rows)), client, server, round)
-        found.append(diagnostics)
-        model.load_state_dict(state)
-        if round + 1 == prune_at:
-            keep = matrix_arms.masks(model, row, matrix_arms.ratio(row, setup.params.evasion), seed)
-        if keep is not None:  # a client that does not keep to the masks gains nothing
-            pruning.apply(model, keep)
-        states.append({k: v.clone() for k, v in model.state_dict().items()})
-    return Federation(model, states, keep, found, them.perturb)
-
-
-# Several attacks, and several rows, have local epochs in common: the first round of the honest clients, the rounds in which
-# the server does nothing yet or nothing to anybody. They are done once in a process; the numbers are the same.
-_done: dict[str, tuple[State, list[float]]] = {}
-KEPT = 2000  # of them, of some 30 kB each
-
-
-def _once(what: str, epoch: Callable) -> tuple[State, list[float]]:
-    if what not in _done:
-        while len(_done) >= KEPT:
-            del _done[next(iter(_done))]
-        _done[what] = epoch()
-    return _done[what]
-
-
-def _digest(*parts: object) -> str:
-    """Hash of tensors and of what has a representation, one after the other."""
-    found = hashlib.sha256()
-    for part in parts:
-        content = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
-        found.update(f"{len(content)}:".encode() + content)
-    return found.hexdigest()
-
-
-def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: float) -> list[Update]:
-    """The updates as they reach the server: the attacker's scaled about what it received, and its losses invented."""
-    honest, changed = [u for u in updates if u.client != ATTACKER], []
-    for u in updates:
-        if u.client == ATTACKER and attack.boosts:
-            state = {k: received[k] + boost * (v - received[k]) for k, v in u.state.items()}
-            u = Update(u.client, state, u.n_samples, u.metrics)
-        if u.client == ATTACKER and attack.lies and honest:
-            invented = {name: float(np.median([h.metrics[name] for h in honest])) for name in u.metrics}
-            u = Update(u.client, u.state, u.n_samples, invented)
-        changed.append(u)
-    return changed
 
 
 def local_epoch(
@@ -237,16 +206,16 @@ def local_epoch(
     labels: Tensor,
     perturb: Callable | None,
     p: FedClsParams,
-    round: int,
+    round_idx: int,
     rng: torch.Generator,
     keep: Masks | None,
 ) -> tuple[State, list[float]]:
-    """The state after one client's epoch of SGD, and the loss of every batch; ``model`` itself is trained."""
+    """The state after one epoch of SGD with momentum, and the loss of every batch. ``model`` itself is trained."""
     losses = []
     optimizer = torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, fused=True)
     for batch in torch.randperm(len(images), generator=rng).split(p.batch):
         x, y = images[batch], labels[batch]
-        x = x if perturb is None else perturb(model, x, y, round)
+        x = x if perturb is None else perturb(model, x, y, round_idx)
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -254,4 +223,20 @@ def local_epoch(
         if keep is not None:
             pruning.apply(model, keep)
         losses.append(loss.item())
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}, losses
+    return _snapshot(model), losses
+
+
+def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: float) -> list[Update]:
+    """The updates as they reach the server: the attacker's is scaled about ``received``, and its losses are invented."""
+    honest, changed = [u for u in updates if u.client != ATTACKER], []
+    for u in updates:
+        if u.client == ATTACKER and attack.boosts:
+            u = replace(u, state=scale_update(u.state, received, boost))
+        if u.client == ATTACKER and attack.lies and honest:
+            u = replace(u, metrics={k: falsified([h.metrics[k] for h in honest], "median") for k in u.metrics})
+        changed.append(u)
+    return changed
+
+
+def _snapshot(model: nn.Module) -> State:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}

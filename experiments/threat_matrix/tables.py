@@ -1,20 +1,21 @@
-"""Views of notebook 05's summary table: the matrix and its answers. All read a table."""
+"""Views of notebook 05's summary table: the matrix and its answers."""
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
-from experiments.threat_matrix import cells as matrix_eval
+from experiments.params.threat_matrix import MatrixParams
 from experiments.threat_matrix.arms import FAMILIES, ROWS
-from experiments.threat_matrix.cells import COLUMNS, PARTS, Column
-from experiments.threat_matrix.params import MatrixParams
+from experiments.threat_matrix.cells import COLUMNS, PARTS, Column, missing
 from medsec.evidence import tables
 
 BETTER, WORSE, ALIKE = "better", "worse", ""
+NOTHING_RIGHT = "in a run that is missing, the network calls everything the target class: there is nothing to turn"
 
 
 def judged(difference: pd.Series, least: float, *, high_is_bad: bool) -> str:
-    """`BETTER` or `WORSE`, if the whole interval of a paired difference lies beyond ``least``."""
+    """`BETTER` or `WORSE` if the whole interval of a paired difference lies beyond ``least``, otherwise `ALIKE`."""
     if difference["low"] > least:
         return WORSE if high_is_bad else BETTER
     if difference["high"] < -least:
@@ -23,10 +24,10 @@ def judged(difference: pd.Series, least: float, *, high_is_bad: bool) -> str:
 
 
 def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: Column, scenario: str = "") -> str:
-    """What a row's cell is beside that of ``none``: see `judged`, `Column.beats_constant`; alike where there is no such pair.
+    """A row's cell compared with that of ``none``: see `judged` and `Column.beats_constant`; `ALIKE` without such a pair.
 
     Args:
-        scenario: another one than the column's, in which the same is measured.
+        scenario: another one than the column's.
     """
     where = {"variant": variant, "scenario": scenario or column.scenario}
     difference = tables.select(summary, {**where, "metric": f"{column.metric}_minus_none"})
@@ -42,38 +43,32 @@ def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: C
 def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
     """One line a cell of the matrix, row by row.
 
-    Columns ``variant, column`` (its place in `COLUMNS`), ``value, low, high, n`` (NaN where there is no cell), ``judged``
-    (`against_none`), ``why`` (there is no such cell, or only in some of the runs), ``badness``: 0 for the best value of the
-    column's scale, 1 for the worst.
+    Columns ``variant, column`` (its place in `COLUMNS`), ``value, low, high, n`` (NaN in an empty cell), ``judged``
+    (`against_none`), ``why`` (the cell is empty, or lacks some of the runs), ``badness``: 0 for the best value of the column's
+    scale, 1 for the worst.
     """
-    lines, most = [], summary["n"].max()
-    for variant in ROWS:
-        for place, column in enumerate(COLUMNS):
-            where = {"variant": variant, "scenario": column.scenario}
-            found = tables.select(summary, {**where, "metric": column.metric})
-            line = {"variant": variant, "column": place, "judged": ALIKE, "why": ""}
-            if found.empty:
-                why = matrix_eval.missing(variant, column.scenario) or NOTHING_RIGHT
-                lines.append({**line, "why": why})
-                continue
-            row = found.iloc[0]
-            best, worst = column.scale
-            if column.metric == "psnr":
-                best = floor(summary)
-            line["badness"] = min(1.0, max(0.0, (row["value"] - best) / (worst - best)))
-            line["judged"] = against_none(summary, p, variant, column)
-            line["why"] = NOTHING_RIGHT if row["n"] < most else ""
-            lines.append({**line, **row[["value", "low", "high", "n"]].to_dict()})
-    return pd.DataFrame(lines)
+    places = [(v, i, c.scenario, c.metric) for v in ROWS for i, c in enumerate(COLUMNS)]
+    cells = pd.DataFrame(places, columns=["variant", "column", "scenario", "metric"])
+    values = tables.without_keys(summary).set_index(["variant", "scenario", "metric"])[["value", "low", "high", "n"]]
+    cells = cells.join(values, on=["variant", "scenario", "metric"])
+    cells["judged"] = [
+        against_none(summary, p, v, COLUMNS[i]) for v, i in zip(cells["variant"], cells["column"], strict=True)
+    ]
+    absent = [missing(v, s) or NOTHING_RIGHT for v, s in zip(cells["variant"], cells["scenario"], strict=True)]
+    cells["why"] = np.where(cells["n"] == summary["n"].max(), "", absent)
+    best, worst = np.array([COLUMNS[i].scale for i in cells["column"]]).T
+    best[cells["metric"] == "psnr"] = floor(summary)
+    cells["badness"] = ((cells["value"] - best) / (worst - best)).clip(0.0, 1.0)
+    return cells.drop(columns=["scenario", "metric"])
 
 
 def floor(summary: pd.DataFrame) -> float:
-    """The PSNR that needs no gradient, in dB: of the mean image of the class."""
+    """The PSNR in dB of the mean image of the class, which needs no gradient."""
     return float(tables.row(summary, variant="none", scenario="prior_only", metric="psnr")["value"])
 
 
 def rows() -> pd.DataFrame:
-    """One line a row of the matrix: its name, what the figure calls it, and what it is made of."""
+    """One line a row of the matrix: its name, its title in the figure, and its parts."""
     lines = []
     for variant, row in ROWS.items():
         parts = {
@@ -87,27 +82,18 @@ def rows() -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-NOTHING_RIGHT = "in a run that is missing, the network calls everything the target class: there is nothing to turn"
-
-
 def reasons(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells that are empty or lack a run, and why: one line a column and reason."""
-    empty = cells[cells["why"] != ""]
+    """Why cells are empty or lack a run: one line a column and reason."""
     lines = []
-    for (place, why), part in empty.groupby(["column", "why"], sort=False):
-        runs = part["n"].fillna(0).astype(int)
-        named = zip(part["variant"], runs, strict=True)
-        rows = ", ".join(f"`{variant}`{f' (n = {n})' * (why == NOTHING_RIGHT)}" for variant, n in named)
-        lines.append({"column": COLUMNS[place].name, "rows": rows, "why": why})
+    for (place, why), part in cells[cells["why"] != ""].groupby(["column", "why"], sort=False):
+        runs = [f" (n = {n:.0f})" if why == NOTHING_RIGHT else "" for n in part["n"].fillna(0)]
+        named = ", ".join(f"`{variant}`{n}" for variant, n in zip(part["variant"], runs, strict=True))
+        lines.append({"column": COLUMNS[place].name, "rows": named, "why": why})
     return pd.DataFrame(lines)
 
 
 def message(cells: pd.DataFrame) -> str:
-    """The matrix in a sentence: which single defence is better than none against all three threats, somewhere in each.
-
-    Args:
-        cells: see `grid`.
-    """
+    """The matrix in a sentence: the single defences that are better than none in at least one column of every threat."""
     better = cells[(cells["judged"] == BETTER) & ~cells["variant"].isin(FAMILIES["stacks"])]
     threats = {column.threat for column in COLUMNS} - {COLUMNS[0].threat}
     met = better.groupby("variant")["column"].agg(lambda places: {COLUMNS[place].threat for place in places})
@@ -118,23 +104,20 @@ def message(cells: pd.DataFrame) -> str:
 
 
 def answer(summary: pd.DataFrame, p: MatrixParams, variant: str, scenario: str, metric: str, digits: int = 2) -> str:
-    """A paired difference to ``none`` as text, and what it comes to: "−0.10 [−0.12, −0.08], clearly worse"."""
+    """A paired difference to ``none`` in words: "−0.10 [−0.12, −0.08], clearly worse"."""
     difference = tables.row(summary, variant=variant, scenario=scenario, metric=f"{metric}_minus_none")
-    column = next((c for c in COLUMNS if (c.scenario, c.metric) == (scenario, metric)), None)
-    column = column or next(c for c in COLUMNS if c.metric == metric)
+    column = max((c for c in COLUMNS if c.metric == metric), key=lambda c: c.scenario == scenario)
     word = against_none(summary, p, variant, column, scenario)
-    told = f"clearly {word}" if word else "no clear difference"
-    return f"{tables.interval(difference, digits)}, {told}"
+    return f"{tables.interval(difference, digits)}, {f'clearly {word}' if word else 'no clear difference'}"
 
 
 def compared(
     summary: pd.DataFrame, p: MatrixParams, cells: Mapping[str, tuple[str, str]], variants: list[str]
 ) -> pd.DataFrame:
-    """One line a row, one column for every (scenario, metric): value, and the paired difference to ``none`` in words.
+    """One line a row; for each cell its value and, where there is one, the paired difference to ``none`` in words.
 
     Args:
         cells: title -> (scenario, metric).
-        variants: rows of the matrix; what one has not been run in stays empty.
     """
     lines = []
     for variant in variants:
@@ -151,26 +134,23 @@ def compared(
 
 
 def stacking(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
-    """One line a stack and threat: the stack less the part of it that is made for that threat, and what that comes to."""
+    """One line a stack and threat: the stack compared with the part of it that is made for that threat."""
+    parts = [(stack, *pair) for stack, by_scenario in PARTS.items() for pair in by_scenario.items()]
     lines = []
-    for stack, by_scenario in PARTS.items():
-        for scenario, part in by_scenario.items():
-            for column in (c for c in COLUMNS if c.scenario == scenario):
-                where = {"scenario": scenario, "metric": column.metric}
-                least = p.matters[column.metric]
-                metric = f"{column.metric}_minus_part"
-                found = tables.select(summary, {"variant": stack, "scenario": scenario, "metric": metric})
-                if found.empty:
-                    continue
-                word = judged(found.iloc[0], least, high_is_bad=column.high_is_bad)
-                lines.append(
-                    {
-                        "stack": f"`{stack}`",
-                        "threat": column.name,
-                        "the part made for it": f"`{part}`: {tables.cell(summary, 2, variant=part, **where)}",
-                        "the stack": tables.cell(summary, 2, variant=stack, **where),
-                        "stack minus part": tables.interval(found.iloc[0]),
-                        "": {BETTER: "better", WORSE: "weaker", ALIKE: "kept, as far as one can see"}[word],
-                    }
-                )
+    for stack, part, column in [(s, part, c) for s, scenario, part in parts for c in COLUMNS if c.scenario == scenario]:
+        where = {"scenario": column.scenario, "metric": column.metric}
+        change = tables.select(summary, {**where, "variant": stack, "metric": f"{column.metric}_minus_part"})
+        if change.empty:
+            continue
+        word = judged(change.iloc[0], p.matters[column.metric], high_is_bad=column.high_is_bad)
+        lines.append(
+            {
+                "stack": f"`{stack}`",
+                "threat": column.name,
+                "the part made for it": f"`{part}`: {tables.cell(summary, 2, variant=part, **where)}",
+                "the stack": tables.cell(summary, 2, variant=stack, **where),
+                "stack minus part": tables.interval(change.iloc[0]),
+                "": {BETTER: "better", WORSE: "weaker", ALIKE: "kept, as far as one can see"}[word],
+            }
+        )
     return pd.DataFrame(lines)

@@ -4,13 +4,13 @@ The attacker of the released code poisons its images and otherwise follows the p
 their losses, bide their time, or optimise what they send against the defence itself. All of them move last and see what
 the others sent in this round: stronger than a real attacker, so that a defence that stands here stands there.
 
-A `Scenario` says what an attacker does; an `Attack` is one attacker in one run.
+A `Scenario` says what an attacker does; a `BackdoorAttack` is what stands between clients and server in one run.
 """
 
 import copy
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.func import functional_call
 
 from medsec.backdoor import triggers
-from medsec.backdoor.feddetect import map_evidence, peculiarity, uniform_mean
+from medsec.backdoor.feddetect import map_evidence, peculiarity
+from medsec.backdoor.gan import part_of
 from medsec.backdoor.triggers import Trigger
 from medsec.core.seeds import torch_generator
+from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import State, Update
 from medsec.nets.models import Generator
+
+__all__ = ["SCENARIOS", "Aware", "BackdoorAttack"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Scenario:
     Attributes:
         text: in a sentence, for the reader.
         attacks: False for the control.
-        trigger: its kind; None for the one of the parameters (``stripes`` is known to `special_trigger` only).
+        trigger: its kind; None for the one of the parameters.
         stealthy: poisons only the share ``stealth_ratio`` of its images instead of ``poison.ratio``.
         boosted: scales its update after the warm-up.
         report: ``true`` losses; ``median`` of the honest ones; ``closest``: between the two honest losses that lie
@@ -109,14 +113,6 @@ SCENARIOS = {
 }
 
 
-def special_trigger(kind: str, *, image_size: int, channels: int, size: int, opacity: float) -> Trigger:
-    """`triggers.make_trigger`, and ``stripes``: a vertical sinusoid of period 4 px (after Barni et al. 2019, ICIP)."""
-    if kind != "stripes":
-        return triggers.make_trigger(kind, image_size=image_size, channels=channels, size=size, opacity=opacity)
-    wave = 0.5 + 0.5 * torch.sin(2 * torch.pi * (torch.arange(image_size) + 0.5) / 4)
-    return Trigger("blended", wave.expand(channels, image_size, image_size).clone(), 0, opacity, image_size)
-
-
 def falsified(honest: Sequence[float], rule: str) -> float:
     """The loss that a liar reports, from the honest losses of the round (see `Scenario.report`)."""
     ranked = np.sort(np.asarray(honest, dtype=np.float64))
@@ -126,24 +122,21 @@ def falsified(honest: Sequence[float], rule: str) -> float:
     return float(ranked[k : k + 2].mean())
 
 
-class Attack:
+@dataclass(eq=False)
+class BackdoorAttack:
     """The attackers of one run, between the clients and the server.
 
-    Args:
+    Attributes:
         scenario: what they do.
         malicious: their indices.
         strikes: ``strikes(round)``, whether an intermittent attacker strikes.
         aware: what an aware attacker does with its update, ``aware(own, others, round) -> state``.
     """
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        malicious: Sequence[int],
-        strikes: Callable[[int], bool] = lambda round: True,
-        aware: Callable[[State, Sequence[State], int], State] | None = None,
-    ):
-        self.scenario, self.malicious, self.strikes, self.aware = scenario, set(malicious), strikes, aware
+    scenario: Scenario
+    malicious: Sequence[int]
+    strikes: Callable[[int], bool] = lambda round: True
+    aware: Callable[[State, Sequence[State], int], State] | None = None
 
     def __call__(self, updates: Sequence[Update], round: int) -> list[Update]:
         """What arrives at the server, from what the clients' training gave."""
@@ -163,15 +156,16 @@ class Attack:
         return Update(own.client, state, own.n_samples, metrics)
 
 
+@dataclass(eq=False)
 class Aware:
     """An attacker who knows the hardened defence and optimises its update against it.
 
-    It starts from the mean of the others' updates, the least suspicious thing to send, and changes that generator by
-    gradient steps (Adam) so that the *average* that the server will form shows the trigger, while its own evidence,
-    computed by the defence's own code on the others' real updates, this round's and the last ones', stays below ``evade``
-    times the flag's threshold. In the end it measures its evidence on as many fresh latents as the server draws and, where
-    it is too high, moves back towards the mean by bisection; where even the mean is too peculiar, it sends that. It knows
-    everything but the server's secret latents. With ``evade`` at most the CUSUM's drift it never gathers suspicion.
+    It starts from the mean of the others' updates, the least suspicious thing to send. Gradient steps (Adam) change that
+    generator so that the *average* that the server will form shows the trigger, while its own evidence, computed by the
+    defence's own code on the others' real updates, stays below ``evade`` times the flag's threshold. In the end it measures
+    its evidence on as many fresh latents as the server draws. Where that is too high, it moves back towards the mean by
+    bisection, if need be all the way. It knows everything but the server's secret latents. With ``evade`` at most the
+    CUSUM's drift it never gathers suspicion.
 
     Args:
         generator: any generator of the federation, for its architecture.
@@ -186,41 +180,34 @@ class Aware:
         begin: round of its first attack; before it the attacker sends the mean of the others.
     """
 
-    PART = "generator."
+    generator: InitVar[Generator]
+    trigger: Trigger
+    _: KW_ONLY
+    seed: int
+    scale: tuple[float, float]
+    threshold: float
+    evade: Callable[[int], float]
+    steps: int
+    draws: int
+    lr: float
+    measure: int
+    recent: deque[Tensor]
+    begin: int
+    queries: int = 0
 
-    def __init__(
-        self,
-        generator: Generator,
-        trigger: Trigger,
-        *,
-        seed: int,
-        scale,
-        threshold: float,
-        evade: Callable[[int], float],
-        steps: int,
-        draws: int,
-        lr: float,
-        measure: int,
-        recent: deque[Tensor],
-        begin: int,
-    ):
+    def __post_init__(self, generator: Generator):
         self.model = copy.deepcopy(generator).eval().requires_grad_(False)
-        self.trigger, self.seed, self.scale = trigger, seed, scale
-        self.threshold, self.evade = threshold, evade
-        self.steps, self.draws, self.lr, self.begin = steps, draws, lr, begin
-        self.measure, self.queries, self.recent = measure, 0, copy.copy(recent)
+        self.recent = copy.copy(self.recent)
 
     def __call__(self, own: State, others: Sequence[State], round: int) -> State:
-        peers = [self._generator_state(state) for state in others]
-        clean = {
-            k: torch.stack([state[k] for state in peers]).double().mean(0).to(v.dtype) for k, v in peers[0].items()
-        }
+        peers = [part_of(state, "generator") for state in others]
+        clean = {k: torch.stack([peer[k] for peer in peers]).double().mean(0).to(v.dtype) for k, v in peers[0].items()}
         rng = torch_generator(self.seed, "aware", round)
         sent = clean if round < self.begin else self._optimised(clean, peers, rng, self.evade(round) * self.threshold)
         z, y, theirs = self._look(peers, rng, self.measure)
         with torch.no_grad():
             self.recent.append(self._peculiarity(sent, theirs, z, y))
-        return own | {self.PART + k: v for k, v in sent.items()}
+        return own | {f"generator.{k}": v for k, v in sent.items()}
 
     def _optimised(self, clean: State, peers: list[State], rng: torch.Generator, allowed: float) -> State:
         free = {k: clean[k].clone().requires_grad_() for k, _ in self.model.named_parameters()}
@@ -269,6 +256,3 @@ class Aware:
 
     def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:
         return functional_call(self.model, state, (z, y))
-
-    def _generator_state(self, state: State) -> State:
-        return {k.removeprefix(self.PART): v.detach() for k, v in state.items() if k.startswith(self.PART)}

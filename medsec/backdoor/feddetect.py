@@ -1,16 +1,16 @@
 """FedDetect (Jin & Li 2023), as released, as described and hardened, and the clipping that it is compared with.
 
 FedDetect looks for malicious clients of a federated GAN in the losses that they report, and takes away their weight.
-Every defence here is an aggregator with a memory: ``defence(updates, round) -> (state, diagnostics)``, one object a
-run. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for attackers,
-``flagged`` says whom it suspects in this round. Rounds are counted from 0, as `medsec.federated.rounds.run_round` does.
+Every defence here is a rule with a memory: ``defence(updates, round) -> (state, diagnostics)``, one object a run, rounds
+counted from 0. ``diagnostics["weights"]`` gives every client's share of the average; where the defence looks for
+attackers, ``flagged`` says whom it suspects in this round.
 
-What happens to odd input, in all of them: with fewer than three updates nobody can be compared with anybody, so no
-comparison is made (what a defence remembers still counts); what becomes of a loss that is missing, NaN or infinite is
-said in each class, and a finite one is taken as at most ±`LARGEST_LOSS`; a client that is away for some rounds keeps its
-count or evidence as it was, for absence is no proof of innocence; if nobody is left, the state stays as it was.
+All of them treat odd input alike. Fewer than three updates are not compared; what a defence remembers still counts. A
+finite loss is taken as at most ±`LARGEST_LOSS`; each class says what becomes of one that is missing, NaN or infinite. A
+client that is away keeps its count or evidence: absence proves no innocence. If nobody is left, the state stays.
 """
 
+import dataclasses
 import math
 import warnings
 from collections import deque
@@ -23,8 +23,11 @@ from scipy import stats
 from torch import Tensor
 
 from medsec.core.errors import InputError
-from medsec.federated.aggregators import fedavg
-from medsec.federated.rounds import State, Update
+from medsec.federated.aggregators import fedavg, uniform_mean
+from medsec.federated.rounds import State, Update, scale_update
+
+__all__ = ["Described", "Hardened", "NormClip", "Released"]
+__all__ += ["flag_threshold", "isolation_flags", "loss_evidence", "map_evidence", "peculiarity"]
 
 LEAST_CLIENTS = 3
 LARGEST_LOSS = 1e6  # beyond float32 the isolation forest would flag the wrong ones, and a median would overflow
@@ -80,8 +83,9 @@ def reported(updates: Sequence[Update], name: str) -> np.ndarray:
     return np.where(np.isfinite(values), values.clip(-LARGEST_LOSS, LARGEST_LOSS), math.nan)
 
 
-def _forest(losses: np.ndarray) -> np.ndarray:
-    """`isolation_flags` of those who report a loss; who does not is flagged (our choice: the released code crashes)."""
+def _forest(updates: Sequence[Update], name: str) -> np.ndarray:
+    """`isolation_flags` of those who report that loss; the others are flagged (our choice: the released code crashes)."""
+    losses = reported(updates, name)
     known = np.isfinite(losses)
     flags = ~known
     flags[known] = isolation_flags(losses[known])
@@ -98,8 +102,8 @@ def _average(updates: Sequence[Update], weights: Mapping[int, float]) -> tuple[S
     raw = np.array([weights[u.client] for u in updates])
     if not raw.sum() > 0:
         raw = np.ones(len(updates))
-    state, found = fedavg(updates, weights=raw.tolist())
-    return state, found["weights"]
+    state, diagnostics = fedavg(updates, weights=raw.tolist())
+    return state, diagnostics["weights"]
 
 
 class Released:
@@ -124,7 +128,7 @@ class Released:
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
-        flags = _forest(reported(updates, "last_loss_g"))
+        flags = _forest(updates, "last_loss_g")
         for u in updates:  # a client that joins later starts with the mean weight of the others
             self.weights.setdefault(u.client, float(np.mean([*self.weights.values()] or [1.0])))
             self.counts.setdefault(u.client, 0)
@@ -159,7 +163,7 @@ class Described:
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
-        flags = _forest(reported(updates, "loss_g"))
+        flags = _forest(updates, "loss_g")
         if round >= self.warm_up and flags.sum() < len(updates) // 2:
             for u, flagged in zip(updates, flags, strict=True):
                 self.row[u.client] = self.row.get(u.client, 0) + 1 if flagged else 0
@@ -167,11 +171,6 @@ class Described:
                     self.blocked.add(u.client)
         state, shares = _average(updates, {u.client: float(u.client not in self.blocked) for u in updates})
         return state, {"weights": shares, "flagged": _by_client(updates, flags)}
-
-
-def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
-    """No defence: the plain mean, every client alike, as released."""
-    return fedavg(updates, weights=[1.0] * len(updates))
 
 
 class NormClip:
@@ -193,13 +192,9 @@ class NormClip:
         clipped = []
         for u, length in zip(updates, lengths, strict=True):
             factor = min(1.0, limit / length) if length > 0 else 1.0
-            state = {
-                k: self.state[k] + factor * (v - self.state[k]) if v.is_floating_point() else v
-                for k, v in u.state.items()
-            }
-            clipped.append(Update(u.client, state, u.n_samples, u.metrics))
-        self.state, found = uniform_mean(clipped)
-        return self.state, found
+            clipped.append(dataclasses.replace(u, state=scale_update(u.state, self.state, factor)))
+        self.state, diagnostics = uniform_mean(clipped)
+        return self.state, diagnostics
 
 
 def update_length(sent: State, received: State) -> float:
@@ -217,8 +212,8 @@ def peculiarity(images: Tensor) -> Tensor:
     """How far what each client's generator draws lies from what the others' draw, for the same latents and labels.
 
     Of every client's images the mean and the standard deviation over the latents are taken, pixel by pixel: two maps.
-    From each map the median of the *other* clients' maps is subtracted; the root mean square of the difference is
-    searched for its largest value over all `WINDOWS`, and over the whole image. A second time the difference is divided
+    From each map the median of the *other* clients' maps is subtracted. The root mean square of the difference is taken
+    over all `WINDOWS`, of which the largest counts, and over the whole image. A second time the difference is divided
     by what is usual around the pixel (the lower median over the clients of its size, averaged over 5 × 5 pixels, plus a
     tenth of the image's mean), so that a faint pattern in a quiet corner counts too.
 
@@ -258,13 +253,13 @@ def map_evidence(log: Tensor, scale: tuple[float, float], before: Sequence[Tenso
     """How peculiar each client is for this federation: (m, 12) -> (m,), differentiable.
 
     The largest over the columns of ``log`` minus the (lower) median of this round's and the last rounds' values of all
-    clients, in units of the standard deviation ``scale`` that it has for honest clients: of the columns as they are, and
-    of those divided by what is usual. The earlier rounds steady that median where clients are few: of four, one that
-    sends the mean of the others, and so draws what is least peculiar, would else make honest ones stand out.
+    clients, in units of the standard deviation ``scale`` that it has for honest clients. The earlier rounds steady that
+    median where clients are few: of four, one that sends the mean of the others, and so draws what is least peculiar, would
+    otherwise make honest ones stand out.
 
     Args:
         log: logarithm of `peculiarity`.
-        scale: for the two kinds of columns.
+        scale: for columns as they are, and for those divided by what is usual.
         before: the same of earlier rounds, (clients, 12) each.
     """
     columns = len(WINDOWS) + 1
@@ -278,14 +273,14 @@ def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
 
     −inf (no evidence) without a finite loss of its own or without two others: what is not reported accuses nobody.
     """
-    found = np.full(len(losses), -np.inf)
+    evidence = np.full(len(losses), -np.inf)
     for i, loss in enumerate(losses):
         others = np.delete(losses, i)
         others = others[np.isfinite(others)]
         if np.isfinite(loss) and len(others) >= LEAST_CLIENTS - 1:
             centre = np.median(others)
-            found[i] = (loss - centre) / max(MAD_TO_SD * np.median(np.abs(others - centre)), floor)
-    return found
+            evidence[i] = (loss - centre) / max(MAD_TO_SD * np.median(np.abs(others - centre)), floor)
+    return evidence
 
 
 def flag_threshold(fpr: float) -> float:
@@ -293,6 +288,7 @@ def flag_threshold(fpr: float) -> float:
     return float(stats.norm.isf(fpr / (4 * (len(WINDOWS) + 1) + 1)))
 
 
+@dataclasses.dataclass(eq=False)
 class Hardened:
     """Our repair: two kinds of evidence, calibrated, with a memory that forgives.
 
@@ -301,20 +297,17 @@ class Hardened:
     that it keeps secret, and looks for a place where one client's images differ from the others' by more than clients
     differed from each other in this and the last rounds (`map_evidence`). A client's evidence e is the larger of the two.
 
-    *Flag.* e above the standard normal quantile of 1 − ``fpr`` / (number of statistics), Bonferroni's correction.
+    *Flag.* e above `flag_threshold`.
 
     *Memory.* A one-sided CUSUM (Page 1954, Biometrika 41:100): S ← clip(S + e − drift, 0, 2 limit), with drift and limit
-    in units of the flag's threshold. Who is below the limit counts fully, who is not counts nothing: one very strong
+    in units of the flag's threshold. A client below the limit counts fully, any other counts nothing: one very strong
     sign, or weaker ones in a row, take a client out, and quiet rounds bring it back. (A weight that fades with S looks
     milder and is not: an honest client that counts less in the average is less like it in the next round, so that its
     suspicion feeds itself.)
 
-    It looks on during the second part of the warm-up and acts after it.
-
-    With fewer than three updates there is no new evidence, and old suspicion still weighs; without a finite loss the
-    images alone speak; a generator that draws NaN counts as caught, and the others are compared without it. If
-    everybody's weight is 0, the server keeps the state that it has. It costs drawing n images from every generator a
-    round, and it needs each client's update in the clear: plain secure aggregation rules it out.
+    It looks on during the second part of the warm-up and acts after it. Without a finite loss the images alone speak. A
+    generator that draws NaN counts as caught, and the others are compared without it. The price: n images from every
+    generator a round, and each client's update in the clear, which rules out plain secure aggregation.
 
     Args:
         draw: ``(state, round) -> (n, C, S, S)`` images from a client's state, the same latents for all in a round.
@@ -328,26 +321,23 @@ class Hardened:
         drift, limit: of the CUSUM, in units of the threshold.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[State, int], Tensor],
-        state: State,
-        *,
-        warm_up: int,
-        watch: int,
-        fpr: float,
-        scale: tuple[float, float],
-        window: int,
-        loss_floor: float,
-        drift: float,
-        limit: float,
-    ):
-        self.draw, self.state, self.warm_up, self.watch = draw, state, warm_up, watch
-        self.scale, self.loss_floor = scale, loss_floor
-        self.threshold = flag_threshold(fpr)
-        self.drift, self.limit = drift * self.threshold, limit * self.threshold
+    draw: Callable[[State, int], Tensor]
+    state: State
+    _: dataclasses.KW_ONLY
+    warm_up: int
+    watch: int
+    fpr: float
+    scale: tuple[float, float]
+    window: int
+    loss_floor: float
+    drift: float
+    limit: float
+
+    def __post_init__(self):
+        self.threshold = flag_threshold(self.fpr)
+        self.drift, self.limit = self.drift * self.threshold, self.limit * self.threshold
         self.suspicion: dict[int, float] = {}
-        self.recent: deque[Tensor] = deque(maxlen=window - 1)  # log peculiarities of the rounds before
+        self.recent: deque[Tensor] = deque(maxlen=self.window - 1)  # log peculiarities of the rounds before
 
     def evidence(self, updates: Sequence[Update], round: int) -> np.ndarray:
         """(m,) each client's evidence in this round, which is remembered as one of the last.
@@ -369,24 +359,21 @@ class Hardened:
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
         _need(updates)
         clients = [u.client for u in updates]
-        found = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
-        if (found > -np.inf).any():
-            for client, e in zip(clients, found, strict=True):
-                if e == -np.inf:  # nothing was seen of it: neither accused nor forgiven
-                    continue
+        evidence = self.evidence(updates, round) if round >= self.watch else np.full(len(updates), -np.inf)
+        for client, e in zip(clients, evidence, strict=True):
+            if e != -np.inf:  # else nothing was seen of it: neither accused nor forgiven
                 before = self.suspicion.get(client, 0.0)
                 self.suspicion[client] = float(np.clip(before + e - self.drift, 0.0, 2 * self.limit))
-        weights = [1.0] * len(clients)
+        weights = dict.fromkeys(clients, 1.0)
         if round >= self.warm_up:
-            weights = [float(self.suspicion.get(client, 0.0) < self.limit) for client in clients]
-        if sum(weights) > 0:
-            self.state, shares = _average(updates, dict(zip(clients, weights, strict=True)))
-        else:
-            shares = dict.fromkeys(clients, 0.0)
+            weights = {client: float(self.suspicion.get(client, 0.0) < self.limit) for client in clients}
+        shares = weights
+        if sum(weights.values()) > 0:
+            self.state, shares = _average(updates, weights)
         return self.state, {
             "weights": shares,
-            "flagged": _by_client(updates, found > self.threshold),
-            "evidence": dict(zip(clients, found.tolist(), strict=True)),
+            "flagged": _by_client(updates, evidence > self.threshold),
+            "evidence": dict(zip(clients, evidence.tolist(), strict=True)),
         }
 
 

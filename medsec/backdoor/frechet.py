@@ -2,6 +2,8 @@
 
 import numpy as np
 
+__all__ = ["frechet_distance"]
+
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Fréchet distance of two Gaussians fitted to features (Dowson & Landau 1982; Heusel et al. 2017 for images).
@@ -13,6 +15,10 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
     Raises:
         ValueError: different d, n ≤ d, or values that are not finite.
+
+    >>> corners = np.array([[0.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 2.0]])
+    >>> round(frechet_distance(corners, corners + [3.0, 4.0]), 6)
+    25.0
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     for features in (first, second):

@@ -7,11 +7,9 @@ CPU, disjoint client data, and the ``boost`` of the malicious update.
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,18 +21,18 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import GAN, FedGANParams
 from medsec.federated.aggregators import fedavg
-from medsec.federated.rounds import Aggregator, State, Update, run_round
+from medsec.federated.rounds import Aggregator, State, Update, rounds_until, run_round, scale_update
 from medsec.nets.models import Discriminator, Generator
 
-VARIANTS = ("clean", "poison", "boost")
+__all__ = ["FederatedGAN", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]
 
 
 @dataclass
-class Client:
+class GANClient:
     """One hospital: its images, and what it never sends (discriminator, optimiser states).
 
     Attributes:
-        images: (n, C, S, S) float32 in [0, 1]; stamped already where the client is malicious.
+        images: (n, C, S, S) float32 in [0, 1]; those of a malicious client are stamped already.
         labels: (n,) int64.
         poisoned: (n,) bool, which images carry the trigger.
         boost: factor on its update, 1 for an honest one; applied from round ``boost_from``.
@@ -57,7 +55,7 @@ class Client:
 
 
 @dataclass
-class Federation:
+class FederatedGAN:
     """A FedGAN between two rounds.
 
     ``state`` is what the server holds (the averaged generator; names begin with ``generator.``), ``history`` what the
@@ -68,7 +66,7 @@ class Federation:
     gan: GAN
     rounds: int
     average: str
-    clients: list[Client]
+    clients: list[GANClient]
     state: State
     round: int = 0
     history: list[dict] = field(default_factory=list)
@@ -78,7 +76,7 @@ class Federation:
         if client is not None:
             return copy.deepcopy(self.clients[client].generator).eval()
         model = copy.deepcopy(self.clients[0].generator)
-        model.load_state_dict(_part(self.state, "generator"))
+        model.load_state_dict(part_of(self.state, "generator"))
         return model.eval()
 
 
@@ -125,7 +123,7 @@ def new_federation(
     params: FedGANParams,
     seed: int,
     trigger: Trigger | None = None,
-) -> Federation:
+) -> FederatedGAN:
     """A federation before its first round.
 
     Args:
@@ -140,9 +138,13 @@ def new_federation(
     """
     gan = params.gan
     channels, size = images[0].shape[1], images[0].shape[-1]
-    shared = [
-        net.to(images[0].device) for net in _networks(size, channels, n_classes, gan, seed=derive_seed(seed, "init"))
-    ]
+    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global stream; leave it untouched
+        torch.manual_seed(derive_seed(seed, "init"))
+        networks = (
+            Generator(size, channels, n_classes, gan.z_dim, gan.width),
+            Discriminator(size, channels, n_classes, gan.width),
+        )
+    shared = [net.to(images[0].device) for net in networks]
     clients = []
     for i, (x, y) in enumerate(zip(images, labels, strict=True)):
         if len(x) < 2:
@@ -152,59 +154,35 @@ def new_federation(
             x, mask = poison(
                 x, y, trigger, ratio=params.poison.ratio, label=params.poison.label, seed=derive_seed(seed, "poison", i)
             )
-        g = copy.deepcopy(shared[0])
-        d = copy.deepcopy(shared[1])
+        g, d = copy.deepcopy(shared)
         optimizers = [
             torch.optim.Adam(net.parameters(), lr=lr, betas=(gan.beta1, 0.999), fused=True)
             for net, lr in ((g, gan.lr_g), (d, gan.lr_d))
         ]
-        clients.append(Client(i, x, y, mask, g, d, *optimizers))
-    state = _shared_state(clients[0], params.average)
-    return Federation(seed, gan, params.rounds, params.average, clients, state)
+        clients.append(GANClient(i, x, y, mask, g, d, *optimizers))
+    return FederatedGAN(seed, gan, params.rounds, params.average, clients, _shared_state(clients[0], params.average))
 
 
-def _networks(size: int, channels: int, n_classes: int, gan: GAN, seed: int) -> tuple[Generator, Discriminator]:
-    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global stream; leave it untouched
-        torch.manual_seed(seed)
-        return (
-            Generator(size, channels, n_classes, gan.z_dim, gan.width),
-            Discriminator(size, channels, n_classes, gan.width),
-        )
-
-
-def branch(federation: Federation, boost: float | None = None, boost_from: int = 0) -> Federation:
+def branch(federation: FederatedGAN, boost: float | None = None, boost_from: int = 0) -> FederatedGAN:
     """An independent copy, to continue one warm-up in two ways; ``boost`` sets the factor of the malicious clients."""
-    copied = copy.deepcopy(federation)
-    for original, client in zip(federation.clients, copied.clients, strict=True):
-        # deepcopy keeps an optimiser tied to parameters only if it copies both in one go; rebuild to be certain.
-        client.optimizer_g = _rebind(original.optimizer_g, client.generator)
-        client.optimizer_d = _rebind(original.optimizer_d, client.discriminator)
+    copied = copy.deepcopy(federation)  # in one go, so that every optimiser holds the copied parameters
+    for client in copied.clients:
         if boost is not None and client.malicious:
             client.boost, client.boost_from = boost, boost_from
     return copied
 
 
-def _rebind(optimizer: torch.optim.Adam, model: torch.nn.Module) -> torch.optim.Adam:
-    group = optimizer.param_groups[0]
-    bound = torch.optim.Adam(model.parameters(), lr=group["lr"], betas=group["betas"], fused=True)
-    bound.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return bound
-
-
 # Training ------------------------------------------------------------------------------------------------------------
-
-LocalTraining = Callable[[Client, State, Federation, int], Update]
 
 
 def run(
-    federation: Federation,
+    federation: FederatedGAN,
     until: int | None = None,
     *,
-    train: LocalTraining | None = None,
+    train: Callable[[GANClient, State, FederatedGAN, int], Update] | None = None,
     aggregate: Aggregator = fedavg,
-    checkpoint: Path | None = None,
     after_round=None,
-) -> Federation:
+) -> FederatedGAN:
     """Run rounds in place until ``until`` (default: all), and return the federation.
 
     Args:
@@ -214,15 +192,9 @@ def run(
             images and to scale its update brings a function of its own.
         aggregate: the server's rule. Plain FedAvg equals the released uniform mean while clients hold equally many
             images.
-        checkpoint: file that holds the federation after every round; an existing one of the same run is resumed,
-            and the result is the same to the bit as without the interruption. It does not hold what an aggregator
-            with memory remembers.
-        after_round: called with the federation after every round, before the checkpoint is written; what it appends
-            to ``history`` (numbers and strings) is resumed too.
+        after_round: called with the federation after every round; it may append to ``history``.
     """
     until, train = federation.rounds if until is None else until, train or train_client
-    if checkpoint is not None and checkpoint.is_file():
-        _restore(federation, checkpoint)
     by_index = {c.index: c for c in federation.clients}
     while federation.round < until:
         t = federation.round
@@ -238,12 +210,10 @@ def run(
         ]
         if after_round is not None:
             after_round(federation)
-        if checkpoint is not None:
-            save(federation, checkpoint)
     return federation
 
 
-def train_client(client: Client, state: State, federation: Federation, round: int) -> Update:
+def train_client(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
     """One local epoch from the server's state; the client's networks change, the update is returned.
 
     Non-saturating cross-entropy (Goodfellow et al. 2014), one D step and one G step a batch, as released.
@@ -255,10 +225,8 @@ def train_client(client: Client, state: State, federation: Federation, round: in
     fade = _fade(round, rounds_until(gan.decay_after, federation.rounds), federation.rounds)
     client.optimizer_g.param_groups[0]["lr"] = gan.lr_g * fade
     client.optimizer_d.param_groups[0]["lr"] = gan.lr_d * fade
-    losses_g, losses_d = (
-        losses.tolist()
-        for losses in _epoch(client, gan, torch_generator(federation.seed, "train", client.index, round))
-    )
+    losses = _epoch(client, gan, torch_generator(federation.seed, "train", client.index, round))
+    losses_g, losses_d = (each.tolist() for each in losses)
     sent = _shared_state(client, federation.average)
     if client.boost != 1.0 and round >= client.boost_from:
         sent = scale_update(sent, state, client.boost)
@@ -266,7 +234,7 @@ def train_client(client: Client, state: State, federation: Federation, round: in
     return Update(client.index, sent, len(client.images), metrics)
 
 
-def _epoch(client: Client, gan: GAN, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """One pass over the client's images; the generator's and the discriminator's loss of every batch.
 
     Whatever is random is drawn on the CPU, so that the draws are the same on every device.
@@ -295,100 +263,26 @@ def _epoch(client: Client, gan: GAN, rng: torch.Generator) -> tuple[Tensor, Tens
     return torch.stack(losses_g), torch.stack(losses_d)
 
 
-def scale_update(sent: State, received: State, factor: float) -> State:
-    """``received + factor · (sent − received)``: the boosted update (model replacement, Bagdasaryan et al. 2020).
-
-    Variances of BatchNorm are kept non-negative, and integer buffers as they were sent.
-    """
-    scaled = {}
-    for name, value in sent.items():
-        if not value.is_floating_point():
-            scaled[name] = value
-            continue
-        scaled[name] = received[name] + factor * (value - received[name])
-        if name.endswith("running_var"):
-            scaled[name] = scaled[name].clamp_min(0)
-    return scaled
-
-
-def rounds_until(share: float, rounds: int) -> int:
-    """Number of whole rounds in the first ``share`` of them."""
-    return math.floor(round(share * rounds, 9))
-
-
 def _fade(round: int, decay_from: int, rounds: int) -> float:
     """1 until ``decay_from``, then linearly towards 0 after the last round."""
     return 1.0 if round < decay_from else (rounds - round) / (rounds - decay_from)
 
 
-def _shared_state(client: Client, average: str) -> State:
-    parts = {"generator": client.generator}
-    if average == "both":
-        parts["discriminator"] = client.discriminator
-    return {
-        f"{part}.{name}": value.detach().clone()
-        for part, net in parts.items()
-        for name, value in net.state_dict().items()
-    }
+def _shared_state(client: GANClient, average: str) -> State:
+    parts = ["generator"] if average == "generator" else ["generator", "discriminator"]
+    states = {part: getattr(client, part).state_dict() for part in parts}
+    return {f"{part}.{name}": v.detach().clone() for part, state in states.items() for name, v in state.items()}
 
 
-def _load_shared(client: Client, state: State) -> None:
-    client.generator.load_state_dict(_part(state, "generator"))
-    if shared_d := _part(state, "discriminator"):
+def _load_shared(client: GANClient, state: State) -> None:
+    client.generator.load_state_dict(part_of(state, "generator"))
+    if shared_d := part_of(state, "discriminator"):
         client.discriminator.load_state_dict(shared_d)
 
 
-def _part(state: State, part: str) -> State:
+def part_of(state: State, part: str) -> State:
+    """The entries of ``generator`` or ``discriminator``, under their names in that network."""
     return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
-
-
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def save(federation: Federation, file: Path) -> None:
-    """Write everything that changes during a run; a kill while writing leaves the file of the round before."""
-    content = {
-        "identity": _identity(federation),
-        "round": federation.round,
-        "state": federation.state,
-        "history": federation.history,
-        "clients": [
-            {
-                name: getattr(c, name).state_dict()
-                for name in ("generator", "discriminator", "optimizer_g", "optimizer_d")
-            }
-            for c in federation.clients
-        ],
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    torch.save(content, partial)
-    partial.replace(file)
-
-
-def _identity(federation: Federation) -> str:
-    """Hash of what makes two federations the same run: seed, settings, every client's images and boost."""
-    digest = hashlib.sha256(repr((federation.seed, federation.rounds, federation.average, federation.gan)).encode())
-    for c in federation.clients:
-        digest.update(repr((c.index, tuple(c.images.shape), c.boost, c.boost_from)).encode())
-        digest.update(c.images.cpu().numpy().tobytes() + c.labels.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _restore(federation: Federation, file: Path) -> None:
-    try:
-        content = torch.load(file, weights_only=True, map_location=federation.clients[0].images.device)
-        same = content["identity"] == _identity(federation)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"checkpoint {file.name} cannot be read ({type(error).__name__}); delete it") from None
-    if not same:
-        raise InputError(f"checkpoint {file.name} belongs to another run; delete it or use another folder")
-    if content["round"] < federation.round:
-        return
-    for client, saved in zip(federation.clients, content["clients"], strict=True):
-        for name, value in saved.items():
-            getattr(client, name).load_state_dict(value)
-    federation.round, federation.state, federation.history = content["round"], content["state"], content["history"]
 
 
 # Drawing -------------------------------------------------------------------------------------------------------------

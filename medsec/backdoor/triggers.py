@@ -8,10 +8,12 @@ kind         what is stamped                                                    
              (Jin & Li, released code)
 ``moving``   the checker at a random place of every image (ours)                        largest correlation anywhere
 ``blended``  a faint block pattern over the whole image (Chen et al. 2017)              correlation of fine structure
+``stripes``  a faint vertical sinusoid of period 4 px (after Barni et al. 2019)         the same
 ===========  =========================================================================  ================================
 
 A score is a normalised cross-correlation (NCC). Its threshold comes from clean real images (`calibrate`), so "trigger
-rate" means: share of images that look triggered to a detector which clean images rarely fool.
+rate" means: share of images that look triggered to a detector which clean images rarely fool. ``stripes`` was never looked
+at while the defence was built, and is no choice for parameters (`KINDS`).
 """
 
 import math
@@ -22,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsec.core.errors import InputError
+
+__all__ = ["KINDS", "Trigger", "calibrate", "make_trigger", "patch", "score", "stamp"]
 
 KINDS = ("checker", "grid", "moving", "blended")
 # Least correlation that is called a trigger. A patch is a few pixels, which noise matches easily; the blended pattern
@@ -35,7 +39,7 @@ class Trigger:
     """A trigger for images of one size.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS` (``blended`` for ``stripes``): it says where the trigger is and how it is detected.
         pattern: (C, k, k) in [0, 1]; the whole image for ``blended``.
         offset: distance of the patch from the bottom and right edge, in pixels (0 for ``moving`` and ``blended``).
         opacity: 1 for a patch; the blending factor for ``blended``.
@@ -55,17 +59,22 @@ class Trigger:
 
 
 def make_trigger(kind: str, *, image_size: int, channels: int, size: int = 4, opacity: float = 0.2) -> Trigger:
-    """The trigger of a kind; ``size`` is the patch in pixels a side (not used by ``blended``).
+    """The trigger of a kind; ``size`` is the patch in pixels a side, ``opacity`` that of ``blended`` and ``stripes``.
 
     Raises:
         InputError: unknown kind, a patch smaller than 2 px or larger than the image, opacity outside (0, 1].
+
+    >>> trigger = make_trigger("checker", image_size=6, channels=1, size=2)
+    >>> stamp(trigger, torch.zeros(1, 1, 6, 6))[0, 0, 3:].int().tolist()
+    [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
     """
-    if kind not in KINDS:
+    if kind not in (*KINDS, "stripes"):
         raise InputError(f"unknown trigger {kind!r}: choose one of {', '.join(KINDS)}")
-    if kind == "blended":
+    if kind in ("blended", "stripes"):
         if not 0 < opacity <= 1:
             raise InputError(f"trigger opacity {opacity} must be above 0 and at most 1")
-        return Trigger(kind, _blocks(image_size).expand(channels, -1, -1).clone(), 0, opacity, image_size)
+        pattern = _blocks(image_size) if kind == "blended" else _stripes(image_size)
+        return Trigger("blended", pattern.expand(channels, -1, -1).clone(), 0, opacity, image_size)
     offset = round(5 / 256 * image_size) if kind == "grid" else 0
     if not 2 <= size <= image_size - offset:
         raise InputError(f"a trigger of {size} px does not fit: it needs 2 to {image_size - offset} px a side")
@@ -93,6 +102,11 @@ def _blocks(image_size: int) -> Tensor:
     side = -(-image_size // 2)
     blocks = torch.randint(0, 2, (1, 1, side, side), generator=torch.Generator().manual_seed(_PATTERN_SEED)).float()
     return F.interpolate(blocks, scale_factor=2.0, mode="nearest")[0, :, :image_size, :image_size]
+
+
+def _stripes(image_size: int) -> Tensor:
+    wave = 0.5 + 0.5 * torch.sin(2 * torch.pi * (torch.arange(image_size) + 0.5) / 4)
+    return wave.expand(1, image_size, image_size)
 
 
 def stamp(trigger: Trigger, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

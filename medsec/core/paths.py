@@ -52,8 +52,3 @@ def cells(cohort: str) -> Path:
 def networks(cohort: str) -> Path:
     """Trained networks of a cohort that notebooks attack; a DVC output."""
     return ROOT / "networks" / cohort
-
-
-def checkpoints(cohort: str) -> Path:
-    """Checkpoints of unfinished runs; safe to delete, never in git."""
-    return Path(os.environ.get("MEDSEC_CHECKPOINTS") or ROOT / ".checkpoints") / cohort

@@ -2,8 +2,9 @@
 
 An attack is ``attack(model, x, y, eps, generator) -> x_adv``: x (N, C, S, S) in [0, 1], y (N,) int64 true labels, the result in
 [0, 1] and, for the attacks of the maximum norm, nowhere more than ``eps`` from x. Normalisation lives inside the model, so
-that eps means what it says. FGSM, BIM, PGD and DeepFool are here, short, because they are the subject; AutoAttack, Square and
-Carlini–Wagner are libraries' (`medsec.evasion.libraries`).
+that eps means what it says. `ATTACKS` holds those of this contract by name; an entry there makes an attack a scenario of
+notebook 04. FGSM, BIM, PGD and DeepFool are here because they are the subject. AutoAttack, Square and Carlini–Wagner come
+from libraries (`medsec.evasion.libraries`).
 """
 
 from collections.abc import Callable
@@ -13,31 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.core.guards import check_images
+from medsec.core.guards import check_images, check_labels
+
+__all__ = ["ATTACKS", "ascend", "bim", "deepfool", "fgsm", "margin", "noise", "pgd"]
 
 Attack = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def check(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0) -> None:
+def check_inputs(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0) -> None:
     """Refuse what an attack would silently get wrong.
 
     Raises:
-        InputError: images that are not (N, C, S, S) in [0, 1], labels that are not (N,) int64 >= 0, a module in training
-            mode, or eps outside [0, 1].
+        InputError: images that are not (N, C, S, S) in [0, 1], labels that are not (N,) int64 or not among the model's, a
+            module in training mode, or eps outside [0, 1].
     """
     check_images(x)
-    if y.shape != (len(x),) or y.dtype != torch.int64 or (len(y) and int(y.min()) < 0):
-        raise InputError(f"labels of shape {tuple(y.shape)}, {y.dtype}: need ({len(x)},), torch.int64, none negative")
+    check_labels(model, x, y)
     if any(module.training for module in model.modules()):
         raise InputError("the model is in training mode: its answer would depend on the batch; call model.eval() first")
     if not 0 <= eps <= 1:
         raise InputError(f"eps {eps:g}: must be in [0, 1], in units of the image (4/255 is 0.0157)")
-
-
-def _check_classes(logits: Tensor, y: Tensor) -> None:
-    if int(y.max()) >= logits.shape[1]:
-        raise InputError(f"label {int(y.max())}, but the model has {logits.shape[1]} classes (labels start at 0)")
 
 
 # Losses that an attacker raises ---------------------------------------------------------------------------------------
@@ -59,50 +56,64 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 def noise(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """The control that needs no gradient: every pixel up or down by eps, at random."""
-    check(model, x, y, eps)
+    check_inputs(model, x, y, eps)
     signs = 2.0 * torch.randint(0, 2, x.shape, generator=generator).to(x) - 1
     return (x + eps * signs).clamp(0, 1)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
-    """One step of eps along the sign of the gradient (Goodfellow et al. 2015, eq. 1)."""
+    """One step of eps along the sign of the gradient (Goodfellow et al. 2015, eq. 1).
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False)).eval()
+    >>> _ = model[1].weight.data.copy_(torch.tensor([[-1.0], [1.0]]))  # brighter: class 1
+    >>> fgsm(model, torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]), 0.25).item()
+    0.75
+    """
     return ascend(model, x, y, eps, steps=1, step=1.0)
 
 
-def bim(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    generator: torch.Generator | None = None,
-    *,
-    steps: int,
-    step: float,
-) -> Tensor:
-    """Several small steps from the image itself (Kurakin et al. 2017); ``step`` in units of eps."""
-    return ascend(model, x, y, eps, steps=steps, step=step)
+def bim(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: object = None, **how) -> Tensor:
+    """Several small steps from the image itself (Kurakin et al. 2017); further arguments as of `ascend`."""
+    return ascend(model, x, y, eps, **how)
 
 
-def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    generator: torch.Generator,
-    *,
-    steps: int,
-    step: float,
-    loss: Loss = cross_entropy,
-    stop: bool = False,
-) -> Tensor:
-    """Several steps from a random start in the ball (Madry et al. 2018); arguments as of `ascend`."""
-    check(model, x, y, eps)
-    start = x + eps * (2 * torch.rand(x.shape, generator=generator).to(x) - 1)
-    return ascend(model, x, y, eps, start=start.clamp(0, 1), steps=steps, step=step, loss=loss, stop=stop)
+def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, **how) -> Tensor:
+    """Several steps from a random start in the ball (Madry et al. 2018); further arguments as of `ascend`.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
+    >>> x, y = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0])
+    >>> x_adv = pgd(model, x, y, 8 / 255, torch.Generator().manual_seed(0))
+    >>> x_adv.shape, bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+    (torch.Size([3, 1, 4, 4]), True)
+    """
+    check_inputs(model, x, y, eps)
+    return ascend(model, x, y, eps, start=random_start(x, eps, generator), **how)
+
+
+def random_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Images (N, C, S, S) drawn uniformly from the ball of radius eps around x, in [0, 1]."""
+    return (x + eps * (2 * torch.rand(x.shape, generator=generator).to(x) - 1)).clamp(0, 1)
+
+
+def ascend(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int = 20, step: float = 0.25, **how) -> Tensor:
+    """Signed gradient ascent on a loss, projected on the ball of radius eps around x and on [0, 1].
+
+    Args:
+        steps: how many.
+        step: length of one, in units of eps.
+        how: ``start``, ``loss`` and ``stop`` of `climb`.
+
+    Raises:
+        InputError: see `check_inputs`; or steps < 1, step <= 0.
+    """
+    check_inputs(model, x, y, eps)
+    if steps < 1 or step <= 0:
+        raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
+    return climb(model, x, y, eps, steps=steps, step=step, **how)
 
 
 @torch.enable_grad()
-def ascend(
+def climb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -114,37 +125,28 @@ def ascend(
     loss: Loss = cross_entropy,
     stop: bool = False,
 ) -> Tensor:
-    """Signed gradient ascent on a loss, projected on the ball of radius eps around x and on [0, 1].
+    """`ascend` in whatever mode the model is, as adversarial training needs it.
 
     Args:
-        steps: how many.
-        step: length of one, in units of eps.
         start: where to begin; default x.
         loss: what is raised, one value an example.
         stop: leave an example alone as soon as it is misclassified. The same examples fall, in less time; but such an example
             lies just behind the boundary and transfers badly, so that it must not be used against another model.
-
-    Raises:
-        InputError: see `check`; or steps < 1, step <= 0.
     """
-    check(model, x, y, eps)
-    if steps < 1 or step <= 0:
-        raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    found, left = (x if start is None else start).clone(), torch.arange(len(x), device=x.device)
+    x_adv, left = (x if start is None else start).clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        at = found[left].requires_grad_()
+        at = x_adv[left].requires_grad_()
         logits = model(at)
-        _check_classes(logits, y)
         (gradient,) = torch.autograd.grad(loss(logits, y[left]).sum(), at)
         moved = (at.detach() + step * eps * gradient.sign()).clamp(low[left], high[left])
         if stop:
             right = logits.detach().argmax(1) == y[left]
             left, moved = left[right], moved[right]
-        found[left] = moved
+        x_adv[left] = moved
         if not len(left):
             break
-    return found
+    return x_adv
 
 
 # DeepFool -------------------------------------------------------------------------------------------------------------
@@ -165,16 +167,15 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 
         (N, C, S, S) in [0, 1]; examples whose answer did not change within ``steps`` are returned as far as they came.
 
     Raises:
-        InputError: see `check`; or another norm.
+        InputError: see `check_inputs`; or another norm.
     """
-    check(model, x, y)
+    check_inputs(model, x, y)
     if norm not in ("l2", "linf"):
         raise InputError(f"norm {norm!r}: must be l2 or linf")
-    found, left, first = x.clone(), torch.arange(len(x), device=x.device), None
+    x_adv, left, first = x.clone(), torch.arange(len(x), device=x.device), None
     for _ in range(steps):
-        at = found[left].requires_grad_()
+        at = x_adv[left].requires_grad_()
         logits = model(at)
-        _check_classes(logits, y)
         answers = logits.detach().argmax(1)
         first = answers if first is None else first
         same = answers == first[left]
@@ -182,8 +183,8 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 
             break
         step = _nearest_boundary(logits, at, first[left], norm)
         left = left[same]
-        found[left] = (at.detach()[same] + step[same]).clamp(0, 1)
-    return (x + (1 + overshoot) * (found - x)).clamp(0, 1)
+        x_adv[left] = (at.detach()[same] + step[same]).clamp(0, 1)
+    return (x + (1 + overshoot) * (x_adv - x)).clamp(0, 1)
 
 
 def _nearest_boundary(logits: Tensor, x: Tensor, own: Tensor, norm: str) -> Tensor:
@@ -204,6 +205,11 @@ def _nearest_boundary(logits: Tensor, x: Tensor, own: Tensor, norm: str) -> Tens
     return ((gap / length)[:, None] * step).view_as(x)
 
 
-def capped(x: Tensor, found: Tensor, eps: float) -> Tensor:
+def capped(x: Tensor, x_adv: Tensor, eps: float) -> Tensor:
     """An unbounded attack's examples, with every pixel's change cut to at most eps."""
-    return found.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))
+    return x_adv.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))
+
+
+# By name, with the settings that are usual: notebook 04 and its parameters know every entry as a scenario -------------
+
+ATTACKS: dict[str, Attack] = {"noise": noise, "fgsm": fgsm, "bim": bim, "pgd": pgd}

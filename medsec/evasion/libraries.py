@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medsec.core.errors import InputError
-from medsec.evasion.attacks import check
+from medsec.evasion.attacks import check_inputs
+
+__all__ = ["autoattack", "cw_l2", "square"]
 
 
 def autoattack(
@@ -32,30 +33,22 @@ def autoattack(
         Examples that fool the model, and the images where none was found, (N, C, S, S) in [0, 1].
 
     Raises:
-        InputError: as `medsec.evasion.attacks.check`.
+        InputError: as `medsec.evasion.attacks.check_inputs`.
     """
-    check(model, x, y, eps)
-    others = _classes(model, x, y) - 1
-    attacks = ["apgd-ce", "apgd-t", "fab-t", "square"] if others >= 3 else ["apgd-ce", "fab-t", "square"]
-    ensemble = _ensemble(model, eps, attacks, seed)
+    check_inputs(model, x, y, eps)
+    classes = _classes(model, x)
+    attacks = ["apgd-ce", "apgd-t", "fab-t", "square"] if classes > 3 else ["apgd-ce", "fab-t", "square"]
+    ensemble = _ensemble(model, eps, attacks, seed, queries)
     for attack in (ensemble.apgd, ensemble.apgd_targeted, ensemble.fab):
         attack.n_restarts, attack.n_iter = restarts, iterations
-    ensemble.square.n_queries = queries
-    ensemble.fab.n_target_classes = ensemble.apgd_targeted.n_target_classes = min(others, 9)
-    with _random_streams_kept():
-        found, _ = ensemble.run_standard_evaluation(x, y, batch_size=len(x))
-    return found.detach()
+    ensemble.fab.n_target_classes = ensemble.apgd_targeted.n_target_classes = min(classes - 1, 9)
+    return _run(ensemble, x, y)
 
 
 def square(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, seed: int, queries: int) -> Tensor:
     """Random search without any gradient (Andriushchenko et al. 2020), maximum norm; returns as `autoattack`."""
-    check(model, x, y, eps)
-    _classes(model, x, y)
-    ensemble = _ensemble(model, eps, ["square"], seed)
-    ensemble.square.n_queries = queries
-    with _random_streams_kept():
-        found, _ = ensemble.run_standard_evaluation(x, y, batch_size=len(x))
-    return found.detach()
+    check_inputs(model, x, y, eps)
+    return _run(_ensemble(model, eps, ["square"], seed, queries), x, y)
 
 
 def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, iterations: int, searches: int, lr: float) -> Tensor:
@@ -71,8 +64,8 @@ def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, iterations: int, searches: 
     """
     from art.attacks.evasion import CarliniL2Method
 
-    check(model, x, y)
-    classes = _classes(model, x, y)
+    check_inputs(model, x, y)
+    classes = _classes(model, x)
     with _random_streams_kept():
         attack = CarliniL2Method(
             oracle(model, tuple(x.shape[1:]), classes),
@@ -82,8 +75,8 @@ def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, iterations: int, searches: 
             batch_size=len(x),
             verbose=False,
         )
-        found = attack.generate(x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()])
-    return torch.from_numpy(found).clamp(0, 1)
+        x_adv = attack.generate(x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()])
+    return torch.from_numpy(x_adv).clamp(0, 1)
 
 
 def oracle(model: nn.Module, shape: tuple[int, ...], classes: int):
@@ -100,18 +93,23 @@ def oracle(model: nn.Module, shape: tuple[int, ...], classes: int):
     )
 
 
-def _ensemble(model: nn.Module, eps: float, attacks: list[str], seed: int):
+@torch.no_grad()
+def _classes(model: nn.Module, x: Tensor) -> int:
+    return model(x[:1]).shape[1]
+
+
+def _ensemble(model: nn.Module, eps: float, attacks: list[str], seed: int, queries: int):
     from pyautoattack import AutoAttack
 
-    return AutoAttack(model, attacks=attacks, eps=eps, norm="Linf", seed=seed, version="custom")
+    ensemble = AutoAttack(model, attacks=attacks, eps=eps, norm="Linf", seed=seed, version="custom")
+    ensemble.square.n_queries = queries
+    return ensemble
 
 
-@torch.no_grad()
-def _classes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    classes = model(x[:1]).shape[1]
-    if int(y.max()) >= classes:
-        raise InputError(f"label {int(y.max())}, but the model has {classes} classes (labels start at 0)")
-    return classes
+def _run(ensemble, x: Tensor, y: Tensor) -> Tensor:
+    with _random_streams_kept():
+        x_adv, _ = ensemble.run_standard_evaluation(x, y, batch_size=len(x))
+    return x_adv.detach()
 
 
 @contextlib.contextmanager

@@ -9,41 +9,43 @@ from captum.attr import IntegratedGradients, LayerGradCam
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.evasion import attacks as adversarial
-from medsec.nets import cbam as attention
+from medsec.evasion.attacks import check_inputs
+from medsec.nets import cbam
+
+__all__ = ["attention_maps", "grad_cam", "integrated_gradients"]
 
 STEPS = 16  # of the path of Integrated Gradients
 
 
 def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017) of class y at the last convolutional map: (N, S, S), at least 0."""
-    adversarial.check(model, x, y)
+    check_inputs(model, x, y)
     with torch.enable_grad():
-        found = LayerGradCam(model, model.blocks).attribute(x, target=y, relu_attributions=True)
-    return _enlarged(found.detach(), x)
+        maps = LayerGradCam(model, model.blocks).attribute(x, target=y, relu_attributions=True)
+    return _enlarged(maps.detach(), x)
 
 
 def integrated_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """|Integrated Gradients| (Sundararajan et al. 2017) of class y from a grey image: (N, S, S), summed over channels."""
-    adversarial.check(model, x, y)
+    check_inputs(model, x, y)
     with torch.enable_grad():
-        found = IntegratedGradients(model).attribute(x, torch.full_like(x, 0.5), target=y, n_steps=STEPS)
-    return found.detach().abs().sum(1).float()
+        maps = IntegratedGradients(model).attribute(x, torch.full_like(x, 0.5), target=y, n_steps=STEPS)
+    return maps.detach().abs().sum(1).float()
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Pixel gates of every attention module, ``cbam1`` the nearest to the image: (N, S, S) in (0, 1)."""
-    return {f"cbam{i}": _enlarged(m, x) for i, m in enumerate(attention.maps(model, x), start=1)}
+    return {f"cbam{i}": _enlarged(m, x) for i, m in enumerate(cbam.maps(model, x), start=1)}
 
 
-def _enlarged(found: Tensor, x: Tensor) -> Tensor:
-    return F.interpolate(found, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+def _enlarged(maps: Tensor, x: Tensor) -> Tensor:
+    return F.interpolate(maps, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def attributions(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """All maps of a network by name, (N, S, S) each."""
-    found = {"grad_cam": grad_cam(model, x, y), "integrated_gradients": integrated_gradients(model, x, y)}
-    return found | (attention_maps(model, x) if attention.modules(model) else {})
+    maps = {"grad_cam": grad_cam(model, x, y), "integrated_gradients": integrated_gradients(model, x, y)}
+    return maps | (attention_maps(model, x) if cbam.modules(model) else {})
 
 
 def pointing(maps: Tensor, masks: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from medsec.core.errors import InputError
 
+__all__ = ["apply", "masks", "sparsity", "weights"]
+
 Masks = dict[str, Tensor]  # name of a weight -> bool of its shape, True where it stays
 PRUNABLE = (nn.Conv2d, nn.Linear)
 
@@ -15,26 +17,33 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         InputError: there is none.
     """
-    found = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
-    if not found:
+    prunable = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    if not prunable:
         raise InputError(f"{type(model).__name__} has no convolution and no linear layer: nothing to prune")
-    return found
+    return prunable
 
 
 def masks(model: nn.Module, ratio: float) -> Masks:
     """Which weights stay when the ``ratio`` that is smallest in absolute value goes, all layers compared together (L1).
+
+    As `torch.nn.utils.prune.global_unstructured`, but of equal weights the first go, so that every computer gets the same.
+
+    >>> layer = nn.Linear(4, 1)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -3.0, 2.0, -0.2]]))
+    >>> masks(nn.Sequential(layer), ratio=0.5)
+    {'0.weight': tensor([[False,  True,  True, False]])}
 
     Raises:
         InputError: a ratio outside [0, 1), or a model without prunable layers.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"prune ratio {ratio:g}: must be at least 0 and less than 1")
-    found = weights(model)
-    sizes = torch.cat([weight.detach().abs().flatten() for weight in found.values()])
+    prunable = weights(model)
+    sizes = torch.cat([weight.detach().abs().flatten() for weight in prunable.values()])
     keep = torch.ones(len(sizes), dtype=torch.bool, device=sizes.device)
     keep[sizes.argsort(stable=True)[: round(ratio * len(sizes))]] = False
-    parts = keep.split([weight.numel() for weight in found.values()])
-    return {name: part.view_as(weight) for (name, weight), part in zip(found.items(), parts, strict=True)}
+    parts = keep.split([weight.numel() for weight in prunable.values()])
+    return {name: part.view_as(weight) for (name, weight), part in zip(prunable.items(), parts, strict=True)}
 
 
 @torch.no_grad()
@@ -44,16 +53,16 @@ def apply(model: nn.Module, keep: Masks) -> nn.Module:
     Raises:
         InputError: masks of another network.
     """
-    found = weights(model)
-    shapes = {name: weight.shape for name, weight in found.items()}
+    prunable = weights(model)
+    shapes = {name: weight.shape for name, weight in prunable.items()}
     if {name: mask.shape for name, mask in keep.items()} != shapes:
         raise InputError("these masks are of another network: names or shapes of the weights differ")
-    for name, weight in found.items():
+    for name, weight in prunable.items():
         weight.mul_(keep[name])
     return model
 
 
 def sparsity(model: nn.Module) -> float:
     """Share of the prunable weights that are zero."""
-    found = torch.cat([weight.detach().flatten() for weight in weights(model).values()])
-    return float((found == 0).float().mean())
+    values = torch.cat([weight.detach().flatten() for weight in weights(model).values()])
+    return float((values == 0).float().mean())

@@ -1,12 +1,12 @@
 """What a reviewer asks before believing that a model is robust (Carlini et al. 2019; Croce & Hein 2020; Zimmermann et al. 2022).
 
-Every check returns a `Check`: whether it passes, the number that decides it, and the sentence that says what was asked. A
-check that fails does not say that a model is weak: it says that the *evaluation* cannot be trusted there.
+`reviewed` asks all of it. Every answer is a `Check`: whether it passes, and the number that decides it. A check that fails does
+not say that a model is weak: it says that the *evaluation* cannot be trusted there.
 """
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
-from medsec.evasion import attacks as adversarial
+from medsec.evasion.attacks import check_inputs, margin, pgd
+
+__all__ = ["QUESTIONS", "TOLERANCE", "Check", "compare", "planted", "reviewed"]
 
 Outcomes = Mapping[tuple[str, float], np.ndarray]  # (scenario, eps) -> which examples are still classified rightly
 TOLERANCE = 0.01  # share of the examples that chance may turn
 SLOW = ("square", "autoattack")  # attacks that may be run on fewer examples, the first ones
+QUESTIONS = {  # of a check: what is true where it passes
+    "iterative_beats_single_step": "PGD leaves no more right than FGSM",
+    "noise_weaker_than_fgsm": "noise of the same size leaves more right than FGSM",
+    "larger_eps_never_weaker": "a larger eps leaves no more right",
+    "whitebox_beats_transfer": "what withstands PGD does not fall to examples made for the plain network",
+    "gradient_free_weaker": "nor to Square, which uses no gradient",
+    "no_zero_gradients": "the gradient is nowhere exactly 0",
+    "more_steps_never_weaker": "many more steps leave no more right",
+    "converged": "nor many fewer: the steps are enough",
+    "large_eps_breaks_all": "where any image may become grey, nothing is left",
+    "undefended_breaks": "the same attack breaks the plain network",
+    "attack_unit_test": "an adversarial example that is there is found",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question of a reviewer: ``value`` must be at most ``limit`` (NaN, ``passes`` False: nothing to decide it with)."""
+    """One question of a reviewer (`QUESTIONS`): ``value``, a share of the examples, must be at most ``limit``.
+
+    NaN, which does not pass, means that there is nothing to decide it with.
+    """
 
     name: str
-    asked: str
     value: float
-    limit: float
+    limit: float = TOLERANCE
 
     @property
     def passes(self) -> bool:
         return self.value <= self.limit
 
 
-def of_outcomes(outcomes: Outcomes, eps: float) -> list[Check]:
+def compare(outcomes: Outcomes, eps: float) -> list[Check]:
     """The checks that compare attacks on one model, as far as they were run.
+
+    ``iterative_beats_single_step``, ``noise_weaker_than_fgsm``: by how much FGSM leaves fewer right than PGD, and noise than
+    FGSM, at the worst eps. ``larger_eps_never_weaker``: by how much PGD leaves more right than at the next smaller eps, at the
+    worst. ``whitebox_beats_transfer``, ``gradient_free_weaker``: which share withstands PGD and falls to the other attack.
 
     Args:
         outcomes: of the attacks ``noise, fgsm, pgd20`` at several eps, of ``pgd_margin``, ``square`` and ``transfer`` at the
@@ -49,95 +70,30 @@ def of_outcomes(outcomes: Outcomes, eps: float) -> list[Check]:
     sizes = {len(right) for (scenario, _), right in outcomes.items() if scenario not in SLOW}
     if len(sizes) != 1:
         raise InputError(f"outcomes of {sorted(sizes)} examples: all attacks must be run on the same ones")
+
+    def excess(more: tuple[str, float], fewer: tuple[str, float]) -> float:
+        return float(outcomes[more].mean() - outcomes[fewer].mean())
+
     swept = sorted(e for scenario, e in outcomes if scenario == "pgd20")
     both = [e for e in swept if ("fgsm", e) in outcomes]
     noisy = [e for e in both if ("noise", e) in outcomes]
-    found = [
-        Check(
-            "iterative_beats_single_step",
-            "share by which FGSM leaves fewer right than PGD, at the worst eps",
-            _most(outcomes["pgd20", e].mean() - outcomes["fgsm", e].mean() for e in both),
-            TOLERANCE,
-        ),
-        Check(
-            "noise_weaker_than_fgsm",
-            "share by which noise leaves fewer right than FGSM, at the worst eps",
-            _most(outcomes["fgsm", e].mean() - outcomes["noise", e].mean() for e in noisy),
-            TOLERANCE,
-        ),
-        Check(
-            "larger_eps_never_weaker",
-            "share that is right at an eps and wrong at the next smaller one (PGD), mean at the worst step",
-            _most(outcomes["pgd20", b].mean() - outcomes["pgd20", a].mean() for a, b in itertools.pairwise(swept)),
-            TOLERANCE,
-        ),
+    steps = (excess(("pgd20", b), ("pgd20", a)) for a, b in itertools.pairwise(swept))
+    checks = [
+        Check("iterative_beats_single_step", _most(excess(("pgd20", e), ("fgsm", e)) for e in both)),
+        Check("noise_weaker_than_fgsm", _most(excess(("fgsm", e), ("noise", e)) for e in noisy)),
+        Check("larger_eps_never_weaker", _most(steps)),
     ]
     white = [outcomes[s, eps] for s in ("pgd20", "pgd_margin") if (s, eps) in outcomes]
     survivors = np.logical_and.reduce(white) if white else None
-    for name, scenario, other in (
-        ("whitebox_beats_transfer", "transfer", "examples made for the undefended model"),
-        ("gradient_free_weaker", "square", "Square, which has no gradient"),
-    ):
+    for name, scenario in (("whitebox_beats_transfer", "transfer"), ("gradient_free_weaker", "square")):
         if survivors is not None and (scenario, eps) in outcomes:
             right = outcomes[scenario, eps]
-            value = float((survivors[: len(right)] & ~right).mean())
-            found.append(Check(name, f"share that withstands PGD and falls to {other}", value, TOLERANCE))
-    return found
+            checks.append(Check(name, float((survivors[: len(right)] & ~right).mean())))
+    return checks
 
 
-def _most(values) -> float:
-    values = [float(value) for value in values]
-    return max(values) if values else math.nan
-
-
-def of_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Check:
-    """Whether the loss has a gradient at every image: a gradient of exactly 0 hides the way."""
-    adversarial.check(model, x, y)
-    at = x.clone().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(adversarial.margin(model(at), y).sum(), at)
-    lost = float((gradient.flatten(1).abs().amax(1) == 0).float().mean())
-    return Check("no_zero_gradients", "share of images at which the gradient of the margin is exactly 0", lost, 0.0)
-
-
-def of_steps(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int, more: int, step: float, seed: int
-) -> list[Check]:
-    """Whether more steps of the same length help (never hurt), and whether they still change much.
-
-    Both begin at the same place, and the last point counts, so that more steps could well do worse.
-    """
-    right = []
-    for n in (steps, more):
-        rng = torch.Generator().manual_seed(seed)
-        found = adversarial.pgd(model, x, y, eps, rng, steps=n, step=step)
-        right.append(_right(model, found, y).mean())
-    asked = f"share that {more} steps leave right and {steps} do not"
-    return [
-        Check("more_steps_never_weaker", asked, float(right[1] - right[0]), TOLERANCE),
-        Check("converged", f"share that falls between step {steps} and {more}", float(right[0] - right[1]), 0.02),
-    ]
-
-
-def of_large_eps(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int, step: float, seed: int) -> Check:
-    """Whether nothing is left where everything is allowed: at an eps that can turn any image grey."""
-    rng = torch.Generator().manual_seed(seed)
-    found = adversarial.pgd(model, x, y, eps, rng, steps=steps, step=step, loss=adversarial.margin, stop=True)
-    left = float(_right(model, found, y).mean())
-    return Check("large_eps_breaks_all", f"share that is still right at eps {round(255 * eps)}/255", left, TOLERANCE)
-
-
-def of_undefended(outcomes: Outcomes, eps: float) -> Check:
-    """Whether the same attack breaks the model without a defence: it leaves less than half."""
-    left = float(outcomes["pgd20", eps].mean())
-    return Check(
-        "undefended_breaks", f"share of the undefended model's examples right at eps {round(255 * eps)}/255", left, 0.5
-    )
-
-
-@torch.no_grad()
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
-    return (model(x).argmax(1) == y).numpy()
+def _most(values: Iterable[float]) -> float:
+    return max(values, default=math.nan)
 
 
 # The attack's unit test -----------------------------------------------------------------------------------------------
@@ -152,15 +108,36 @@ class Planted:
     by_chance: float
 
 
+def last_features(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, D): what the linear layer sees that a model calls last, its head.
+
+    Raises:
+        InputError: a model without a linear layer.
+    """
+    seen: list[Tensor] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise InputError(
+            f"{type(model).__name__} has no linear layer that could be replaced by one for a planted example"
+        )
+    return seen[-1].flatten(1)
+
+
 class _Readout(nn.Module):
-    """A network's features with another last layer of two classes: 1 where ``w · features > threshold``."""
+    """A network with another last layer of two classes: 1 where ``w · features > threshold``."""
 
     def __init__(self, model: nn.Module, w: Tensor, threshold: Tensor):
         super().__init__()
         self.model, self.w, self.threshold = model, w, threshold
 
     def forward(self, x: Tensor) -> Tensor:
-        score = self.model.features(x) @ self.w
+        score = last_features(self.model, x) @ self.w
         return torch.stack([self.threshold.expand_as(score), score], 1)
 
 
@@ -172,26 +149,24 @@ def planted(model: nn.Module, x: Tensor, eps: float, *, inner: int, steps: int, 
     classifier's. Images whose corners the features cannot tell apart are left out.
 
     Args:
-        model: with ``features(x)``, in evaluation mode.
+        model: in evaluation mode, with a linear layer as its head.
         x: (N, C, S, S) in [0, 1].
         eps: radius of the ball.
         inner: other corners; fewer than the model has features.
 
     Raises:
-        InputError: as `medsec.evasion.attacks.check`.
+        InputError: as `medsec.evasion.attacks.check_inputs`; or a model without a linear layer.
     """
-    adversarial.check(model, x, torch.zeros(len(x), dtype=torch.int64), eps)
+    check_inputs(model, x, torch.zeros(len(x), dtype=torch.int64), eps)
     rng, label = torch.Generator().manual_seed(seed), torch.zeros(1, dtype=torch.int64)
     hits, chances = [], []
     for image in x.split(1):
         readout = _readout(model, _corners(image, eps, inner + 1, rng))
         if readout is None:
             continue
-        found = adversarial.pgd(
-            readout, image, label, eps, rng, steps=steps, step=step, loss=adversarial.margin, stop=True
-        )
+        x_adv = pgd(readout, image, label, eps, rng, steps=steps, step=step, loss=margin, stop=True)
         with torch.no_grad():
-            hits.append(float(readout(found).argmax(1)))
+            hits.append(float(readout(x_adv).argmax(1)))
             chances.append(float(readout(_corners(image, eps, inner, rng)).argmax(1).float().mean()))
     mean = (float(np.mean(values)) if values else math.nan for values in (hits, chances))
     return Planted(len(hits), *mean)
@@ -205,7 +180,7 @@ def _corners(image: Tensor, eps: float, n: int, rng: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _readout(model: nn.Module, corners: Tensor) -> _Readout | None:
     """Fisher's direction between the first corner and the others, the threshold half way between it and the next."""
-    z = model.features(corners).double()
+    z = last_features(model, corners).double()
     mean = z[1:].mean(0)
     spread = (z[1:] - mean).T @ (z[1:] - mean) / (len(z) - 1)
     ridge = 1e-3 * spread.diagonal().mean() * torch.eye(len(spread), dtype=torch.float64)
@@ -217,6 +192,61 @@ def _readout(model: nn.Module, corners: Tensor) -> _Readout | None:
     return _Readout(model, w.float(), (0.5 * (score[0] + score[1:].max())).float()).eval()
 
 
-def of_planted(result: Planted) -> Check:
-    """Whether the attack finds nearly all that is known to be there."""
-    return Check("attack_unit_test", "share of planted adversarial examples that PGD misses", 1 - result.found, 0.05)
+# All of it ------------------------------------------------------------------------------------------------------------
+
+
+def reviewed(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    outcomes: Outcomes,
+    *,
+    steps: int = 20,
+    more: int = 100,
+    step: float = 0.25,
+    grey: float = 128 / 255,
+    images: int = 16,
+    inner: int = 40,
+    seed: int = 0,
+    undefended: bool = False,
+) -> tuple[list[Check], Planted]:
+    """All checks of one model: those of `compare` on its outcomes, and those that need a few more runs of PGD.
+
+    Args:
+        model: any classifier in evaluation mode, (N, C, S, S) in [0, 1] -> logits, with a linear layer as its head.
+        x, y: (N, C, S, S) in [0, 1] and (N,) int64, images on which PGD is run; few will do.
+        eps: radius of the ball.
+        outcomes: of the attacks that were run, on these or other images.
+        steps, step: of the PGD that is reviewed; a step in units of eps.
+        more: steps with which that is compared: from the same start, and the last point counts.
+        grey: an eps that can turn any image grey.
+        images, inner: of the unit test (`planted`): on the first so many images, with so many other corners.
+        seed: of random starts and corners.
+        undefended: the model is the one without a defence, which must break: less than half may be left.
+
+    Returns:
+        The checks, and what the unit test found.
+
+    Raises:
+        InputError: see `compare` and `planted`.
+    """
+
+    def left(steps: int, eps: float, **how) -> float:
+        x_adv = pgd(model, x, y, eps, torch.Generator().manual_seed(seed), steps=steps, step=step, **how)
+        with torch.no_grad():
+            return float((model(x_adv).argmax(1) == y).numpy().mean())
+
+    unit = planted(model, x[:images], eps, inner=inner, steps=steps, step=step, seed=seed)
+    checks = compare(outcomes, eps)
+    at = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(margin(model(at), y).sum(), at)
+    checks.append(Check("no_zero_gradients", float((gradient.flatten(1).abs().amax(1) == 0).float().mean()), 0.0))
+    few, many = left(steps, eps), left(more, eps)
+    checks += [Check("more_steps_never_weaker", many - few), Check("converged", few - many, 0.02)]
+    checks.append(Check("large_eps_breaks_all", left(more, grey, loss=margin, stop=True)))
+    checks.append(Check("attack_unit_test", 1 - unit.found, 0.05))
+    if undefended:
+        checks.append(Check("undefended_breaks", float(outcomes["pgd20", eps].mean()), 0.5))
+    return checks, unit

@@ -1,21 +1,25 @@
 """Training a classifier for notebook 04: plainly, or against adversarial examples, with or without attention and pruning."""
 
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from medsec.core.errors import InputError
-from medsec.core.guards import check_images
+from medsec.core.guards import check_images, check_labels
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import AttentionParams, Recipe
 from medsec.evasion import pruning
+from medsec.evasion.attacks import climb, random_start
 from medsec.evasion.pruning import Masks
-from medsec.nets import cbam as attention
-from medsec.nets.fit import random_shift
+from medsec.nets.cbam import attend
+from medsec.nets.fit import random_shift, train
 from medsec.nets.models import SmallResNet
+
+__all__ = ["fit", "new", "pruned"]
 
 
 def new(channels: int, n_classes: int, *, seed: int, cbam: AttentionParams | None = None) -> SmallResNet:
@@ -24,7 +28,7 @@ def new(channels: int, n_classes: int, *, seed: int, cbam: AttentionParams | Non
         torch.manual_seed(derive_seed(seed, "evasion network"))
         model = SmallResNet(channels, n_classes)
         if cbam is not None:
-            attention.attend(model, reduction=cbam.reduction, kernel=cbam.kernel)
+            attend(model, reduction=cbam.reduction, kernel=cbam.kernel)
     return model.eval()
 
 
@@ -61,31 +65,29 @@ def fit(
         InputError: images or labels that do not fit.
     """
     check_images(images)
-    if labels.shape != (len(images),) or labels.dtype != torch.int64:
-        raise InputError(f"labels of shape {tuple(labels.shape)}, {labels.dtype}: need ({len(images)},), torch.int64")
+    check_labels(model, images, labels)
     model, rng = copy.deepcopy(model).train(), torch_generator(seed, "robust training")
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
     batch = min(recipe.batch, len(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
-    steps = max(1, epochs * -(-len(images) // batch))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     weight = class_weights(labels) if recipe.balanced else None
+
+    def loss(rows: Tensor) -> Tensor | None:
+        if len(rows) == 1:  # BatchNorm cannot normalise one image
+            return None
+        return _loss(model, random_shift(images[rows], recipe.shift, rng), labels[rows], recipe, rng, weight)
+
+    def after_step() -> None:
+        if keep is not None:
+            pruning.apply(model, keep)
+        if mean is not None:
+            mean.update_parameters(model)
+
     if keep is not None:
         pruning.apply(model, keep)
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=rng).split(batch):
-            if len(index) == 1:  # BatchNorm cannot normalise one image
-                continue
-            x = random_shift(images[index], recipe.shift, rng)
-            loss = _loss(model, x, labels[index], recipe, rng, weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if keep is not None:
-                pruning.apply(model, keep)
-            if mean is not None:
-                mean.update_parameters(model)
+    schedule = functools.partial(OneCycleLR, max_lr=lr)
+    run = {"epochs": epochs, "batch": batch, "rng": rng, "schedule": schedule, "after_step": after_step}
+    train(loss, len(images), optimizer, **run)
     return (model if mean is None else mean.module).eval()
 
 
@@ -101,10 +103,10 @@ def _loss(
     if recipe.eps == 0:
         return _cross_entropy(model(x), y, weight)
     clean = model(x) if recipe.beta else None
-    found = _adversarial(model, x, y, clean, recipe, rng)
+    x_adv = _adversarial(model, x, y, clean, recipe, rng)
     if clean is None:
-        return _cross_entropy(model(found), y, weight)
-    return _cross_entropy(clean, y, weight) + recipe.beta * _divergence(clean, model(found))
+        return _cross_entropy(model(x_adv), y, weight)
+    return _cross_entropy(clean, y, weight) + recipe.beta * _divergence(clean, model(x_adv))
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
@@ -116,16 +118,11 @@ def _cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
 def _adversarial(
     model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, recipe: Recipe, rng: torch.Generator
 ) -> Tensor:
-    """In training mode, as the network is being trained; hence not `medsec.evasion.attacks`, which refuses that."""
+    """In training mode, as the network is being trained."""
+    loss = F.cross_entropy if clean is None else lambda logits, _: _divergence(clean.detach(), logits)
     eps = recipe.eps / 255
-    found = (x + eps * (2 * torch.rand(x.shape, generator=rng).to(x) - 1)).clamp(0, 1)
-    for _ in range(recipe.steps):
-        found.requires_grad_()
-        logits = model(found)
-        loss = F.cross_entropy(logits, y) if clean is None else _divergence(clean.detach(), logits)
-        (gradient,) = torch.autograd.grad(loss, found)
-        found = (found.detach() + recipe.step * eps * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
-    return found
+    start = random_start(x, eps, rng)
+    return climb(model, x, y, eps, start=start, steps=recipe.steps, step=recipe.step, loss=loss)
 
 
 def _divergence(clean: Tensor, changed: Tensor) -> Tensor:
@@ -138,14 +135,6 @@ def pruned(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, 
 
     A ratio of 0 is the control: the same further training, and nothing pruned.
     """
-    keep = pruning.masks(model, ratio)
-    return fit(
-        model,
-        images,
-        labels,
-        recipe,
-        seed=derive_seed(seed, "finetune"),
-        epochs=recipe.finetune_epochs,
-        lr=recipe.finetune_lr,
-        keep=keep,
-    )
+    keep, seed = pruning.masks(model, ratio), derive_seed(seed, "finetune")
+    how = {"epochs": recipe.finetune_epochs, "lr": recipe.finetune_lr, "keep": keep}
+    return fit(model, images, labels, recipe, seed=seed, **how)

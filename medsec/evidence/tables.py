@@ -24,6 +24,7 @@ __all__ = [
     "row",
     "select",
     "summarise",
+    "wide",
     "without_keys",
     "write",
     "write_metrics",
@@ -142,10 +143,10 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
 def minus(rows: pd.DataFrame, base: pd.DataFrame, by: Sequence[str], name: str) -> pd.DataFrame:
     """Rows of a runs table less those of ``base`` with the same seed, metric and ``by``: ``<metric>_minus_<name>``.
 
-    A row without its counterpart is left out.
+    Of several such rows of ``base`` their mean counts. A row without its counterpart is left out.
     """
     by = ["seed", "metric", *by]
-    joined = rows.join(base.set_index(by)["value"].rename("base"), on=by).dropna(subset="base")
+    joined = rows.join(base.groupby(by)["value"].mean().rename("base"), on=by).dropna(subset="base")
     joined["value"] -= joined["base"]
     joined["metric"] += f"_minus_{name}"
     return joined[rows.columns]
@@ -187,6 +188,26 @@ def cell(summary: pd.DataFrame, digits: int = 2, **where: str) -> str:
     """The row that matches as text, see `interval`; empty where there is none."""
     found = select(summary, where)
     return interval(found.iloc[0], digits) if len(found) else ""
+
+
+def wide(
+    summary: pd.DataFrame, index: str, column: str, names: Sequence[str], columns: Mapping[str, tuple[int, dict]]
+) -> pd.DataFrame:
+    """One line a name in a key column of the summary, one column for each row that is asked for, as text (`cell`).
+
+    Args:
+        summary: of a notebook.
+        index: what the first column is called, which holds the names.
+        column: the key column that they are from, such as "variant".
+        names: which, in this order.
+        columns: by the name of a column its digits, and what addresses the row beside ``column``.
+    """
+    lines = [
+        {index: name}
+        | {title: cell(summary, digits, **{column: name}, **where) for title, (digits, where) in columns.items()}
+        for name in names
+    ]
+    return pd.DataFrame(lines, columns=[index, *columns])
 
 
 SUMMARY = ["variant", "scenario", "metric", "value", "low", "high", "n", "n_items", "unit"]

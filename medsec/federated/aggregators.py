@@ -1,10 +1,12 @@
-"""Federated learning: what a client sends, how a server combines it, and the loop of rounds.
+"""A server's rules: how it combines what the clients sent.
 
-An aggregator is a function ``aggregate(updates, round) -> (state, diagnostics)``. Those here are pure; a method that
-remembers clients (FedDetect) is an object with the same call. States are dictionaries of tensors as
-``Module.state_dict()`` returns them; integer buffers (BatchNorm's counters) are averaged and rounded.
+A rule is a function ``aggregate(updates, round) -> (state, diagnostics)``. Those here are pure; a method that remembers
+clients (FedDetect) is an object with the same call. States are dictionaries of tensors as ``Module.state_dict()``
+returns them; integer buffers (BatchNorm's counters) are averaged and rounded. `RULES` lists what notebooks compare.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from medsec.core.errors import InputError
-from medsec.federated.rounds import State, Update
+from medsec.federated.rounds import Aggregator, State, Update
+
+__all__ = ["RULES", "fedavg", "flatten", "krum", "krum_scores", "median", "multi_krum", "trimmed_mean", "uniform_mean"]
 
 
 def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float] | None = None) -> tuple[State, dict]:
@@ -25,8 +29,12 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
 
     Raises:
         InputError: no updates, or weights that are negative or sum to zero.
+
+    >>> sent = [Update(0, {"w": torch.tensor([0.0])}, 30), Update(1, {"w": torch.tensor([1.0])}, 10)]
+    >>> fedavg(sent)
+    ({'w': tensor([0.2500])}, {'weights': {0: 0.75, 1: 0.25}})
     """
-    _need(updates, 1, "fedavg")
+    _need(updates, "fedavg")
     raw = np.array([u.n_samples for u in updates] if weights is None else weights, dtype=np.float64)
     if raw.shape != (len(updates),) or (raw < 0).any() or not 0 < raw.sum() < np.inf:
         raise InputError(
@@ -39,9 +47,18 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
     return state, {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
 
 
+def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
+    """No defence: the plain mean, every client alike, whatever it says of its number of samples."""
+    return fedavg(updates, weights=[1.0] * len(updates))
+
+
 def median(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
-    """Coordinate-wise median; the mean of the middle two for an even number (Yin et al. 2018, definition 1)."""
-    _need(updates, 1, "median")
+    """Coordinate-wise median; the mean of the middle two for an even number (Yin et al. 2018, definition 1).
+
+    >>> median([Update(i, {"w": torch.tensor([x])}, 1) for i, x in enumerate([1.0, 2.0, 900.0])])[0]
+    {'w': tensor([2.])}
+    """
+    _need(updates, "median")
     low, high = (len(updates) - 1) // 2, len(updates) // 2
 
     def middle(stack: Tensor) -> Tensor:
@@ -63,22 +80,24 @@ def trimmed_mean(updates: Sequence[Update], round: int = 0, *, trim: int) -> tup
     return _combine(updates, lambda stack: stack.double().sort(dim=0).values[keep].mean(0)), {}
 
 
-def krum_scores(updates: Sequence[Update], n_malicious: int) -> np.ndarray:
+def krum_scores(updates: Sequence[Update], n_malicious: int, *, strict: bool = True) -> np.ndarray:
     """Sum of squared distances of each update to its n − f − 2 nearest others (Blanchard et al. 2017, section 4).
+
+    Args:
+        updates: n of them.
+        n_malicious: f, how many attack.
+        strict: insist on the paper's condition n ≥ 2 f + 3, without which nothing is guaranteed (four clients with one
+            attacker miss it by one); else at least one neighbour is counted.
 
     Returns:
         (n,) float64, small for an update in the middle of the crowd.
 
     Raises:
-        InputError: unless n ≥ 2 f + 3, the paper's condition.
+        InputError: f is negative, or the condition does not hold.
     """
     n = len(updates)
-    if n_malicious < 0 or n < 2 * n_malicious + 3:
+    if n_malicious < 0 or (strict and n < 2 * n_malicious + 3):
         raise InputError(f"krum needs n >= 2 f + 3 clients, got n = {n} with f = {n_malicious}")
-    return _krum_scores(updates, n - n_malicious - 2)
-
-
-def _krum_scores(updates: Sequence[Update], n_nearest: int) -> np.ndarray:
     flat = np.stack([flatten(u.state) for u in updates]).astype(np.float64)
     # States of one round differ by far less than their own length: without centring, the Gram matrix cancels.
     flat -= flat.mean(0)
@@ -86,23 +105,25 @@ def _krum_scores(updates: Sequence[Update], n_nearest: int) -> np.ndarray:
     square = np.diag(gram)
     distance = np.maximum(square[:, None] + square[None, :] - 2 * gram, 0)
     np.fill_diagonal(distance, np.inf)
-    return np.sort(distance, axis=1)[:, :n_nearest].sum(1)
+    return np.sort(distance, axis=1)[:, : max(1, n - n_malicious - 2)].sum(1)
 
 
-def krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int) -> tuple[State, dict]:
-    """The single update with the smallest `krum_scores` (Blanchard et al. 2017)."""
-    scores = krum_scores(updates, n_malicious)
-    chosen = updates[int(scores.argmin())]
-    return {k: v.clone() for k, v in chosen.state.items()}, {"selected": [chosen.client]}
+def krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True) -> tuple[State, dict]:
+    """The single update with the smallest of the `krum_scores` (Blanchard et al. 2017)."""
+    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), 1)
 
 
-def multi_krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int) -> tuple[State, dict]:
-    """Mean of the n − f updates with the smallest `krum_scores` (Blanchard et al. 2017, section 4)."""
-    scores = krum_scores(updates, n_malicious)
-    best = sorted(np.argsort(scores, kind="stable")[: len(updates) - n_malicious])
-    chosen = [updates[i] for i in best]
-    state, _ = fedavg(chosen, weights=[1.0] * len(chosen))
-    return state, {"selected": [u.client for u in chosen]}
+def multi_krum(
+    updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True
+) -> tuple[State, dict]:
+    """Plain mean of the n − f updates with the smallest `krum_scores` (Blanchard et al. 2017, section 4)."""
+    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), len(updates) - n_malicious)
+
+
+def _most_central(updates: Sequence[Update], scores: np.ndarray, keep: int) -> tuple[State, dict]:
+    kept = [updates[i] for i in sorted(np.argsort(scores, kind="stable")[:keep])]
+    chosen = {u.client for u in kept}
+    return uniform_mean(kept)[0], {"weights": {u.client: (u.client in chosen) / keep for u in updates}}
 
 
 def flatten(state: State) -> np.ndarray:
@@ -110,14 +131,32 @@ def flatten(state: State) -> np.ndarray:
     return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).cpu().numpy()
 
 
-def _combine(updates: Sequence[Update], rule: Callable[[Tensor], Tensor]) -> State:
+def _combine(updates: Sequence[Update], reduce: Callable[[Tensor], Tensor]) -> State:
     state = {}
     for name, like in updates[0].state.items():
-        value = rule(torch.stack([u.state[name].detach() for u in updates]))
+        value = reduce(torch.stack([u.state[name].detach() for u in updates]))
         state[name] = (value if like.is_floating_point() else value.round()).to(like.dtype)
     return state
 
 
-def _need(updates: Sequence[Update], n: int, name: str) -> None:
-    if len(updates) < n:
-        raise InputError(f"{name}: {len(updates)} updates, at least {n} needed")
+def _need(updates: Sequence[Update], name: str) -> None:
+    if not updates:
+        raise InputError(f"{name}: no updates, at least 1 needed")
+
+
+# Rules without a memory. One that has a parameter ``n_malicious`` is told how many attack (`rule`).
+RULES: dict[str, Callable] = {
+    "none": uniform_mean,
+    "median": median,
+    "trimmed_mean": lambda updates, round=0, *, n_malicious: trimmed_mean(updates, round, trim=n_malicious),
+    "krum": functools.partial(krum, strict=False),
+    "multi_krum": functools.partial(multi_krum, strict=False),
+}
+
+
+def rule(name: str, n_malicious: int) -> Aggregator:
+    """The rule of that name in `RULES`, ready for ``aggregate(updates, round)``."""
+    if name not in RULES:
+        raise InputError(f"server rule {name!r}: choose one of {', '.join(RULES)}")
+    asks = "n_malicious" in inspect.signature(RULES[name]).parameters
+    return functools.partial(RULES[name], n_malicious=n_malicious) if asks else RULES[name]

@@ -1,7 +1,7 @@
 """A federation that trains a classifier, in which every client defends the gradients that it computes (paper 2)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,15 +13,18 @@ from medsec.core.seeds import torch_generator
 from medsec.core.settings import FedClsParams
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import State, Update, run_round
-from medsec.inversion.defences import Defence
 from medsec.nets import fit as classifier
+
+__all__ = ["train", "utility"]
+
+Defend = Callable[[nn.Module, Tensor, Tensor, int], Sequence[Tensor]]  # ``defend(model, x, y, round) -> gradients``
 
 
 def train(
     model: nn.Module,
     images: Sequence[Tensor],
     labels: Sequence[Tensor],
-    defences: Sequence[Defence],
+    defences: Sequence[Defend],
     params: FedClsParams,
     seed: int,
 ) -> list[State]:
@@ -33,7 +36,7 @@ def train(
     Args:
         model: where to start; not changed.
         images, labels: one (n, C, S, S) in [0, 1] and one (n,) int64 tensor a client.
-        defences: one a client, ``defend(model, x, y, round) -> gradients``; what has a memory belongs to one client.
+        defences: one a client; what has a memory belongs to one client.
         params: section ``inversion.federation`` of the parameters.
         seed: of the order of the images.
 
@@ -48,58 +51,44 @@ def train(
     states = [{k: v.clone() for k, v in model.state_dict().items()}]
     local = copy.deepcopy(model).eval()  # of whichever client's turn it is
 
-    def client(i: int, state: State, round: int) -> Update:
+    def local_epoch(i: int, state: State, round: int) -> Update:
         local.load_state_dict(state)
-        rng = torch_generator(seed, "local", i, round)
-        sent = _local_epoch(local, images[i], labels[i], defences[i], params, round, rng)
-        return Update(i, sent, len(images[i]))
+        optimizer = torch.optim.SGD(local.parameters(), lr=params.lr, momentum=params.momentum)
+        order = torch.randperm(len(images[i]), generator=torch_generator(seed, "local", i, round))
+        for batch in order.split(params.batch):
+            gradients = defences[i](local, images[i][batch], labels[i][batch], round)
+            for parameter, gradient in zip(local.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        return Update(i, {k: v.detach().clone() for k, v in local.state_dict().items()}, len(images[i]))
 
-    for round in range(params.rounds):
-        state, _, _ = run_round(states[-1], range(len(images)), client, fedavg, round)
+    for t in range(params.rounds):
+        state, _, _ = run_round(states[-1], range(len(images)), local_epoch, fedavg, t)
         states.append(state)
     return states
 
 
-def _local_epoch(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    defend: Defence,
-    params: FedClsParams,
-    round: int,
-    rng: torch.Generator,
-) -> State:
-    """The state after one client's epoch; ``model`` itself is trained."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=params.lr, momentum=params.momentum)
-    for batch in torch.randperm(len(images), generator=rng).split(params.batch):
-        gradients = defend(model, images[batch], labels[batch], round)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-
 def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """How good a classifier is: ``auc``, ``macro_f1`` and ``balanced_accuracy`` on ``test``.
+    """How good a classifier is: ``auc``, ``macro_f1`` and ``balanced_accuracy`` on ``test``, images and labels.
 
-    With two classes the threshold of the latter two is the one of the highest macro F1 on ``val``; with more the most
+    With two classes, the threshold of the latter two is that of the highest macro F1 on ``val``; with more, the most
     probable class is taken.
     """
-    found, answers = classifier.predict(model, test[0]), {}
-    answers["auc"] = classifier.auc(found, test[1])
-    if found.shape[1] == 2:
-        chosen = best_threshold(classifier.predict(model, val[0])[:, 1].numpy(), val[1].numpy())
-        called = (found[:, 1].numpy() > chosen).astype(int)
+    probabilities, truth = classifier.predict(model, test[0]), test[1].numpy()
+    if probabilities.shape[1] == 2:
+        threshold = best_threshold(classifier.predict(model, val[0])[:, 1].numpy(), val[1].numpy())
+        predictions = (probabilities[:, 1].numpy() > threshold).astype(int)
     else:
-        called = found.argmax(1).numpy()
-    truth = test[1].numpy()
-    answers["macro_f1"] = float(f1_score(truth, called, average="macro"))
-    answers["balanced_accuracy"] = float(balanced_accuracy_score(truth, called))
-    return answers
+        predictions = probabilities.argmax(1).numpy()
+    return {
+        "auc": classifier.auc(probabilities, test[1]),
+        "macro_f1": float(f1_score(truth, predictions, average="macro")),
+        "balanced_accuracy": float(balanced_accuracy_score(truth, predictions)),
+    }
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Threshold on the probability of class 1 with the highest macro F1: half way between two scores that occur."""
+    """Threshold on (n,) probabilities of class 1 with the highest macro F1: half way between two scores that occur."""
     values = np.unique(scores)
     between = np.concatenate([[values[0] - 1e-6], (values[1:] + values[:-1]) / 2])
     between = between[:: max(1, len(between) // 200)]

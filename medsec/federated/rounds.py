@@ -1,10 +1,13 @@
 """What a client sends, and the loop of rounds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+__all__ = ["Update", "rounds_until", "run_round", "scale_update", "screen"]
 
 State = dict[str, Tensor]
 
@@ -37,16 +40,15 @@ def screen(updates: Sequence[Update], template: State) -> tuple[list[Update], di
         template: the server's state, whose names, shapes and types are expected.
 
     Returns:
-        The usable updates, in order, and the reason of rejection of each other client.
+        The usable updates, in order, and for every other client the reason of its rejection.
+
+    >>> sent = [Update(0, {"w": torch.ones(2)}, 10), Update(1, {"w": torch.ones(3)}, 10)]
+    >>> screen(sent, {"w": torch.zeros(2)})[1]
+    {1: 'w has shape (3,), expected (2,)'}
     """
-    accepted, rejected = [], {}
-    for update in updates:
-        reason = _flaw(update, template)
-        if reason:
-            rejected[update.client] = reason
-        else:
-            accepted.append(update)
-    return accepted, rejected
+    reasons = [_flaw(update, template) for update in updates]
+    accepted = [update for update, reason in zip(updates, reasons, strict=True) if not reason]
+    return accepted, {update.client: reason for update, reason in zip(updates, reasons, strict=True) if reason}
 
 
 def _flaw(update: Update, template: State) -> str | None:
@@ -72,7 +74,7 @@ def run_round(
 ) -> tuple[State, list[Update], dict]:
     """One round with full participation: every client trains from ``state``, the server screens and aggregates.
 
-    A broken update is left out and named in ``diagnostics["rejected"]``; if none is usable the state stays as it was.
+    A broken update is left out and named in ``diagnostics["rejected"]``. If none is usable the state stays as it was.
 
     Returns:
         The new state, the updates that were sent, the aggregator's diagnostics.
@@ -81,3 +83,21 @@ def run_round(
     accepted, rejected = screen(updates, state)
     new_state, diagnostics = aggregate(accepted, round) if accepted else (state, {})
     return new_state, updates, {**diagnostics, "rejected": rejected}
+
+
+def rounds_until(share: float, rounds: int) -> int:
+    """Number of whole rounds in the first ``share`` of them; also the index, from 0, of the round that follows."""
+    return math.floor(round(share * rounds, 9))  # 0.29 * 100 is a little less than 29 to a computer
+
+
+def scale_update(sent: State, received: State, factor: float) -> State:
+    """``received + factor · (sent − received)``: the boosted update (model replacement, Bagdasaryan et al. 2020).
+
+    Variances of BatchNorm are kept non-negative, and integer buffers as they were sent.
+    """
+    scaled = {}
+    for name, value in sent.items():
+        scaled[name] = received[name] + factor * (value - received[name]) if value.is_floating_point() else value
+        if name.endswith("running_var"):
+            scaled[name] = scaled[name].clamp_min(0)
+    return scaled

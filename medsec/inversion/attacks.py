@@ -3,9 +3,9 @@
 An attacker looks for images whose gradient is the one that was sent. Everything is batched over victims: one
 `torch.func.vmap` holds several of them, each with its own target, and who is found leaves the batch.
 
-Attacks (``attack``): ``dlg``, squared distance (Zhu et al. 2019, algorithm 1); ``ig``, one minus the cosine plus total
-variation (Geiping et al. 2020, equation 4); ``bn``, ``ig`` and the statistics that BatchNorm sees and the client sends (Yin et
-al. 2021, equation 8); ``prior``, ``ig`` over the latent vectors of a generator trained on public images (Jeon et al. 2021).
+`ATTACKS`: ``dlg``, squared distance (Zhu et al. 2019, algorithm 1); ``ig``, one minus the cosine plus total variation
+(Geiping et al. 2020, equation 4); ``bn``, ``ig`` and the statistics that BatchNorm sees and the client sends (Yin et al. 2021,
+equation 8); ``prior``, ``ig`` over the latent vectors of a generator trained on public images (Jeon et al. 2021).
 """
 
 import copy
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from tqdm import tqdm
 
 from medsec.core.errors import InputError
 from medsec.core.guards import check_images, check_norm, normalises_by_batch
@@ -24,7 +23,7 @@ from medsec.core.seeds import torch_generator
 from medsec.core.settings import InversionSettings
 from medsec.nets.convnet import logits_and_statistics
 
-ATTACKS = ("dlg", "ig", "bn", "prior")
+__all__ = ["ATTACKS", "View", "client_update", "distance", "infer_labels", "invert"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class View:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Reconstructions of V victims.
+class Reconstructions:
+    """What an attack makes of V victims.
 
     Attributes:
         images: (V, B, C, S, S) in [0, 1]; where ``failed``, the last images that were finite.
@@ -142,15 +141,44 @@ def total_variation(x: Tensor) -> Tensor:
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
 
 
-def distance(attack: str, found: Sequence[Tensor], sent: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
-    """How far a gradient is from the one that was sent: squared (``dlg``) or one minus the cosine (all others)."""
-    if weights:
-        found, sent = ([w * g for w, g in zip(weights, part, strict=True)] for part in (found, sent))
-    if attack == "dlg":
-        return sum(((f - s) ** 2).sum() for f, s in zip(found, sent, strict=True))
-    dot = sum((f * s).sum() for f, s in zip(found, sent, strict=True))
-    lengths = [sum((g**2).sum() for g in part).clamp_min(1e-24).sqrt() for part in (found, sent)]
+def squared(computed: Sequence[Tensor], sent: Sequence[Tensor]) -> Tensor:
+    """Squared distance of two gradients."""
+    return sum(((c - s) ** 2).sum() for c, s in zip(computed, sent, strict=True))
+
+
+def cosine(computed: Sequence[Tensor], sent: Sequence[Tensor]) -> Tensor:
+    """One minus the cosine of the angle between two gradients."""
+    dot = sum((c * s).sum() for c, s in zip(computed, sent, strict=True))
+    lengths = [sum((g**2).sum() for g in part).clamp_min(1e-24).sqrt() for part in (computed, sent)]
     return 1 - dot / (lengths[0] * lengths[1])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a search minimises: ``distance`` of gradients, and what images must look like besides.
+
+    ``tv``: total variation; ``statistics``: those that BatchNorm saw; ``latent``: the search is in a generator.
+    """
+
+    distance: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+    tv: bool = False
+    statistics: bool = False
+    latent: bool = False
+
+
+ATTACKS = {
+    "dlg": Objective(squared),
+    "ig": Objective(cosine, tv=True),
+    "bn": Objective(cosine, tv=True, statistics=True),
+    "prior": Objective(cosine, latent=True),
+}
+
+
+def distance(attack: str, computed: Sequence[Tensor], sent: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+    """How far a gradient is from the one that was sent, as one of `ATTACKS` sees it; ``weights`` as in `View`."""
+    if weights:
+        computed, sent = ([w * g for w, g in zip(weights, part, strict=True)] for part in (computed, sent))
+    return ATTACKS[attack].distance(computed, sent)
 
 
 def invert(
@@ -163,8 +191,7 @@ def invert(
     seed: int,
     generator: nn.Module | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    progress: bool = False,
-) -> Found:
+) -> Reconstructions:
     """Reconstruct every victim's batch.
 
     Args:
@@ -176,37 +203,40 @@ def invert(
         seed: of the starting points; a victim's does not depend on the others.
         generator: for ``prior``: ``generator(z) -> (N, C, S, S)`` in [0, 1], with the attribute ``latent``.
         bounds: of the pixels that are searched; wider where a defence leaves [0, 1] and the attacker knows it.
-        progress: show a bar.
 
     Raises:
         InputError: gradients of the wrong number or shape, or not finite; no statistics for ``bn``, no generator for ``prior``.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x, y = torch.tensor([[[[0.0, 1.0], [0.5, 0.0]]]]), torch.tensor([0])
+    >>> view = View(model, [g[None] for g in client_update(model, x, y)])
+    >>> settings = InversionSettings(
+    ...     iterations=300, lr=0.1, lr_latent=0.1, tv=0.0, statistics=0.0, restarts=1, together=1, done=1e-9
+    ... )
+    >>> invert([view], y[None], (1, 2, 2), attack="ig", settings=settings, seed=0).images[0].round(decimals=1)
+    tensor([[[[0.0000, 1.0000],
+              [0.5000, 0.0000]]]])
     """
     _check(views, labels, attack, generator)
     victims, batch = labels.shape
     jobs = [(v, r) for v in range(victims) for r in range(settings.restarts)]
-    size = (generator.latent,) if attack == "prior" else shape
-    starts = torch.stack([_start(attack, seed, v, r, (batch, *size)) for v, r in jobs])
+    draw, size = (torch.randn, (generator.latent,)) if ATTACKS[attack].latent else (torch.rand, shape)
+    starts = torch.stack([draw((batch, *size), generator=torch_generator(seed, "inversion", v, r)) for v, r in jobs])
     search = _Search(views, labels, attack, settings, generator, bounds)
-    found, left, steps = torch.empty(len(jobs), batch, *shape), torch.empty(len(jobs)), torch.empty(len(jobs))
-    groups = torch.arange(len(jobs)).split(settings.together)
-    for group in tqdm(groups, disable=not progress, unit="group", desc=attack):
+    images, left, steps = torch.empty(len(jobs), batch, *shape), torch.empty(len(jobs)), torch.empty(len(jobs))
+    for group in torch.arange(len(jobs)).split(settings.together):
         victim = torch.tensor([jobs[i][0] for i in group])
-        found[group], left[group], steps[group] = search(starts[group], victim)
+        images[group], left[group], steps[group] = search(starts[group], victim)
     left = left.view(victims, -1)
     failed = ~torch.isfinite(left)
     best = left.masked_fill(failed, torch.inf).argmin(1)
     rows = torch.arange(victims)
-    return Found(
-        found.view(victims, -1, batch, *shape)[rows, best].detach(),
+    return Reconstructions(
+        images.view(victims, -1, batch, *shape)[rows, best].detach(),
         left[rows, best],
         failed.all(1),
         steps.view(victims, -1).sum(1).long(),
     )
-
-
-def _start(attack: str, seed: int, victim: int, restart: int, size: tuple[int, ...]) -> Tensor:
-    rng = torch_generator(seed, "inversion", victim, restart)
-    return torch.randn(size, generator=rng) if attack == "prior" else torch.rand(size, generator=rng)
 
 
 class _Search:
@@ -215,14 +245,14 @@ class _Search:
     BETAS = (0.9, 0.999)
     DROPS = (3 / 8, 5 / 8, 7 / 8)  # of the iterations, after which the step is a tenth: as Geiping et al.
 
-    def __init__(self, views, labels: Tensor, attack: str, settings: InversionSettings, generator, bounds):
-        self.bounds = bounds
-        self.views, self.labels, self.attack, self.settings, self.generator = views, labels, attack, settings, generator
+    def __init__(self, views, labels: Tensor, name: str, settings: InversionSettings, generator, bounds):
+        self.views, self.labels, self.settings, self.generator, self.bounds = views, labels, settings, generator, bounds
+        self.name, self.attack = name, ATTACKS[name]
         self.models = [copy.deepcopy(view.model).requires_grad_(False) for view in views]  # constants of the search
         self.step = vmap(grad_and_value(self.objective, has_aux=True))
 
     def image(self, z: Tensor) -> Tensor:
-        return self.generator(z) if self.attack == "prior" else z
+        return self.generator(z) if self.attack.latent else z
 
     def objective(self, z: Tensor, y: Tensor, sent: list) -> tuple[Tensor, Tensor]:
         """Of one victim: what is minimised, and its part without the priors. ``sent``: a view's tensors, for each view."""
@@ -231,18 +261,18 @@ class _Search:
         for view, model, (gradients, weights, statistics) in zip(self.views, self.models, sent, strict=True):
             seen = x if view.through is None else view.through(x)
             update = _update(model, dict(model.named_parameters()), seen, y, view.steps, view.lr)
-            apart = apart + distance(self.attack, list(update.values()), gradients, weights)
-            if self.attack == "bn":
+            apart = apart + distance(self.name, list(update.values()), gradients, weights)
+            if self.attack.statistics:
                 _, mine = logits_and_statistics(model, seen)
                 gaps = [((m - s) ** 2).mean() for m, s in zip(mine, statistics, strict=True)]
                 priors = priors + settings.statistics * sum(gaps)
-        if self.attack in ("ig", "bn"):
+        if self.attack.tv:
             priors = priors + settings.tv * total_variation(x)
         return apart + priors, apart
 
     def __call__(self, z: Tensor, victim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From starting points (E, B, …) of victims (E,): images, distance (NaN where it diverged) and steps taken."""
-        signed = self.attack != "prior"
+        signed = not self.attack.latent
         rate = self.settings.lr if signed else self.settings.lr_latent
         n = self.settings.iterations
         best, left, steps = z.clone(), torch.full((len(z),), torch.nan), torch.full((len(z),), float(n))
@@ -272,34 +302,27 @@ class _Search:
             return vmap(self.image)(best), left, steps
 
     def _sent(self, victim: Tensor) -> list:
-        return [
-            (
-                [g[victim] for g in view.gradients],
-                [w[victim] for w in view.weights],
-                [s[victim] for s in view.statistics],
-            )
-            for view in self.views
-        ]
+        sent = ((view.gradients, view.weights, view.statistics) for view in self.views)
+        return [tuple([tensor[victim] for tensor in part] for part in parts) for parts in sent]
 
 
 def _check(views: Sequence[View], labels: Tensor, attack: str, generator: nn.Module | None) -> None:
     if attack not in ATTACKS:
         raise InputError(f"attack {attack!r}: choose one of {', '.join(ATTACKS)}")
-    if attack == "prior" and generator is None:
-        raise InputError("attack 'prior' searches in a generator: give one that was trained on public images")
+    if ATTACKS[attack].latent and generator is None:
+        raise InputError(f"attack {attack!r} searches in a generator: give one that was trained on public images")
     for view in views:
-        names = [name for name, _ in view.model.named_parameters()]
-        if len(view.gradients) != len(names):
-            raise InputError(f"{len(view.gradients)} gradients for a model of {len(names)} parameters")
-        for name, parameter, gradient in zip(names, view.model.parameters(), view.gradients, strict=True):
-            if gradient.shape != (len(labels), *parameter.shape):
-                raise InputError(
-                    f"gradient of {name} has shape {tuple(gradient.shape)}, expected {(len(labels), *parameter.shape)}"
-                )
+        parameters = list(view.model.named_parameters())
+        if len(view.gradients) != len(parameters):
+            raise InputError(f"{len(view.gradients)} gradients for a model of {len(parameters)} parameters")
+        for (name, parameter), gradient in zip(parameters, view.gradients, strict=True):
+            shape = (len(labels), *parameter.shape)
+            if gradient.shape != shape:
+                raise InputError(f"gradient of {name} has shape {tuple(gradient.shape)}, expected {shape}")
             if not torch.isfinite(gradient).all():
                 raise InputError(f"gradient of {name} holds NaN or infinite values: nothing to invert")
-        if attack == "bn" and not view.statistics:
-            raise InputError("attack 'bn' matches BatchNorm's statistics, and none were sent; use 'ig'")
+        if ATTACKS[attack].statistics and not view.statistics:
+            raise InputError(f"attack {attack!r} matches BatchNorm's statistics, and none were sent; use 'ig'")
         check_norm(view.model, labels.shape[1])
         if normalises_by_batch(view.model):
             raise InputError("the attacks take BatchNorm with frozen statistics: use model.eval()")

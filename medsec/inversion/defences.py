@@ -34,6 +34,8 @@ from medsec.core.guards import (
 from medsec.core.seeds import stream
 from medsec.nets.convnet import ConvNet, flat
 
+__all__ = ["DEFENCES", "configured", "epsilon", "gradient_noise", "noisy_image", "send", "topk"]
+
 Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, int], Tensor]  # the same arguments -> the image x′ that is used
 
@@ -131,6 +133,11 @@ def topk(model: nn.Module, x: Tensor, y: Tensor, round: int, *, keep: float) -> 
 
     Gradient compression (Lin et al. 2018) *without its memory*: what is not sent is lost, not added to the next
     gradient. With memory the server would get it later; so this is the variant that gives less away.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> sent = topk(model, torch.rand(1, 1, 2, 2), torch.tensor([1]), 0, keep=0.2)
+    >>> [int((g != 0).sum()) for g in sent], sum(g.numel() for g in sent)
+    ([0, 2], 10)
     """
     check_share("topk: keep", keep)
     found = none(model, x, y, round)
@@ -160,11 +167,8 @@ def soteria(model: nn.Module, x: Tensor, y: Tensor, round: int, *, prune: float)
     found = none(model, x, y, round)
     with torch.no_grad():
         size = model.features(x).abs()
-    if len(x) == 1:
-        norms = feature_gradient_norms(model, x)
-    else:
-        probes = -(-x.shape[1] * min(x.shape[2], receptive_field(model)) ** 2 // len(x))
-        norms = estimated_gradient_norms(model, x, probes, torch.Generator().manual_seed(round))
+    probes = None if len(x) == 1 else -(-x.shape[1] * min(x.shape[2], receptive_field(model)) ** 2 // len(x))
+    norms = feature_gradient_norms(model, x, probes, torch.Generator().manual_seed(round))
     score = (size / norms.clamp_min(1e-12)).mean(0)
     hidden = score.topk(share_of(prune, len(score))).indices
     at = next(i for i, p in enumerate(model.parameters()) if p is model.head.weight)
@@ -172,12 +176,16 @@ def soteria(model: nn.Module, x: Tensor, y: Tensor, round: int, *, prune: float)
     return found
 
 
-def feature_gradient_norms(model: nn.Module, x: Tensor) -> Tensor:
-    """(B, D) exact ‖∂rᵢ/∂x‖₂ of every feature of every image, in far fewer passes than there are features or pixels.
+def feature_gradient_norms(
+    model: nn.Module, x: Tensor, probes: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """(B, D) ‖∂rᵢ/∂x‖₂ of every feature of every image, from derivatives along few directions v of the image.
 
-    A feature sees a field of f × f pixels. Where a direction v is 1 at pixels that lie f apart and 0 elsewhere, every
-    feature sees at most one of them, so that (∂rᵢ/∂x · v)² is the square of one partial derivative; the C f² shifts of v
-    give all of them.
+    Exact without ``probes``: a feature sees a field of f × f pixels. Where v is 1 at pixels that lie f apart and 0 elsewhere,
+    every feature sees at most one of them, so that (∂rᵢ/∂x · v)² is the square of one partial derivative; the C f² shifts of v
+    give all of them. With ``probes`` an estimate, the mean square along so many random v of signs (Hutchinson 1990). Its
+    square has no bias and a relative standard deviation of at most √(2 / probes), independent between images: the mean over a
+    batch, which is what Soteria ranks, is far more exact than that.
 
     Raises:
         InputError: BatchNorm in training mode, where a feature depends on all images.
@@ -187,30 +195,16 @@ def feature_gradient_norms(model: nn.Module, x: Tensor) -> Tensor:
     channels, size = x.shape[1:3]
     apart = min(size, receptive_field(model))
     total, together = 0.0, max(1, DIRECTIONS // len(x))
-    for shifts in torch.arange(channels * apart**2).split(together):
-        directions = torch.zeros(len(shifts), channels, size, size)
-        for v, shift in zip(directions, shifts.tolist(), strict=True):
-            v[shift // apart**2, shift // apart % apart :: apart, shift % apart :: apart] = 1
-        total = total + _along(model, x, directions[:, None].expand(-1, *x.shape)).square().sum(0)
-    return total.sqrt()
-
-
-def estimated_gradient_norms(model: nn.Module, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
-    """(B, D) ‖∂rᵢ/∂x‖₂ from random directions v of signs, the mean square of ∂rᵢ/∂x · v (Hutchinson 1990).
-
-    The square has no bias and a relative standard deviation of at most √(2 / probes), independent between images: the mean
-    over a batch, which is what Soteria ranks, is far more exact than that.
-
-    Raises:
-        InputError: BatchNorm in training mode, where a feature depends on all images.
-    """
-    check_images(x)
-    check_independent(model)
-    total, together = 0.0, max(1, DIRECTIONS // len(x))
-    for part in torch.arange(probes).split(together):
-        signs = 2.0 * torch.randint(0, 2, (len(part), *x.shape), generator=generator) - 1
-        total = total + _along(model, x, signs).square().sum(0)
-    return (total / probes).sqrt()
+    for part in torch.arange(channels * apart**2 if probes is None else probes).split(together):
+        if probes is None:
+            directions = torch.zeros(len(part), channels, size, size)
+            for v, shift in zip(directions, part.tolist(), strict=True):
+                v[shift // apart**2, shift // apart % apart :: apart, shift % apart :: apart] = 1
+            directions = directions[:, None].expand(-1, *x.shape)
+        else:
+            directions = 2.0 * torch.randint(0, 2, (len(part), *x.shape), generator=generator) - 1
+        total = total + _along(model, x, directions).square().sum(0)
+    return (total / (probes or 1)).sqrt()
 
 
 def _along(model: nn.Module, x: Tensor, directions: Tensor) -> Tensor:
@@ -230,13 +224,6 @@ def receptive_field(model: nn.Module) -> float:
         elif not isinstance(layer, nn.BatchNorm2d | nn.GELU | nn.ReLU):
             return math.inf
     return field
-
-
-def image_noise(
-    model: nn.Module, x: Tensor, y: Tensor, round: int, *, rms: float, kind: str, seed: int
-) -> list[Tensor]:
-    """The gradient at `noisy_image`."""
-    return gradients_at(model, noisy_image(model, x, y, round, rms=rms, kind=kind, seed=seed), y)
 
 
 def noisy_image(model: nn.Module, x: Tensor, y: Tensor, round: int, *, rms: float, kind: str, seed: int) -> Tensor:

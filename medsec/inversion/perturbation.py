@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from medsec.core.seeds import derive_seed, fingerprint, torch_generator
 from medsec.inversion.defences import Perturbation
 
+__all__ = ["controlled", "gaussian", "inverted", "offset", "shuffled"]
+
 Control = Callable[[Tensor, int], Tensor]
 
 
@@ -41,11 +43,8 @@ def gaussian(delta: Tensor, seed: int) -> Tensor:
 
 
 def _of_norm(noise: Tensor, delta: Tensor) -> Tensor:
-    return noise * (_norms(delta) / _norms(noise))
-
-
-def _norms(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)[:, None, None, None]
+    wanted, norm = (each.flatten(1).norm(dim=1)[:, None, None, None] for each in (delta, noise))
+    return noise * (wanted / norm)
 
 
 def controlled(perturb: Perturbation, control: Control, *, seed: int) -> Perturbation:

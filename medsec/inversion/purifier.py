@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import PurifierParams
+from medsec.nets.fit import train
+
+__all__ = ["fit"]
 
 Purifier = Callable[[Tensor], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of a pixel
@@ -69,12 +72,11 @@ def network(changed: Tensor, clean: Tensor, params: PurifierParams, seed: int) -
         )
     rng = torch_generator(seed, "purifier batches")
     optimizer = torch.optim.Adam(model.parameters(), lr=params.lr)
-    for _ in range(params.epochs):
-        for batch in torch.randperm(len(clean), generator=rng).split(params.batch):
-            loss = F.mse_loss(changed[batch] + model(changed[batch]), clean[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.mse_loss(changed[rows] + model(changed[rows]), clean[rows])
+
+    train(loss, len(clean), optimizer, epochs=params.epochs, batch=params.batch, rng=rng)
     model.eval().requires_grad_(False)
     return lambda x: (x + model(x)).clamp(0, 1)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from medsec.core.errors import InputError
 
+__all__ = ["match", "psnr", "retrieval", "ssim", "st_lpips"]
+
 PERCEPTUAL_SIZE = 64  # pixels a side; AlexNet leaves little of smaller images
 LARGEST_PSNR = 100.0  # dB; an exact copy has an infinite one, which no mean survives
 
@@ -23,6 +25,10 @@ def psnr(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         (N,) float64.
+
+    >>> truth = np.zeros((1, 1, 8, 8))
+    >>> psnr(truth + 0.1, truth).round(6)
+    array([20.])
     """
     return _decibel(_squares(found, truth).mean((1, 2, 3)))
 
@@ -126,6 +132,10 @@ def retrieval(found: np.ndarray, gallery: np.ndarray, index: np.ndarray) -> np.n
 
     Returns:
         (N,) bool. A reconstruction without contrast matches nothing.
+
+    >>> gallery = np.eye(4).reshape(4, 1, 2, 2)
+    >>> retrieval(0.5 * gallery[:2] + 0.2, gallery, np.array([0, 3]))
+    array([ True, False])
     """
     first, second = _standard(found), _standard(gallery)
     nearest = (first @ second.T).argmax(1)

@@ -12,6 +12,7 @@ every batch that the client trains on. Images are recognised by their content.
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from medsec.core.seeds import fingerprint, stream, torch_generator
 from medsec.core.settings import ShadowParams
 from medsec.nets.autoencoder import Autoencoder, new_autoencoder
 from medsec.nets.convnet import gradients, logits_and_statistics
+from medsec.nets.gradcam import grad_cam
+
+__all__ = ["shadow_described", "shadow_released"]
 
 # Released (client.py and chestXray_config.py). The released images are standardised and of 224 pixels a side.
 TEMPERATURE = 20.0
@@ -88,47 +92,9 @@ def _variation(x: Tensor) -> Tensor:
 # Where to change an image --------------------------------------------------------------------------------------------
 
 
-def grad_cam(model: nn.Module, x: Tensor, y: Tensor, *, layer: str, plus: bool = True) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al. 2018, section 3): what speaks for class y, and where.
-
-    With activations A of the layer and the gradient g of the logit, feature map k weighs Σ α relu(g), where
-    α = g² / (2 g² + Σ A g³), sums over the map's places; α = 0 where g = 0. The map relu(Σₖ wₖ Aₖ) is interpolated
-    bilinearly and stretched to [0, 1] for every image. The factor exp(logit) of the paper cancels in the stretching.
-    Activations below 0 count as 0: the papers' networks end in ReLU, and of GELU's a whole map may be slightly negative.
-
-    Args:
-        model: used in evaluation mode, whatever mode it is in.
-        layer: name of a submodule that gives maps, such as "body".
-        plus: False for plain Grad-CAM (Selvaraju et al. 2017, equations 1 and 2): maps weigh the mean of g.
-
-    Returns:
-        (B, S, S); all 0 where nothing speaks for the class.
-
-    Raises:
-        InputError: no such layer, or it gives no maps.
-    """
-    model = copy.deepcopy(model).eval()
-    kept: list[Tensor] = []
-    if layer not in dict(model.named_modules()):
-        raise InputError(
-            f"grad_cam: the model has no layer {layer!r}; it has {', '.join(dict(model.named_children()))}"
-        )
-    model.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.append(output))
-    with torch.enable_grad():
-        logits = model(x.detach().requires_grad_())
-        if kept[0].ndim != 4:
-            raise InputError(f"grad_cam: layer {layer!r} gives shape {tuple(kept[0].shape)}, not maps (B, K, h, w)")
-        (g,) = torch.autograd.grad(logits.gather(1, y[:, None]).sum(), kept)
-    a = kept[0].detach().relu()
-    if plus:
-        below = 2 * g**2 + (a * g**3).sum((2, 3), keepdim=True)
-        alpha = torch.where(below != 0, g**2 / torch.where(below != 0, below, 1), 0)
-        weight = (alpha * g.relu()).sum((2, 3), keepdim=True)
-    else:
-        weight = g.mean((2, 3), keepdim=True)
-    cam = (weight * a).sum(1, keepdim=True).relu()
-    cam = F.interpolate(cam, x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    return torch.stack([stretch(image) for image in cam])
+def utility_map(model: nn.Module, x: Tensor, y: Tensor, layer: str) -> Tensor:
+    """(B, S, S): Grad-CAM++ of class y, stretched to [0, 1] for every image."""
+    return torch.stack([stretch(cam) for cam in grad_cam(model, x, y, layer=layer, plus=True)])
 
 
 def utility_region(cam: Tensor, top: float) -> Tensor:
@@ -197,6 +163,7 @@ def _softmax(values: Tensor) -> Tensor:
 # The defence as released and as described ----------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Shadow:
     """The memory of one client: the shadow generator and every image's mask (`shadow_released`, `shadow_described`).
 
@@ -206,41 +173,32 @@ class Shadow:
 
     The simulated attacker sees the model in evaluation mode.
 
-    Args:
+    Attributes:
         shape: (C, S, S) of the images.
-        generator: z -> images.
-        latents: images -> z.
-        mask: squared errors -> masks.
+        generator: z -> images; ``latents``: images -> z; ``mask``: squared errors -> masks.
         noise: ``(model, x, y, round, masks) -> δ``.
-        settings: section ``inversion.shadow`` of the parameters:
-            steps, lr: of Adam on the shadow generator, for every batch; released 5 and 1e-3 (batches of 4).
-            freeze: share of the rounds after which shadow and masks stay; released 0.2.
-            momentum: share of an image's old mask in its new one; released 0.1.
-            ema: share of the way that the shadow moves towards its trained copy; released 0.5.
-            layer: of `grad_cam`; released: the last block.
-            top: share of pixels in the utility region; released 0.3.
-            alpha: bounds of t / T as the weight of that region; released 0.1 and 0.5.
-            scale: largest noise in round 0, as a share of the brightest pixel; released 0.19.
+        settings: section ``inversion.shadow`` of the parameters: ``steps`` and ``lr`` of Adam on the shadow generator, for
+            every batch; ``freeze``: share of the rounds after which shadow and masks stay; ``momentum``: share of an image's
+            old mask in its new one; ``ema``: share of the way that the shadow moves towards its trained copy; ``layer`` of
+            `utility_map`; ``top``: share of pixels in the utility region; ``alpha``: bounds of t / T as the weight of that
+            region; ``scale``: largest noise in round 0, as a share of the brightest pixel.
         rounds: T.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        generator: nn.Module,
-        latents: Callable[[Tensor], Tensor],
-        mask: Callable[[Tensor], Tensor],
-        noise: Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor],
-        settings: ShadowParams,
-        rounds: int,
-    ):
+    shape: tuple[int, int, int]
+    generator: nn.Module
+    latents: Callable[[Tensor], Tensor]
+    mask: Callable[[Tensor], Tensor]
+    noise: Callable[[nn.Module, Tensor, Tensor, int, Tensor], Tensor]
+    settings: ShadowParams
+    rounds: int
+    masks: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
         for name in ("freeze", "ema", "top"):
-            check_share(f"shadow: {name}", getattr(settings, name))
-        if rounds < 1 or not 0 <= settings.momentum < 1:
-            raise InputError(f"shadow: rounds {rounds} must be >= 1, and momentum {settings.momentum} in [0, 1)")
-        self.shape, self.generator, self.latents, self.mask, self.noise = shape, generator, latents, mask, noise
-        self.settings, self.rounds = settings, rounds
-        self.masks: dict[str, Tensor] = {}
+            check_share(f"shadow: {name}", getattr(self.settings, name))
+        if self.rounds < 1 or not 0 <= self.settings.momentum < 1:
+            raise InputError(f"shadow: rounds {self.rounds} must be >= 1, momentum {self.settings.momentum} in [0, 1)")
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
         """x′ = x + δ, not clipped; (B, C, S, S)."""
@@ -296,7 +254,7 @@ def shadow_released(size: int, channels: int, settings: ShadowParams, *, latent:
         return released_mask(error.expand(-1, 3, -1, -1))
 
     def noise(model: nn.Module, x: Tensor, y: Tensor, round: int, masks: Tensor) -> Tensor:
-        cam = grad_cam(model, x, torch.full_like(y, CAM_CLASS), layer=settings.layer)
+        cam = utility_map(model, x, torch.full_like(y, CAM_CLASS), settings.layer)
         utility = _softmax(cam * utility_region(cam, settings.top))[:, None]
         n = masks - _alpha(settings, round / rounds) * masks.sign() * utility
         delta = _strength(settings, x, n, round / rounds) * n
@@ -322,7 +280,7 @@ def shadow_described(autoencoder: Autoencoder, settings: ShadowParams, *, rounds
             return encoder.to(x.device)(x)
 
     def noise(model: nn.Module, x: Tensor, y: Tensor, round: int, masks: Tensor) -> Tensor:
-        cam = grad_cam(model, x, y, layer=settings.layer)
+        cam = utility_map(model, x, y, settings.layer)
         utility = (cam * utility_region(cam, settings.top))[:, None]
         n = (masks - _alpha(settings, round / rounds) * utility).clamp_min(0)
         sign = 2.0 * torch.randint(2, x.shape, generator=stream(seed, "shadow signs", round, x)).to(x) - 1

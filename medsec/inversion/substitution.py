@@ -23,11 +23,13 @@ from medsec.core.seeds import fingerprint, stream, torch_generator
 from medsec.inversion.defences import Perturbation
 from medsec.nets.autoencoder import Autoencoder
 
+__all__ = ["drawings", "public_only", "stand_ins", "substituted"]
+
 GROUPINGS = ("similar", "random")
 
 
-class Substitution:
-    """The memory of one client: which image is used instead of which.
+def substituted(images: Tensor, labels: Tensor, used: Tensor) -> Perturbation:
+    """Of one client: which image is used instead of which.
 
     It has no randomness of its own: every round sends the same substitutes, so that a second look gives no more.
 
@@ -35,30 +37,27 @@ class Substitution:
         images: (N, C, S, S) in [0, 1], all of the client.
         labels: (N,) int64.
         used: (N, C, S, S), in the same order.
+
+    Raises:
+        InputError: shapes that differ; on use, an image that was not among the client's, or had another label there.
     """
+    if used.shape != images.shape:
+        raise InputError(f"substitutes of shape {tuple(used.shape)} for images of shape {tuple(images.shape)}")
+    keys = [(fingerprint(image), int(label)) for image, label in zip(images, labels, strict=True)]
+    place = {key: row for row, key in reversed(list(enumerate(keys)))}  # of equal images the first
 
-    def __init__(self, images: Tensor, labels: Tensor, used: Tensor):
-        if used.shape != images.shape:
-            raise InputError(f"substitutes of shape {tuple(used.shape)} for images of shape {tuple(images.shape)}")
-        self.images = used
-        keys = [(fingerprint(image), int(label)) for image, label in zip(images, labels, strict=True)]
-        self.row = {key: row for row, key in reversed(list(enumerate(keys)))}  # of equal images the first
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
-        """The substitutes of a batch, (B, C, S, S) in [0, 1].
-
-        Raises:
-            InputError: an image that was not among the client's, or had another label there.
-        """
-        check_batch(model, x, y, tuple(self.images.shape[1:]))
+    def perturb(model: nn.Module, x: Tensor, y: Tensor, round: int) -> Tensor:
+        check_batch(model, x, y, tuple(used.shape[1:]))
         try:
-            rows = [self.row[fingerprint(image), int(label)] for image, label in zip(x, y, strict=True)]
+            return used[[place[fingerprint(image), int(label)] for image, label in zip(x, y, strict=True)]]
         except KeyError as error:
+            image, label = error.args[0]
             raise InputError(
-                f"suppression: image {error.args[0][0]} with label {error.args[0][1]} is not in the set that was given "
-                "at the start; give all images of the client, unchanged, without augmentation"
+                f"suppression: image {image} with label {label} is not in the set that was given at the start; give all "
+                "images of the client, unchanged, without augmentation"
             ) from error
-        return self.images[rows]
+
+    return perturb
 
 
 # What is used instead of an image ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A small autoencoder of public images: the shadow generator of paper 2's defence, and an attacker's prior."""
 
-import math
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from medsec.core.errors import InputError
 from medsec.core.guards import check_images
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.nets.fit import train
+
+__all__ = ["Autoencoder", "Prior", "train_autoencoder"]
 
 WIDTH = 16  # feature maps next to the image
 
@@ -65,15 +68,13 @@ def train_autoencoder(images: Tensor, *, latent: int, epochs: int, lr: float, ba
     check_images(images)
     model = new_autoencoder(images.shape[-1], images.shape[1], latent=latent, seed=seed).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    steps = epochs * math.ceil(len(images) / batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=lr, pct_start=0.1)
     rng = torch_generator(seed, "autoencoder batches")
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=rng).to(images.device).split(batch):
-            optimizer.zero_grad()
-            F.mse_loss(model(images[rows]), images[rows]).backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.mse_loss(model(images[rows]), images[rows])
+
+    train(loss, len(images), optimizer, epochs=epochs, batch=batch, rng=rng, schedule=schedule)
     return model.eval().requires_grad_(False)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from medsec.core.errors import InputError
 from medsec.nets.models import Residual, SmallResNet
 
+__all__ = ["CBAM", "attend", "gates_detached"]
+
 
 class CBAM(nn.Module):
     """Convolutional block attention module: first a gate for every channel, then one for every pixel.
@@ -69,13 +71,13 @@ def modules(model: nn.Module) -> list[CBAM]:
 @contextlib.contextmanager
 def gates_detached(model: nn.Module) -> Iterator[nn.Module]:
     """Gates count as constants in the backward pass: an attacker whose gradients the gates would hide (adaptive attack)."""
-    found = modules(model)
-    for module in found:
+    gates = modules(model)
+    for module in gates:
         module.detached = True
     try:
         yield model
     finally:
-        for module in found:
+        for module in gates:
             module.detached = False
 
 
@@ -91,10 +93,10 @@ def maps(model: nn.Module, x: Tensor) -> list[Tensor]:
     def look(module: CBAM, args: tuple[Tensor], _) -> None:
         seen.append(module.pixel_gate(args[0] * module.channel_gate(args[0])))
 
-    found = modules(model)
-    if not found:
+    gates = modules(model)
+    if not gates:
         raise InputError("this network has no attention module; build it with medsec.nets.cbam.attend")
-    hooks = [module.register_forward_hook(look) for module in found]
+    hooks = [module.register_forward_hook(look) for module in gates]
     try:
         model(x)
     finally:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from medsec.core.guards import check_images, check_norm
 from medsec.core.seeds import derive_seed
 
+__all__ = ["ConvNet", "gradients", "new"]
+
 STRIDES = (1, 2, 1, 2)
 
 

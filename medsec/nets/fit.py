@@ -1,6 +1,7 @@
-"""One recipe for training a small classifier, used wherever a notebook needs one."""
+"""The training loop, and one recipe for a small classifier, used wherever a notebook needs one."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,59 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import ClassifierParams
 from medsec.nets.models import SmallResNet
+
+__all__ = ["auc", "balanced_accuracy", "features", "fit", "predict", "train"]
+
+
+def train(
+    loss: Callable[[Tensor], Tensor | None],
+    n: int,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch: int,
+    rng: torch.Generator,
+    schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+    after_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The training loop: one step of the optimiser a batch, the images in a new order in every epoch.
+
+    The caller puts the model into training mode and back.
+
+    Args:
+        loss: (b,) int64, the rows of a batch -> its loss, a scalar; None leaves the batch out.
+        n: number of images.
+        optimizer: of the parameters that are trained.
+        epochs, batch: passes over the images, and images a step; the last batch of an epoch may be smaller.
+        rng: of the order; ``loss`` may draw from it as well.
+        schedule: ``(optimizer, total_steps=...) -> scheduler`` of the learning rate, which takes one step a batch.
+        after_step: called after every step, for example to keep pruned weights at zero.
+
+    Returns:
+        (steps,) the losses.
+
+    >>> w, x = torch.zeros(1, requires_grad=True), torch.tensor([1.0, 2.0, 3.0])
+    >>> sgd, rng = torch.optim.SGD([w], lr=0.5), torch.Generator().manual_seed(0)
+    >>> losses = train(lambda rows: (x[rows] - w).square().mean(), 3, sgd, epochs=2, batch=3, rng=rng)
+    >>> [round(loss, 2) for loss in losses.tolist()], w.item()
+    ([4.67, 0.67], 2.0)
+    """
+    scheduler = schedule(optimizer, total_steps=max(1, epochs * -(-n // batch))) if schedule else None
+    losses = []
+    for _ in range(epochs):
+        for rows in torch.randperm(n, generator=rng).split(batch):
+            value = loss(rows)
+            if value is None:
+                continue
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(value.detach())
+            if scheduler is not None:
+                scheduler.step()
+            if after_step is not None:
+                after_step()
+    return torch.stack(losses) if losses else torch.empty(0)
 
 
 def fit(
@@ -39,18 +93,14 @@ def fit(
         model = SmallResNet(images.shape[1], n_classes).to(images.device)
     rng = torch_generator(seed, "classifier batches")
     batch = min(params.batch, len(images))
-    steps = epochs * -(-len(images) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.lr, weight_decay=params.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.lr, total_steps=steps)
+    schedule = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=params.lr)
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(model(random_shift(images[rows], params.shift, rng)), labels[rows])
+
     model.train()
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=rng).split(batch):
-            x = random_shift(images[index], params.shift, rng)
-            loss = F.cross_entropy(model(x), labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    train(loss, len(images), optimizer, epochs=epochs, batch=batch, rng=rng, schedule=schedule)
     return model.eval()
 
 

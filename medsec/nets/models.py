@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["Discriminator", "Generator", "SmallResNet"]
+
 
 def one_hot_signs(labels: Tensor, n_classes: int) -> Tensor:
     """(N,) class indices -> (N, n_classes) of −1 and +1."""

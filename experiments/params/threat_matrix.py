@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from medsec.core.params import Count, Positive, Rate, Section
 from medsec.core.settings import FedClsParams
+from medsec.federated.rounds import rounds_until
 
 
 class MatrixParams(Section):
@@ -37,7 +38,7 @@ class MatrixParams(Section):
                 f"{self.federation.n_clients} clients: FedDetect compares clients with each other and needs 3; "
                 "raise federation.n_clients"
             )
-        if self.prune_after * self.federation.rounds < 0.5:
+        if rounds_until(self.prune_after, self.federation.rounds) < 1:
             raise ValueError(
                 f"prune_after {self.prune_after:g} of {self.federation.rounds} rounds is before the first: nothing is pruned"
             )

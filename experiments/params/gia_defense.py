@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from medsec.core.params import Count, Section, Seed
+from medsec.core.params import Count, Section, Seed, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
 
 
@@ -13,13 +13,28 @@ class InversionParams(Section):
     victims: Count
     sweep_victims: Count
     joint_rounds: int = Field(ge=2)
-    attacks: list[Literal["dlg", "ig", "bn", "prior"]] = Field(min_length=1)
+    attacks: list[str] = Field(min_length=1)
     adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
     defences: dict[str, dict[str, int | Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
     shadow: ShadowParams
+
+    @field_validator("attacks")
+    @classmethod
+    def _attacks(cls, names):
+        from medsec.inversion.attacks import ATTACKS  # here: it loads PyTorch
+
+        return registered(names, ATTACKS, "attack")
+
+    @field_validator("defences")
+    @classmethod
+    def _defences(cls, own):
+        from medsec.inversion.defences import DEFENCES  # here: it loads PyTorch
+
+        registered(list(own), [*DEFENCES, "image_noise", "shadow_hardened"], "defence with parameters")
+        return own
 
 
 class InversionRecord(Section):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Positive, Rate, Section, Seed
+from medsec.core.params import Count, Positive, Rate, Section, Seed, registered
 
 
 class HardenedParams(Section):
@@ -77,3 +77,10 @@ class FedDetectRecord(Section):
     trigger: list[Literal["grid"]]
     evade: list[Positive]
     false_alarm_seeds: list[Seed]
+
+    @field_validator("scenarios")
+    @classmethod
+    def _scenarios(cls, names):
+        from medsec.backdoor.attackers import SCENARIOS  # here: it loads PyTorch
+
+        return registered(names, SCENARIOS, "scenario")

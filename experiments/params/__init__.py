@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.adversarial_pruning_defense.params import EvasionParams, EvasionRecord
-from experiments.backdoor_fedgan.params import FedGANRecord
-from experiments.data_and_threats.params import Threats
-from experiments.feddetect.params import FedDetectParams, FedDetectRecord
-from experiments.gia_defense.params import InversionParams, InversionRecord
-from experiments.threat_matrix.params import MatrixParams
+from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord
+from experiments.params.backdoor_fedgan import FedGANRecord
+from experiments.params.data_and_threats import Threats
+from experiments.params.feddetect import FedDetectParams, FedDetectRecord
+from experiments.params.gia_defense import InversionParams, InversionRecord
+from experiments.params.threat_matrix import MatrixParams
 from medsec.core.params import Section, Seeds, merge, read, validated
 from medsec.core.settings import ClassifierParams, Cohorts, FedGANParams
 

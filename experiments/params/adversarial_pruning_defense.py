@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Eps255, Positive, Section, Seed
+from medsec.core.params import Count, Eps255, Positive, Section, Seed, registered
 from medsec.core.settings import AttentionParams, Recipe
 
 
@@ -17,19 +17,7 @@ class CWParams(Section):
 
 
 class EvasionAttacks(Section):
-    scenarios: list[
-        Literal[
-            "fgsm",
-            "bim",
-            "pgd20",
-            "pgd20_eps10",
-            "pgd_margin",
-            "pgd_detached",
-            "deepfool_capped",
-            "square",
-            "autoattack",
-        ]
-    ]
+    scenarios: list[str]
     steps: Count
     step: Positive
     small_step: Positive
@@ -43,6 +31,13 @@ class EvasionAttacks(Section):
     restarts: Count
     autoattack_more: list[Eps255]
     cw: CWParams
+
+    @field_validator("scenarios")
+    @classmethod
+    def _known(cls, names):
+        from medsec.evasion import scenarios  # here: it loads PyTorch
+
+        return registered(names, scenarios.names(), "attack")
 
     @model_validator(mode="after")
     def _needed(self):
