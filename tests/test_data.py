@@ -4,7 +4,6 @@ import hashlib
 import io
 import itertools
 import pickle
-import re
 import shutil
 import socket
 import sys
@@ -471,23 +470,14 @@ def test_every_flavour_with_flat_images_and_one_label_has_a_name():
     assert set(data.SOURCES) == flat | {"phantom", "fundus", "npz", "folder"}
 
 
-def test_the_recipe_of_a_cohort(cohorts, monkeypatch):
-    """What CONTRIBUTING says, appended to sources.py."""
-    text = (paths.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (code,) = re.findall(
-        r"<!-- recipe: cohort; file: medsec/data/sources.py; append -->\n```python\n(.*?)```", text, re.S
-    )
-    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
-    exec(code, vars(sources))
-    monkeypatch.delattr(sources, "stripes")
-    cohort = data.load("stripes", cohorts, size=32)
-    assert (cohort.size, cohort.channels, cohort.classes) == (32, 1, ("lying", "upright"))
-    x, y = data.tensors(cohort)["test"]
-    assert (x.shape, y.dtype) == ((200, 1, 32, 32), torch.int64)
-    assert 0 <= x.min() < x.max() <= 1
-    upright = x.mean(2).var(-1) > x.mean(3).var(-1)  # columns differ, rows do not
-    assert torch.equal(upright[:, 0].long(), y)
-    assert "| test | 200 | 100 | 100 |" in data.describe(cohort)
+def test_tensors(tiny_npz, npz_cohorts):
+    cohort = data.load("npz", npz_cohorts(tiny_npz(classes=3, channels=3)))
+    held = data.tensors(cohort)
+    assert tuple(held) == data.SPLITS
+    x, y = held["val"]
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    assert torch.equal((x * 255).round().to(torch.uint8), torch.from_numpy(cohort["val"].images))
+    assert y.tolist() == cohort["val"].labels.tolist()
 
 
 def test_wrong_sizes(cohorts):

@@ -33,7 +33,7 @@ SMALL = {  # of each experiment: what makes its own tests small
     feddetect: test_feddetect_eval.SMALL,
     inversion: params.merge(test_inversion_eval.SMALL, {"inversion": FEW}),  # 8 victims: one has a lesion
     evasion: test_evasion_eval.SMALL,
-    matrix: params.merge(test_matrix_eval.SMALL, {"matrix": {"federation": {"images_per_client": 24, "rounds": 3}}}),
+    matrix: params.merge(test_matrix_eval.SMALL, {"matrix": {"federation": {"images_per_client": 24, "rounds": 4}}}),
 }
 CELLS = [
     (shift, Cell("shift", 0, keys={"site": 0})),
