@@ -254,8 +254,8 @@ IMAGES, LABELS = np.zeros((20, 28, 28), np.uint8), np.arange(20) % 2
 WRONG_ARRAYS = [
     ({"val_labels": None}, "key val_labels is missing"),
     ({"train_images": IMAGES.astype(np.float32)}, "train_images is float32; it must be uint8"),
-    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64 and contains NaN"),
-    ({"test_labels": np.where(LABELS, np.nan, 0.0)}, "test_labels is float64 and contains NaN"),
+    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64; it must be uint8"),
+    ({"test_labels": np.where(LABELS, np.nan, 0.0)}, "test_labels is float64; it must be an integer"),
     ({"train_labels": LABELS * 1.0}, "train_labels is float64; it must be an integer"),
     ({"train_images": IMAGES[:, :24]}, "train_images is (20, 24, 28); it must be square"),
     ({"train_images": np.zeros((20, 28, 28, 2), np.uint8)}, "(20, 28, 28, 2); it must be square"),
