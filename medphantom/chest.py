@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medphantom import exact
 from medphantom.exact import (
     Draws,
     blurred,
@@ -23,7 +24,7 @@ from medphantom.exact import (
     ease,
     ellipse,
     exp,
-    halve,
+    finished,
     lattice_noise,
     log,
     root,
@@ -74,7 +75,6 @@ STYLES: dict[str, dict] = {
 # fmt: on
 
 _MU_TISSUE, _MU_BONE, _MU_LEAD = 0.19, 0.30, 3.2  # attenuation per cm; bone and lead over the tissue they displace
-_BLOCK_PIXELS = 32768  # pixels rendered at once: the working arrays then stay in the cache
 _MARKERS = {"R": (30, 17, 17, 30, 20, 18, 17), "L": (16, 16, 16, 16, 16, 16, 31)}  # 5 x 7 dots, a row per number
 
 _F = np.float32
@@ -101,24 +101,14 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Phantom
     """
     patients, labels, styles = checked(patients, labels, size, style, classes=CLASSES, sizes=SIZES, styles=STYLES)
     labels = labels.astype(bool)
-    # Ribs and vessels of a 32-pixel image are finer than its pixels: draw them at twice the size, then average.
-    n = size if size >= 56 else 2 * size
+    n, blocks = exact.blocks(len(patients), size)
     draws = Draws(seed, patients, styles, STYLES)
-    out = Phantoms(
-        images=np.empty((len(patients), size, size), np.uint8),
-        lesion=np.empty((len(patients), size, size), bool),
-        lung=np.empty((len(patients), size, size), bool),
-        kind=np.empty(len(patients), np.int64),
-    )
-    step = max(1, _BLOCK_PIXELS // (n * n))
-    for start in range(0, len(patients), step):
-        rows = slice(start, start + step)
-        grey, lesion, lung, kind = _render_block(draws.rows(rows), labels[rows], n)
-        if n != size:
-            grey, lesion, lung = halve(grey), halve(lesion.astype(_F)) >= 0.5, halve(lung.astype(_F)) >= 0.5
-        out.images[rows] = np.minimum(np.maximum(np.floor(grey * 255 + 0.5), 0), 255).astype(np.uint8)
-        out.lesion[rows], out.lung[rows], out.kind[rows] = lesion, lung, kind
-    return out
+    images = np.empty((len(patients), size, size), np.uint8)
+    lesion, lung, kind = np.empty_like(images, bool), np.empty_like(images, bool), np.empty(len(patients), np.int64)
+    for rows in blocks:
+        *drawn, kind[rows] = _render_block(draws.rows(rows), labels[rows], n)
+        images[rows], lesion[rows], lung[rows] = (finished(array, size) for array in drawn)
+    return Phantoms(images, lesion, lung, kind)
 
 
 # ---------------------------------------------------------------------------------------- patient and geometry
@@ -482,7 +472,7 @@ def _render_block(d: Draws, labels: np.ndarray, n: int) -> tuple[np.ndarray, ...
     attenuation, lesion, lung = _attenuation(d, f, h, kind, labels[:, None, None])
     intensity = exp(-np.minimum(attenuation, 14))  # Beer-Lambert: exp(-line integral); 14 is black enough
     intensity = _uneven_beam(d, f, intensity + d.styled("scatter") * _scatter(intensity))
-    grey = _display(d, h, -log(_blur(d, _quantum_noise(d, intensity))))
+    grey = _display(d, h, -log(blurred(_quantum_noise(d, intensity), d.styled("blur"))))
     return _collimate(d, f, grey), lesion, lung, kind[:, 0, 0]
 
 
@@ -504,13 +494,9 @@ def _attenuation(d: Draws, f: _Frame, h: _Habitus, kind: np.ndarray, ill: np.nda
     tissue = np.maximum(tissue + _breasts(d, f, h), 0)
     bone = _skeleton(d, f, lungs)
     total = (_MU_TISSUE * tissue + _MU_BONE * bone) * (body > 0) + _leads(d, f) + _MU_LEAD * _marker(d, f)
-    return total, _visible(_MU_TISSUE * filled * (1 - density) * lung), mask
-
-
-def _visible(opacity: np.ndarray) -> np.ndarray:
-    """The lesion mask: where the lesion's own line integral is above 0.02 and a third of its maximum."""
+    opacity = _MU_TISSUE * filled * (1 - density) * lung  # the lesion's own line integral
     peak = opacity.max(axis=(1, 2), keepdims=True)
-    return opacity > np.maximum(0.35 * peak, 0.02)
+    return total, opacity > np.maximum(0.35 * peak, 0.02), mask
 
 
 def _leads(d: Draws, f: _Frame) -> np.ndarray:
@@ -568,11 +554,6 @@ def _quantum_noise(d: Draws, intensity: np.ndarray) -> np.ndarray:
     n = intensity.shape[1]
     per_unit = d.styled("dose") * _F(7.389 * (64 / n) ** 2)  # e^2: the dose is quoted behind two attenuation lengths
     return counted(d, f"quanta {n}", intensity, per_unit, least=0.3)
-
-
-def _blur(d: Draws, intensity: np.ndarray) -> np.ndarray:
-    """Detector unsharpness."""
-    return blurred(intensity, d.styled("blur"))
 
 
 def _display(d: Draws, h: _Habitus, density: np.ndarray) -> np.ndarray:

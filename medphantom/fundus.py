@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medphantom.exact import Draws, blurred, checked, counted, ease, exp, halve, lattice_noise, root, sq, turn, where
+from medphantom import exact
+from medphantom.exact import Draws, blurred, checked, counted, ease, exp, finished, lattice_noise, root, sq, turn, where
 
 GRADES = ("normal", "mild", "referable")
 SIZES = (28, 224)
@@ -61,7 +62,6 @@ _DISC, _CUP = (1.00, 0.78, 0.50), (1.00, 0.93, 0.74)
 _EXUDATE, _COTTON, _DRUSE = (0.95, 0.86, 0.44), (0.84, 0.79, 0.67), (0.80, 0.58, 0.27)
 # fmt: on
 
-_BLOCK_PIXELS = 32768  # pixels rendered at once: the working arrays then stay in the cache
 _VISIBLE = 0.06  # change of a colour that counts as a lesion
 _ARCADES = tuple((kind, side) for kind in ("artery", "vein") for side in ("upper", "lower"))
 _F = np.float32
@@ -102,20 +102,14 @@ def render(patients, labels, *, seed: int, size: int = 32, style="A") -> Fundi:
     depends on (seed, patient, grade, size, style) only; the grade adds lesions and changes nothing else of the eye.
     """
     patients, grades, styles = checked(patients, labels, size, style, classes=GRADES, sizes=SIZES, styles=STYLES)
-    # Vessels and dots of a small image are finer than its pixels: draw them at twice the size, then average.
-    n = size if size >= 56 else 2 * size
+    n, blocks = exact.blocks(len(patients), size)
     draws = Draws(seed, patients, styles, STYLES)
     out = Fundi(np.empty((len(patients), size, size, 3), np.uint8), np.empty((len(patients), size, size), bool))
-    step = max(1, _BLOCK_PIXELS // (n * n))
-    for start in range(0, len(patients), step):
-        rows = np.arange(start, min(start + step, len(patients)))
+    for rows in blocks:
         colours, lesion = _render_block(draws, rows, grades[rows], n)
-        if n != size:
-            colours, lesion = [halve(c) for c in colours], halve(lesion.astype(_F)) >= 0.5
+        out.lesion[rows] = finished(lesion, size)
         for channel, value in enumerate(colours):
-            grey = np.minimum(np.maximum(np.floor(value * 255 + 0.5), 0), 255)
-            out.images[rows, :, :, channel] = grey.astype(np.uint8)
-        out.lesion[rows] = lesion
+            out.images[rows, :, :, channel] = finished(value, size)
     return out
 
 

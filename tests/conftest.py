@@ -148,7 +148,7 @@ def without_simd():
         path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(enabled), "PYTHONPATH": path}
         done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         still_enabled, found = json.loads(done.stdout)

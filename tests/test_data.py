@@ -4,7 +4,6 @@ import hashlib
 import io
 import itertools
 import pickle
-import re
 import shutil
 import socket
 import sys
@@ -255,8 +254,8 @@ IMAGES, LABELS = np.zeros((20, 28, 28), np.uint8), np.arange(20) % 2
 WRONG_ARRAYS = [
     ({"val_labels": None}, "key val_labels is missing"),
     ({"train_images": IMAGES.astype(np.float32)}, "train_images is float32; it must be uint8"),
-    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64 and contains NaN"),
-    ({"test_labels": np.where(LABELS, np.nan, 0.0)}, "test_labels is float64 and contains NaN"),
+    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64; it must be uint8"),
+    ({"test_labels": np.where(LABELS, np.nan, 0.0)}, "test_labels is float64; it must be an integer"),
     ({"train_labels": LABELS * 1.0}, "train_labels is float64; it must be an integer"),
     ({"train_images": IMAGES[:, :24]}, "train_images is (20, 24, 28); it must be square"),
     ({"train_images": np.zeros((20, 28, 28, 2), np.uint8)}, "(20, 28, 28, 2); it must be square"),
@@ -471,23 +470,14 @@ def test_every_flavour_with_flat_images_and_one_label_has_a_name():
     assert set(data.SOURCES) == flat | {"phantom", "fundus", "npz", "folder"}
 
 
-def test_the_recipe_of_a_cohort(cohorts, monkeypatch):
-    """What CONTRIBUTING says, appended to sources.py."""
-    text = (paths.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (code,) = re.findall(
-        r"<!-- recipe: cohort; file: medsec/data/sources.py; append -->\n```python\n(.*?)```", text, re.S
-    )
-    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
-    exec(code, vars(sources))
-    monkeypatch.delattr(sources, "stripes")
-    cohort = data.load("stripes", cohorts, size=32)
-    assert (cohort.size, cohort.channels, cohort.classes) == (32, 1, ("lying", "upright"))
-    x, y = data.tensors(cohort)["test"]
-    assert (x.shape, y.dtype) == ((200, 1, 32, 32), torch.int64)
-    assert 0 <= x.min() < x.max() <= 1
-    upright = x.mean(2).var(-1) > x.mean(3).var(-1)  # columns differ, rows do not
-    assert torch.equal(upright[:, 0].long(), y)
-    assert "| test | 200 | 100 | 100 |" in data.describe(cohort)
+def test_tensors(tiny_npz, npz_cohorts):
+    cohort = data.load("npz", npz_cohorts(tiny_npz(classes=3, channels=3)))
+    held = data.tensors(cohort)
+    assert tuple(held) == data.SPLITS
+    x, y = held["val"]
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    assert torch.equal((x * 255).round().to(torch.uint8), torch.from_numpy(cohort["val"].images))
+    assert y.tolist() == cohort["val"].labels.tolist()
 
 
 def test_wrong_sizes(cohorts):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import params, record_designs
+from experiments import params
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense import cells as ev
 from experiments.adversarial_pruning_defense import figures as evasion_plots
+from experiments.adversarial_pruning_defense import record as evasion_record
 from experiments.adversarial_pruning_defense import tables as evasion_tables
 from medsec.core import paths
 from medsec.core.errors import InputError
@@ -406,7 +407,7 @@ def test_an_arm_is_measured_beside_the_lesions_of_the_phantom(p):
 
 def test_the_record_has_every_arm_on_five_seeds_and_the_whole_test_set():
     full = params.load("full")
-    cells = record_designs.cells_04("phantom", full)
+    cells = evasion_record.plan("phantom", full)
     assert len({cell.name for cell in cells}) == len(cells)
     for variant in evasion_arms.VARIANTS:
         assert len({c.seed for c in cells if c.arm == "arm" and c.variants == (variant,)}) >= 5

@@ -21,23 +21,6 @@ MAPS = {
 }
 
 
-def _forest(table: pd.DataFrame, column: str, looks: Mapping[str, tuple], lines: Mapping[str, float], size, *, width):
-    """Value and interval of the quantities that ``column`` names, arm by arm; other values (``lines``) as vertical lines."""
-    variants = list(dict.fromkeys(table["variant"]))
-    fig, ax = plt.subplots(figsize=(WIDTH, size[0] * len(variants) + size[1]), layout="constrained")
-    for name, (colour, marker, shift, label) in looks.items():
-        rows = table[table[column] == name]
-        heights = [variants.index(v) + shift for v in rows["variant"]]
-        ax.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=width)
-        ax.plot(rows["value"], heights, marker, color=colour, markersize=size[2], linestyle="none", label=label or None)
-    for (label, value), style in zip(lines.items(), (":", "--"), strict=False):
-        ax.axvline(value, color="0.4", linewidth=0.9, linestyle=style, label=label)
-    ax.set(yticks=range(len(variants)), yticklabels=variants, xlim=(0, 1.02))
-    ax.invert_yaxis()
-    fig.legend(loc="outside lower center", ncols=2)
-    return fig, ax
-
-
 def rates(table: pd.DataFrame, published: Mapping[str, float], title: str):
     """Three numbers that have been called defence rate, arm by arm.
 
@@ -47,10 +30,8 @@ def rates(table: pd.DataFrame, published: Mapping[str, float], title: str):
         title: of the figure.
     """
     lines = {f"published: {label}": value for label, value in published.items()}
-    fig, ax = _forest(table, "metric", RATES, lines, (0.4, 1.5, 5), width=1.3)
-    ax.set_xlabel("defence rate (share of the examples)")
-    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    return fig, ax
+    table = table.rename(columns={"variant": "name", "metric": "group"})
+    return plots.forest(table, title, "defence rate (share of the examples)", RATES, lines=lines, xlim=(0, 1.02))
 
 
 def examples(
@@ -116,7 +97,6 @@ def pointing(table: pd.DataFrame, controls: Mapping[str, float], title: str):
     gates = [name for name in dict.fromkeys(table["map"]) if name not in MAPS]
     label = "attention gates, from the image inwards"
     looks = MAPS | {name: ("#009E73", "s", 0.08 + 0.1 * i, "" if i else label) for i, name in enumerate(gates)}
-    fig, ax = _forest(table, "map", looks, controls, (0.5, 1.4, 4.5), width=1.2)
-    ax.set_xlabel("share of the images with a lesion in which the map's highest point lies in it")
-    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
-    return fig, ax
+    table = table.rename(columns={"variant": "name", "map": "group"})
+    label = "share of the images with a lesion in which the map's highest point lies in it"
+    return plots.forest(table, title, label, looks, lines=controls, xlim=(0, 1.02))

@@ -207,9 +207,6 @@ def _member(archive: zipfile.ZipFile, key: str, where: str) -> np.ndarray:
 
 def _split(images: np.ndarray, labels: np.ndarray, name: str, where: str) -> Split:
     """A `Split` from (N, H, W) or (N, H, W, C) uint8 images and (N,) or (N, 1) integer labels, or an `InputError`."""
-    for key, array in (("images", images), ("labels", labels)):
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            raise InputError(f"{where}: {name}_{key} is {array.dtype} and contains NaN")
     if images.dtype != np.uint8:
         raise InputError(f"{where}: {name}_images is {images.dtype}; it must be uint8, 0 to 255")
     if labels.dtype.kind not in "iu":

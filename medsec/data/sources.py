@@ -161,35 +161,27 @@ def _meta(cohort: PhantomCohort) -> dict:
 
 def _stored(place: Path, cohort: PhantomCohort) -> dict[str, np.ndarray]:
     """The arrays of `_render` from the folder ``place``, after a check that they are what the parameters ask for."""
-    meta, arrays = _read_meta(place / "meta.json"), {}
+    try:
+        meta = json.loads((place / "meta.json").read_bytes())
+        hashes = {name: meta["sha256"][f"{name}.npy"] for name in _STORED}
+        content = {name: (place / f"{name}.npy").read_bytes() for name in _STORED}
+    except FileNotFoundError as error:
+        raise InputError(f"the phantom cohort is missing ({_show(Path(error.filename))}); {_RESTORE}") from None
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{_show(place / 'meta.json')} is damaged; delete {_show(place)}, then {_RESTORE}") from None
     for key, wanted in _meta(cohort).items():
         if meta.get(key) != wanted:
             differs = f"{key} {meta.get(key)}, the parameters ask for {wanted}"
             raise InputError(f"the stored phantom cohort has {differs}; {_REGENERATE}")
     for name in _STORED:
-        file = place / f"{name}.npy"
-        if not file.is_file():
-            raise InputError(f"{_show(file)} is missing; delete {_show(place)}, then {_RESTORE}")
-        content = file.read_bytes()
-        if _sha256(content) != meta["sha256"].get(file.name):
-            raise InputError(f"{_show(file)} is damaged or altered; delete {_show(place)}, then {_RESTORE}")
-        arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
+        if _sha256(content[name]) != hashes[name]:
+            file = _show(place / f"{name}.npy")
+            raise InputError(f"{file} is damaged or altered; delete {_show(place)}, then {_RESTORE}")
+    arrays = {name: np.load(io.BytesIO(content[name]), allow_pickle=False) for name in _STORED}
     shape = arrays["images"].shape
     for name in ("lesion", "lung"):
         arrays[name] = np.unpackbits(arrays[name], count=int(np.prod(shape))).reshape(shape).astype(bool)
     return arrays
-
-
-def _read_meta(file: Path) -> dict:
-    try:
-        meta = json.loads(file.read_bytes())
-        if isinstance(meta["sha256"], dict):
-            return meta
-    except FileNotFoundError:
-        raise InputError(f"the phantom cohort is missing ({_show(file)}); {_RESTORE}") from None
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise InputError(f"{_show(file)} is damaged; delete {_show(file.parent)}, then {_RESTORE}")
 
 
 def _sha256(content: bytes) -> str:
