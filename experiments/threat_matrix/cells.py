@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from experiments.adversarial_pruning_defense.arms import test_order
-from experiments.adversarial_pruning_defense.scenarios import craft
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
@@ -45,6 +44,7 @@ from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec.backdoor import triggers
 from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
+from medsec.evasion.scenarios import craft
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
 from medsec.federated.rounds import rounds_until
