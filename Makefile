@@ -58,6 +58,7 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 	$(PY) -m experiments params >/dev/null
 	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest
+	$(PY) -m pytest --quiet --doctest-modules medsec
 	$(if $(EXECUTED),$(REPLAY))
 
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
