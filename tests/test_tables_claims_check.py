@@ -654,7 +654,7 @@ def checkout(tmp_path, table, ledgers, monkeypatch):
 
 
 def test_the_committed_tables_agree_with_themselves(checkout, capsys):
-    assert check.against_commit("phantom") == {"01_test": []}
+    assert check.against_commit("phantom") == {"01_test": ([], [])}
     assert main(["check"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "01_test (phantom): ok",
