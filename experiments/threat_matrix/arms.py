@@ -130,9 +130,7 @@ def _instruments(name: str, seed: int, cohorts_json: str, autoencoder_json: str)
     """Like notebook 03's, without the attacker's own generator, which no attacker of this notebook uses."""
     p = AutoencoderParams.model_validate_json(autoencoder_json)
     cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
-    splits = {
-        split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in cohort.splits.items()
-    }
+    splits = data.tensors(cohort)
     own = derive_seed(seed, "defender")
     trained = train_autoencoder(splits["public"][0], latent=p.latent, seed=own, epochs=p.epochs, lr=p.lr, batch=p.batch)
     return cohort, splits, trained, nn.Identity()

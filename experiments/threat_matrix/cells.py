@@ -1,33 +1,25 @@
 """What notebook 05 measures: every defence of the three papers against every attack, on one federation of one classifier.
 
-`rows_of` runs one seed of one row: a federation without an attack, and one for each way to plant a backdoor. Gradient inversion
-takes the network in the middle of the training without an attack, evasion the one at its end. So one network answers to all
-three papers.
+Each row of the matrix is a federation without an attack, and one for each way to plant a backdoor. Gradient inversion takes the
+network in the middle of the training without an attack, evasion the one at its end. So one network answers to all papers.
 
-Scenarios:
+Scenarios: ``no_attack``; ``backdoor``, a client poisons a little and leaves out the defence that clients are to run;
+``boost_liar``, it poisons all it can, scales its update and reports the honest clients' loss; ``compliant``, like ``backdoor``,
+but it runs the defence, as where it cannot change the software. Gradient inversion: ``naive``, the attacker does not know the
+defence; ``adaptive``, it does; ``prior_only``, the floor without any gradient; ``midway``, the network that is attacked.
+Evasion: ``pgd20``; ``noise``, its control; ``constant``, a network that always gives the same answer.
 
-* ``no_attack``
-* ``backdoor``: a client poisons a little and leaves out the defence that clients are to run.
-* ``boost_liar``: it poisons all it can, scales its update and reports the loss of the honest clients.
-* ``compliant``: like ``backdoor``, but the client runs the defence, as where it cannot change the software.
-* ``naive``, ``adaptive``: gradient inversion by an attacker who does not know the defence, and by one who does.
-* ``prior_only``: the floor of gradient inversion, without any gradient. ``midway``: the network whose gradients are attacked.
-* ``pgd20``: evasion. ``noise``: its control. ``constant``: the score of a network that always gives the same answer.
-
-New metrics:
+New metrics, of which a PSNR under ``prior_only`` counts as ``prior_only`` in all differences:
 
 * ``attack_success``: of the test images of other classes that are classified correctly, the share that the trigger turns into
-  the target class (``no_attack`` is the control).
-* ``called_target``: the share of the same images that is called the target class without a trigger.
-* ``<metric>_minus_none``: difference to no defence, same seed and scenario. Here and below, a PSNR under ``prior_only`` counts
-  as ``prior_only``.
+  the target class. ``called_target``: the share of the same images that is called the target class without a trigger.
+* ``<metric>_minus_none``: difference to no defence, same seed and scenario.
 * ``<metric>_minus_matched``: difference to the undefended network of the same seed after the number of rounds at which its AUC
   is nearest to the row's. A network that has learnt less may reveal more, whatever keeps it from learning.
 * ``<metric>_minus_part``: difference of a stack to the part of it that is made for the threat (`PARTS`).
 
 Key column ``round``, of gradient inversion: empty for gradients in the middle of the training (``matrix.leak_after``), a number
-for those after so many rounds (``none`` only), ``network`` for gradients of unchanged images on an adversarially trained
-network.
+after so many rounds (``none`` only), ``network`` for unchanged images on an adversarially trained network.
 """
 
 import dataclasses
@@ -39,8 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from experiments.adversarial_pruning_defense import arms as evasion_arms
-from experiments.adversarial_pruning_defense import cells as evasion_eval
+from experiments.adversarial_pruning_defense.arms import test_order
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import cells as inversion_eval
 from experiments.gia_defense import clients as inversion_clients
@@ -53,6 +44,7 @@ from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec.backdoor import triggers
 from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
+from medsec.evasion.scenarios import craft
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
 from medsec.federated.rounds import rounds_until
@@ -61,26 +53,27 @@ from medsec.inversion.adaptive import known_entries
 from medsec.inversion.attacks import Reconstructions
 from medsec.nets import fit as classifier
 
+Answers = dict[tuple[str, str], tuple[float, int]]  # (scenario, metric) -> value, and on how many items it rests
 KEYS = ("round",)
 NETWORK = "network"
 VICTIM = 1  # the client whose images are attacked; client 0 is the one that may be malicious
 LIKENESS = ("psnr", "ssim", "retrieval", "retrieval_projected")
 COMPARED = ("auc", "balanced_accuracy", "attack_success", "psnr", "retrieval")  # metrics with differences
+SHARES = (
+    "balanced_accuracy",
+    "attack_success",
+    "called_target",
+    "weight",
+    "weight_lost",
+    "sparsity",
+    "failed",
+    "accuracy",
+)
 UNITS = {
+    **dict.fromkeys((*SHARES, "retrieval", "retrieval_projected", "dr_whitebox"), "share"),
     "auc": "AUC",
-    "balanced_accuracy": "share",
-    "attack_success": "share",
-    "called_target": "share",
-    "weight": "share",
-    "weight_lost": "share",
-    "sparsity": "share",
     "psnr": "dB",
     "ssim": "similarity",
-    "retrieval": "share",
-    "retrieval_projected": "share",
-    "failed": "share",
-    "accuracy": "share",
-    "dr_whitebox": "share",
 }
 
 
@@ -152,37 +145,42 @@ def rows_of(cohort: str, params: Params, variants: str | tuple[str, ...], seed: 
     torch.set_num_threads(1)
     names = (variants,) if isinstance(variants, str) else variants
     rows = {name: arms.row(name) for name in names}  # a wrong name is reported before any training
-    setup, memo, parts = arms.prepare(cohort, params), {}, []
+    setup, memo, lines = arms.prepare(cohort, params), {}, []
     for name, row in rows.items():
         done = {
             scenario: federation.train(setup, row, scenario, setup.params.matrix, seed, memo)
             for scenario in ATTACKS
             if missing(name, scenario) is None
         }
-        parts += [_federation_rows(setup, name, scenario, trained, seed) for scenario, trained in done.items()]
-        parts.append(_inversion_rows(setup, name, row, done["no_attack"], seed))
-        parts.append(_evasion_rows(setup, name, done["no_attack"], seed))
-    return pd.concat(parts, ignore_index=True)
+        answers = [("", _federation(setup, scenario, trained)) for scenario, trained in done.items()]
+        answers += _inversion(setup, row, done["no_attack"], seed)
+        answers.append(("", _evasion(setup, row, done["no_attack"].model, seed)))
+        lines += [
+            tables.run_row(KEYS, seed, name, scenario, metric, value, n, UNITS[metric], round=key)
+            for key, part in answers
+            for (scenario, metric), (value, n) in part.items()
+        ]
+    return pd.DataFrame(lines)
 
 
-def _federation_rows(setup: Setup, variant: str, scenario: str, done: Federation, seed: int) -> pd.DataFrame:
+def _federation(setup: Setup, scenario: str, done: Federation) -> Answers:
     """How good the classifier of a federation is, what the trigger does to it, and how much each client counted."""
     x, y = setup.splits["test"]
-    rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
     predicted = classifier.predict(done.model, x)
-    rows.add("auc", classifier.auc(predicted, y), len(y))
-    rows.add("balanced_accuracy", classifier.balanced_accuracy(predicted, y), len(y))
-    rows.add("sparsity", pruning.sparsity(done.model), 1)
-    for metric, (value, n) in backdoor(setup, done.model).items():
-        rows.add(metric, value, n)
     m, warm_up = len(done.perturbations), rounds_until(setup.params.matrix.warm_up, len(done.diagnostics))
     weights = pd.DataFrame([d.get("weights", {}) for d in done.diagnostics[warm_up:]]).reindex(columns=range(m))
     weights = weights.fillna(0.0).to_numpy()
     honest = weights if scenario == "no_attack" else np.delete(weights, ATTACKER, axis=1)
-    rows.add("weight_lost", (1 - m * honest).clip(min=0).mean(), honest.size)
+    answers = {
+        "auc": (classifier.auc(predicted, y), len(y)),
+        "balanced_accuracy": (classifier.balanced_accuracy(predicted, y), len(y)),
+        "sparsity": (pruning.sparsity(done.model), 1),
+        **backdoor(setup, done.model),
+        "weight_lost": ((1 - m * honest).clip(min=0).mean(), honest.size),
+    }
     if scenario != "no_attack":
-        rows.add("weight", weights[:, ATTACKER].mean(), len(weights))
-    return rows.table()
+        answers["weight"] = weights[:, ATTACKER].mean(), len(weights)
+    return {(scenario, metric): answer for metric, answer in answers.items()}
 
 
 def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
@@ -203,8 +201,8 @@ def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
 # Gradient inversion --------------------------------------------------------------------------------------------------
 
 
-def _inversion_rows(setup: Setup, variant: str, row: Row, clean: Federation, seed: int) -> pd.DataFrame:
-    """The victims' gradients in the middle of the training, and the other conditions of the key column."""
+def _inversion(setup: Setup, row: Row, clean: Federation, seed: int) -> list[tuple[str, Answers]]:
+    """By key: the victims' gradients in the middle of the training, and in the other conditions of the key column."""
     middle = rounds_until(setup.params.matrix.leak_after, len(clean.diagnostics))
     perturb = clean.perturbations[VICTIM]
     plan = [("", middle, row, perturb)]
@@ -212,16 +210,12 @@ def _inversion_rows(setup: Setup, variant: str, row: Row, clean: Federation, see
         plan += [(str(round_idx), round_idx, row, perturb) for round_idx in range(middle)]
     if row.trained_against and row.images == "none":
         plan.append((NETWORK, middle, dataclasses.replace(row, trained_against=False), None))
-    model, (x, y), parts = arms.network(setup, row, seed), setup.splits["test"], []
+    model, (x, y), answers = arms.network(setup, row, seed), setup.splits["test"], []
     for key, round_idx, used, change in plan:
         model.load_state_dict(clean.states[round_idx])
-        answers = {("midway", "auc"): (classifier.auc(classifier.predict(model, x), y), len(y))}
-        answers |= _inverted(setup, used, model, change, clean.keep, round_idx, seed)
-        for (scenario, metric), (value, n) in answers.items():
-            rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
-            rows.add(metric, value, n, round=key)
-            parts.append(rows.table())
-    return pd.concat(parts, ignore_index=True)
+        learnt: Answers = {("midway", "auc"): (classifier.auc(classifier.predict(model, x), y), len(y))}
+        answers.append((key, learnt | _inverted(setup, used, model, change, clean.keep, round_idx, seed)))
+    return answers
 
 
 def _inverted(
@@ -232,8 +226,8 @@ def _inverted(
     keep: pruning.Masks | None,
     round_idx: int,
     seed: int,
-) -> dict[tuple[str, str], tuple[float, int]]:
-    """(scenario, metric) -> mean over the victims and their number, each under the attack that is strongest for it."""
+) -> Answers:
+    """Means over the victims, each under the attack that is strongest for it."""
     images, labels = (
         [part[VICTIM], *part[:VICTIM], *part[VICTIM + 1 :]] for part in inversion_clients.deal(setup, seed)
     )
@@ -292,28 +286,25 @@ def known(setup: Setup, row: Row, case: Case, seed: int) -> dict[str, Reconstruc
 # Evasion -------------------------------------------------------------------------------------------------------------
 
 
-def _evasion_rows(setup: Setup, variant: str, clean: Federation, seed: int) -> pd.DataFrame:
+def _evasion(setup: Setup, row: Row, model: nn.Module, seed: int) -> Answers:
     """The final network without an attack on the federation, under white-box PGD, and under noise as strong (control)."""
     p = setup.params.evasion
-    everything = setup.params.model_copy(update={"evasion": p.model_copy(update={"test_images": None})})
-    order = evasion_arms.test_order(everything, len(setup.splits["test"][0]))[: setup.params.matrix.test_images]
+    fewer = p.model_copy(update={"test_images": setup.params.matrix.test_images})
+    order = test_order(setup.params.model_copy(update={"evasion": fewer}), len(setup.splits["test"][0]))
     x, y = (part[order] for part in setup.splits["test"])
-    right = classifier.predict(clean.model, x).argmax(1) == y
-    parts = []
+    right = classifier.predict(model, x).argmax(1) == y
+    answers: Answers = {}
     for scenario in ("noise", "pgd20"):
-        made = evasion_eval.craft(scenario, clean.model, x, y, p.eps / 255, p.attacks, seed)
-        predicted = classifier.predict(clean.model, made)
-        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
-        rows.add("accuracy", float((predicted.argmax(1) == y).float().mean()), len(y))
-        rows.add("balanced_accuracy", classifier.balanced_accuracy(predicted, y), len(y))
+        made = craft(scenario, model, x, y, p.eps / 255, p.attacks, seed)
+        predicted = classifier.predict(model, made)
+        still = (predicted.argmax(1) == y).float()
+        answers[scenario, "accuracy"] = float(still.mean()), len(y)
+        answers[scenario, "balanced_accuracy"] = classifier.balanced_accuracy(predicted, y), len(y)
         if right.any():
-            rows.add("dr_whitebox", float((predicted.argmax(1) == y)[right].float().mean()), int(right.sum()))
-        parts.append(rows.table())
-    if variant == "none":
-        rows = tables.Rows(KEYS, UNITS, seed, variant, "constant")
-        rows.add("balanced_accuracy", 1 / len(set(y.tolist())), len(y))
-        parts.append(rows.table())
-    return pd.concat(parts, ignore_index=True)
+            answers[scenario, "dr_whitebox"] = float(still[right].mean()), int(right.sum())
+    if row == ROWS["none"]:
+        answers["constant", "balanced_accuracy"] = 1 / len(set(y.tolist())), len(y)
+    return answers
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ it also scales its update and reports the loss of the honest clients, as the thr
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update
+from medsec.nets import fit
 
 ATTACKER = 0
 STATELESS = ("none", "shadow_hardened", "public_only")  # image defences that remember nothing from batch to batch
@@ -180,8 +182,7 @@ def trainer(
 ) -> Callable[[int, State, int, Masks | None], Update]:
     """``(client, state, round, keep) -> Update``: one local epoch of a copy of ``model``.
 
-    Federations share epochs: all attacks have the same first round of honest clients, and a server that does nothing yet
-    leaves all states as they are without it. ``memo`` keeps such an epoch under a hash of everything that decides it.
+    Federations share epochs, such as the honest clients' first. ``memo`` keeps them under a hash of all that decides them.
     """
     order, local = derive_seed(seed, "again") if row.again else seed, copy.deepcopy(model)
     settings = setup.cohort.name, setup.params.model_dump_json(), p.model_dump_json(), seed, order
@@ -193,7 +194,7 @@ def trainer(
         if key not in memo or m.row.images not in STATELESS:
             local.load_state_dict(state)
             rng = torch_generator(order, "local", i, round_idx)
-            memo[key] = local_epoch(local, m.images, m.labels, m.perturb, p.federation, round_idx, rng, keep)
+            memo[key] = local_epoch(m, local, p.federation, round_idx, rng, keep)
         sent, losses = memo[key]
         return Update(i, dict(sent), len(m.images), {"loss_g": float(np.mean(losses)), "last_loss_g": losses[-1]})
 
@@ -201,41 +202,34 @@ def trainer(
 
 
 def local_epoch(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    perturb: Callable | None,
-    p: FedClsParams,
-    round_idx: int,
-    rng: torch.Generator,
-    keep: Masks | None,
+    member: Member, model: nn.Module, p: FedClsParams, round_idx: int, rng: torch.Generator, keep: Masks | None
 ) -> tuple[State, list[float]]:
     """The state after one epoch of SGD with momentum, and the loss of every batch. ``model`` itself is trained."""
-    losses = []
+
+    def loss(rows: Tensor) -> Tensor:
+        x, y = member.images[rows], member.labels[rows]
+        x = x if member.perturb is None else member.perturb(model, x, y, round_idx)
+        return F.cross_entropy(model(x), y)
+
     optimizer = torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, fused=True)
-    for batch in torch.randperm(len(images), generator=rng).split(p.batch):
-        x, y = images[batch], labels[batch]
-        x = x if perturb is None else perturb(model, x, y, round_idx)
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if keep is not None:
-            pruning.apply(model, keep)
-        losses.append(loss.item())
-    return _snapshot(model), losses
+    prune = functools.partial(pruning.apply, model, keep) if keep else None
+    n = len(member.images)
+    losses = fit.train(loss, n, optimizer, epochs=1, batch=p.batch, rng=rng, after_step=prune)
+    return _snapshot(model), losses.tolist()
 
 
 def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: float) -> list[Update]:
     """The updates as they reach the server: the attacker's is scaled about ``received``, and its losses are invented."""
-    honest, changed = [u for u in updates if u.client != ATTACKER], []
-    for u in updates:
-        if u.client == ATTACKER and attack.boosts:
+    honest = [u for u in updates if u.client != ATTACKER]
+
+    def forged(u: Update) -> Update:
+        if attack.boosts:
             u = replace(u, state=scale_update(u.state, received, boost))
-        if u.client == ATTACKER and attack.lies and honest:
+        if attack.lies and honest:
             u = replace(u, metrics={k: falsified([h.metrics[k] for h in honest], "median") for k in u.metrics})
-        changed.append(u)
-    return changed
+        return u
+
+    return [forged(u) if u.client == ATTACKER else u for u in updates]
 
 
 def _snapshot(model: nn.Module) -> State:

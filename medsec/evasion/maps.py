@@ -5,24 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, LayerGradCam
+from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
 from medsec.evasion.attacks import check_inputs
 from medsec.nets import cbam
+from medsec.nets.gradcam import grad_cam
 
-__all__ = ["attention_maps", "grad_cam", "integrated_gradients"]
+__all__ = ["attention_maps", "integrated_gradients", "pointing"]
 
 STEPS = 16  # of the path of Integrated Gradients
-
-
-def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) of class y at the last convolutional map: (N, S, S), at least 0."""
-    check_inputs(model, x, y)
-    with torch.enable_grad():
-        maps = LayerGradCam(model, model.blocks).attribute(x, target=y, relu_attributions=True)
-    return _enlarged(maps.detach(), x)
 
 
 def integrated_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -35,16 +28,18 @@ def integrated_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Pixel gates of every attention module, ``cbam1`` the nearest to the image: (N, S, S) in (0, 1)."""
-    return {f"cbam{i}": _enlarged(m, x) for i, m in enumerate(cbam.maps(model, x), start=1)}
-
-
-def _enlarged(maps: Tensor, x: Tensor) -> Tensor:
-    return F.interpolate(maps, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    gates = enumerate(cbam.maps(model, x), start=1)
+    return {
+        f"cbam{i}": F.interpolate(gate, x.shape[2:], mode="bilinear", align_corners=False)[:, 0] for i, gate in gates
+    }
 
 
 def attributions(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """All maps of a network by name, (N, S, S) each."""
-    maps = {"grad_cam": grad_cam(model, x, y), "integrated_gradients": integrated_gradients(model, x, y)}
+    """All maps of a `SmallResNet` by name, (N, S, S) each."""
+    maps = {
+        "grad_cam": grad_cam(model, x, y, layer="blocks"),
+        "integrated_gradients": integrated_gradients(model, x, y),
+    }
     return maps | (attention_maps(model, x) if cbam.modules(model) else {})
 
 

@@ -172,6 +172,10 @@ def run(job: Job) -> nbformat.NotebookNode:
     """
     raw = job.temporary / "raw.ipynb"
     try:
+        config = job.temporary / "ipython" / "profile_default" / "ipython_kernel_config.py"
+        config.parent.mkdir(parents=True)
+        # Not: a warning at every start that the local connection is plain, an error when a failed run ends its kernel.
+        config.write_text("c.IPKernelApp.log_level = 50\n", encoding="utf-8")
         with environment(kernel_environment(job)):
             return papermill.execute_notebook(
                 job.notebook.resolve(),
