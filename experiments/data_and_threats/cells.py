@@ -72,16 +72,15 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
     torch.set_num_threads(1)  # one and two threads give different bits
     p, cohort = params.threats, data.load(name, params.cohorts)
     own = cohort["client"].take(cohort["client"].site == site)
-    rng = np.random.default_rng(derive_seed(seed, "shift", site))
-    own = own.take(rng.permutation(len(own))[: p.shift_images])
+    own_seed = derive_seed(seed, "shift", site)
+    own = own.take(np.random.default_rng(own_seed).permutation(len(own))[: p.shift_images])
     x, y = torch.from_numpy(own.float()), torch.from_numpy(own.labels)
-    train_seed = derive_seed(seed, "shift", site)
-    model = classifier.fit(x, y, cohort.n_classes, params.classifier, epochs=p.shift_epochs, seed=train_seed)
+    model = classifier.fit(x, y, cohort.n_classes, params.classifier, epochs=p.shift_epochs, seed=own_seed)
     rows = []
     for other, letter in enumerate(cohort.sites):
         held = cohort["reference"].take(cohort["reference"].site == other)
-        found = classifier.predict(model, torch.from_numpy(held.float()))
-        value = classifier.balanced_accuracy(found, torch.from_numpy(held.labels))
+        predictions = classifier.predict(model, torch.from_numpy(held.float()))
+        value = classifier.balanced_accuracy(predictions, torch.from_numpy(held.labels))
         keys = {"train_site": cohort.sites[site], "test_site": letter}
         rows.append(_row("classifier", "style_shift", value, len(held), "balanced accuracy", seed, **keys))
     return rows
