@@ -712,11 +712,6 @@ def test_phantom_of_a_class_too_few(cohorts):
 @pytest.fixture
 def command(cohorts, monkeypatch, tmp_path):
     """`medsec.data.sources.main` on the small cohorts and an empty data folder."""
-
-    class Loaded:
-        pass
-
-    Loaded.cohorts = cohorts
     monkeypatch.setattr(sources.params, "validated", lambda *_: cohorts)
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     return sources.main

@@ -174,16 +174,13 @@ def test_what_is_skipped_is_reported(tree, pointed, capsys, monkeypatch):
     ):
         assert line in cohort.flaws
 
-    class Loaded:
-        cohorts = pointed(tree)
-
-    monkeypatch.setattr(params, "load", lambda profile: Loaded)
+    monkeypatch.setattr(sources.params, "validated", lambda *_: pointed(tree))
     assert sources.main(["describe", "--cohort", "folder"]) == 0
     card = capsys.readouterr().out
     assert all(f"- {flaw}\n" in card for flaw in cohort.flaws)
     assert "Exact duplicates removed: " in card
     assert "removed: none" not in card
-    monkeypatch.setattr(Loaded, "cohorts", pointed(tree / "nowhere"))
+    monkeypatch.setattr(sources.params, "validated", lambda *_: pointed(tree / "nowhere"))
     assert sources.main(["describe", "--cohort", "folder"]) == 2
     assert capsys.readouterr().err.startswith("error: cohorts.folder.path = ")
 

@@ -14,13 +14,13 @@ from experiments import params
 from experiments.adversarial_pruning_defense import cells as evasion
 from experiments.adversarial_pruning_defense import figures as evasion_figures
 from experiments.backdoor_fedgan import cells as fedgan
+from experiments.catalogue import DESIGNS
 from experiments.data_and_threats import cells as shift
 from experiments.feddetect import cells as feddetect
 from experiments.gia_defense import cells as inversion
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense import figures as inversion_figures
 from experiments.threat_matrix import cells as matrix
-from medsec.evidence import record
 from medsec.evidence.cells import Cell
 from medsec.show import plots
 
@@ -78,11 +78,11 @@ def test_an_experiment_runs_on_colour_and_three_classes(experiment, cell):
 
 def test_a_second_modality_has_headlines_only():
     p = params.load("full")
-    for notebook in record.NOTEBOOKS:
-        cells = record.design(notebook).cells("fundus", p)
+    for design in DESIGNS.values():
+        cells = design.cells("fundus", p)
         assert len({cell.name for cell in cells}) == len(cells)
         assert {cell.seed for cell in cells if not cell.keys} == set(p.seeds.evaluation)
-        assert len(cells) < len(record.design(notebook).cells("phantom", p)) / 2
+        assert len(cells) < len(design.cells("phantom", p)) / 2
         assert all(cell.keys == {"trigger": "grid", "size": 64} for cell in cells if cell.keys)
 
 

@@ -43,7 +43,7 @@ def test_a_folder_of_colour_images_runs_through_notebook_01(tmp_path):
     profile.write_text(yaml.safe_dump({**SMALL, "cohorts": {"folder": {"path": str(tmp_path / "images")}}}))
     out = tmp_path / "out"
     environment = os.environ | {"MEDSEC_OUT": str(out)}
-    command = [sys.executable, "-m", "medsec.evidence.execute", str(paths.NOTEBOOKS / "01_backdoor_fedgan.ipynb")]
+    command = [sys.executable, "-m", "experiments", "run", "01_backdoor_fedgan"]
     command += ["--cohort", "folder", "--profile", str(profile)]
     start = time.monotonic()
     done = subprocess.run(

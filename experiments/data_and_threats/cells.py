@@ -1,5 +1,7 @@
 """What notebook 00 counts and measures on a cohort: its splits, its division over clients, the shift between hospitals."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import torch
@@ -47,15 +49,11 @@ def partition_counts(cohort: data.Cohort, params: Params, scheme: str, seed: int
 def partition_rows(cohort: data.Cohort, params: Params) -> list[dict]:
     """Share of every class at every client, for each partition and evaluation seed."""
     rows = []
-    for scheme in schemes(cohort):
-        for seed in params.seeds.evaluation:
-            counts = partition_counts(cohort, params, scheme, seed)
-            for client, held in enumerate(counts.to_numpy()):
-                for label, n in zip(cohort.classes, held, strict=True):
-                    share = n / held.sum()
-                    rows.append(
-                        _row(scheme, "label_share", share, int(held.sum()), "share", seed, client=client, label=label)
-                    )
+    for scheme, seed in itertools.product(schemes(cohort), params.seeds.evaluation):
+        for client, held in enumerate(partition_counts(cohort, params, scheme, seed).to_numpy()):
+            n = int(held.sum())
+            for label, share in zip(cohort.classes, held / held.sum(), strict=True):
+                rows.append(_row(scheme, "label_share", share, n, "share", seed, client=client, label=label))
     return rows
 
 
@@ -74,21 +72,15 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
     torch.set_num_threads(1)  # one and two threads give different bits
     p, cohort = params.threats, data.load(name, params.cohorts)
     own = cohort["client"].take(cohort["client"].site == site)
-    rng = np.random.default_rng(derive_seed(seed, "shift", site))
-    own = own.take(rng.permutation(len(own))[: p.shift_images])
-    model = classifier.fit(
-        torch.from_numpy(own.float()),
-        torch.from_numpy(own.labels),
-        cohort.n_classes,
-        params.classifier,
-        epochs=p.shift_epochs,
-        seed=derive_seed(seed, "shift", site),
-    )
+    own_seed = derive_seed(seed, "shift", site)
+    own = own.take(np.random.default_rng(own_seed).permutation(len(own))[: p.shift_images])
+    x, y = torch.from_numpy(own.float()), torch.from_numpy(own.labels)
+    model = classifier.fit(x, y, cohort.n_classes, params.classifier, epochs=p.shift_epochs, seed=own_seed)
     rows = []
     for other, letter in enumerate(cohort.sites):
         held = cohort["reference"].take(cohort["reference"].site == other)
-        found = classifier.predict(model, torch.from_numpy(held.float()))
-        value = classifier.balanced_accuracy(found, torch.from_numpy(held.labels))
+        predictions = classifier.predict(model, torch.from_numpy(held.float()))
+        value = classifier.balanced_accuracy(predictions, torch.from_numpy(held.labels))
         keys = {"train_site": cohort.sites[site], "test_site": letter}
         rows.append(_row("classifier", "style_shift", value, len(held), "balanced accuracy", seed, **keys))
     return rows
