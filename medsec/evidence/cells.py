@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,15 +162,15 @@ def read(file: Path) -> tuple[Finished, dict] | None:
         return (tables.parse(io.StringIO(rows)), pictures), json.loads(note)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         aside = file.with_name(f"{file.name}.damaged")
         file.replace(aside)
         print(f"{aside.name}: this cell cannot be read ({type(error).__name__}) and is run again", file=sys.stderr)
         return None
 
 
-def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: str) -> str:
-    """Run one cell and write it with what it cost. Returns its name."""
+def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: str, file: Path) -> str:
+    """Run one cell and write it, with what it cost, to ``file``: the caller's place, whatever this process's environment says."""
     start = time.perf_counter()
     finished = experiment.run(cohort, resolved(p, cell), cell)
     cost = {
@@ -178,7 +179,7 @@ def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: 
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    write(place(experiment, cohort, cell, name), finished, cost)
+    write(file, finished, cost)
     return cell.name
 
 
@@ -202,9 +203,10 @@ def run(
         done = len(plan) - len(todo)
         print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
     names = names_of(experiment, cohort, p, plan)
-    calls = [(experiment, cohort, p, cell, names[cell.name]) for cell in todo]
+    files = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
+    calls = [(experiment, cohort, p, cell, names[cell.name], files[cell.name]) for cell in todo]
     parallel.run_cells(_run_one, calls, processes=processes)
-    found = [read(place(experiment, cohort, cell, names[cell.name])) for cell in plan]
+    found = [read(files[cell.name]) for cell in plan]
     if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
         raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
     return [finished for finished, _ in found]

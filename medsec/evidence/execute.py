@@ -138,6 +138,7 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
         "IPYTHONDIR": str(job.temporary / "ipython"),  # no start-up files of the user
+        "JUPYTER_PATH": "",  # no kernels from elsewhere, and of those that are left
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, whatever else is installed under its name
         "JUPYTER_RUNTIME_DIR": str(job.temporary / "jupyter"),
         "MATPLOTLIBRC": str(default_style()),  # nor a figure style
