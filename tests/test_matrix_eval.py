@@ -360,6 +360,7 @@ def test_who_knows_the_defence_does_more(setup, finished, variant):
 def tiny(p):
     """The same in fewer steps: what comes out need not be good."""
     small = {"federation": {"rounds": 3, "images_per_client": 24, "width": 4}}
+    small |= {"warm_up": 0.34, "prune_after": 0.34, "leak_after": 0.67}  # rounds 1, 1 and 2
     return params.validate(params.merge(p.model_dump(), {"matrix": small}))
 
 

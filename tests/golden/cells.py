@@ -100,10 +100,10 @@ def matrix(cohort: str, *rows: str) -> Golden:
 
 
 def summary(experiment: str, *names: str) -> Golden:
-    """The summary of other golden cells, with a second seed that is made up, so that there are intervals."""
+    """The summary of committed tables, with a second seed that is made up, so that there are intervals."""
 
     def run(cohort: str, p: params.Params) -> pd.DataFrame:
-        runs = pd.concat([made(name) for name in names], ignore_index=True)
+        runs = pd.concat([stored()[name] for name in names], ignore_index=True).fillna("")
         runs = pd.concat([runs, runs.assign(seed=SEED + 1, value=0.9 * runs["value"])], ignore_index=True)
         if experiment in DESIGNS:
             return DESIGNS[experiment].summarise(runs, p)
@@ -131,7 +131,9 @@ WEAKER = {"inversion": {"defences": {"gradient_noise": {"ratio": 1.0}}}}
 FEDDETECT = ("feddetect_released", "feddetect_described", "feddetect_hardened")
 RULES = ("median", "trimmed_mean", "krum", "multi_krum", "norm_clip", "oracle")
 HARDENED = ("none", "feddetect_hardened")
-TRAINED = tuple(v for v in inversion_clients.VARIANTS if v not in inversion_clients.CONTROLS)
+GRADIENTS = ("none", "gradient_noise", "dp_sgd", "topk", "soteria")  # listed: a new defence changes no golden cell
+SUBSTITUTES = ("shadow_hardened", "random_grouping", "shadow_suppressed", "autoencoder_only", "public_only")
+TRAINED = (*GRADIENTS, "image_noise", "shadow_released", "shadow_described", *SUBSTITUTES)
 SHADOW = ("shadow_released", "shadow_described", "shadow_hardened")
 
 CELLS = {
@@ -159,7 +161,7 @@ CELLS = {
     "02-aware": feddetect("phantom", scenario("aware", *HARDENED), scenario("aware_late", *HARDENED, evade=1.5)),
     "02-downstream": feddetect("phantom", scenario("downstream")),
     "02-fundus": feddetect("fundus", scenario("boost_liar", *HARDENED, "krum", partition="style", trigger="grid")),
-    "03-gradients": inversion("phantom", "attack", "none", "gradient_noise", "dp_sgd", "topk", "soteria"),
+    "03-gradients": inversion("phantom", "attack", *GRADIENTS),
     "03-noise": inversion("phantom", "attack", "image_noise", "shadow_released", "shadow_described"),
     "03-controls": inversion("phantom", "attack", *inversion_clients.CONTROLS, change=FEWER),
     "03-substitutes": inversion("phantom", "attack", *inversion_clients.STAND_INS, *inversion_clients.DRAWINGS),
@@ -269,10 +271,19 @@ def differences(fresh: pd.DataFrame, committed: pd.DataFrame, note: dict[str, st
 
 def text(table: pd.DataFrame) -> str:
     """A table as `tables.write` writes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "table.csv"
-        tables.write(table, file)
-        return file.read_text(encoding="utf-8")
+    return written(table).read_text(encoding="utf-8")
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """A table to the six digits that are stored."""
+    return tables.read(written(table))
+
+
+def written(table: pd.DataFrame) -> Path:
+    """A file with the table, overwritten by the next one."""
+    file = Path(scratch().name) / "table.csv"
+    tables.write(table, file)
+    return file
 
 
 def spread(table: pd.DataFrame) -> pd.DataFrame:

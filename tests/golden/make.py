@@ -32,9 +32,11 @@ def main(wanted: list[str]) -> None:
     for name in wanted or cells.CELLS:
         fresh = cells.made(name)
         print(f"{name}: {changed(fresh, found.get(name), notes.get(name))}", flush=True)
-        found[name] = fresh
+        found[name] = cells.rounded(fresh)  # also for the summaries, which come last
         notes[name] = {"sha256": cells.digest(fresh), "processor": cells.processor()}
-    kept = {name: found[name].assign(cell=name) for name in cells.CELLS if name in found}
+    kept = {name: found[name].copy() for name in cells.CELLS if name in found}
+    for name, table in kept.items():
+        table.insert(0, "cell", name)
     for kind, file in cells.TABLES.items():
         parts = [table for table in kept.values() if cells.kind(table) == kind]
         joined = pd.concat(parts, ignore_index=True)
