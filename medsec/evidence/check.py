@@ -30,8 +30,8 @@ __all__ = ["against_reference", "compare", "run"]
 SHOWN = 10
 ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right
 # Share of a value by which it may move as well: a distance in the feature space of a classifier that is trained anew, which has
-# a scale of its own. Spoiled X-rays moved by 9 and 13 % from an AMD EPYC to an Intel Xeon.
-SCALED = {"frechet": 0.2}
+# a scale of its own. Spoiled X-rays moved by 9 and 13 % from an AMD EPYC to an Intel Xeon, by 21 % from AVX-512 to AVX2.
+SCALED = {"frechet": 0.3}
 
 
 def tolerances() -> dict[str, float]:
