@@ -4,7 +4,8 @@ It writes ``dvc.yaml`` (the phantom, which every clone holds), ``pipelines/pneum
 file of its own), and the picture of the first one in ``docs/dvc.md``. A test fails where they are out of date.
 
 Outputs are in git (``cache: false``) and are replaced only by a run that succeeded; ``persist`` keeps DVC from deleting them
-before it. A stage depends on folders. That costs little: a notebook whose cells are finished is drawn again in seconds.
+before it. A stage depends on what the code of some folders *means* (`meaning.py`): a comment runs nothing again, and a notebook
+whose cells are finished is drawn again in seconds.
 """
 
 import subprocess
@@ -17,6 +18,8 @@ PAGE = ROOT / "docs" / "dvc.md"
 BEGIN, END = "<!-- dag: made by `python pipelines/generate.py`, do not edit -->", "<!-- end of dag -->"
 COHORTS = {"phantom": "dvc.yaml", "pneumoniamnist": "pipelines/pneumoniamnist/dvc.yaml"}
 KEPT = "{cache: false, persist: true}"
+MEANING = "pipelines/meaning.json"
+EVERYWHERE = ("core", "data", "evidence", "nets", "show")
 HEAD = "# Made by pipelines/generate.py, where it is explained: change that, and run it.\n\nstages:\n"
 
 
@@ -27,6 +30,7 @@ class Notebook:
     Attributes:
         desc: what it shows.
         experiments: folders below ``experiments/`` that it uses.
+        packages: that it uses besides those of `EVERYWHERE`.
         params: sections of ``params.yaml``.
         figures: name -> whether every cohort has it (some need masks or hospitals).
         claims: its ledger.
@@ -37,6 +41,7 @@ class Notebook:
 
     desc: str
     experiments: tuple[str, ...]
+    packages: tuple[str, ...]
     params: tuple[str, ...]
     figures: dict[str, bool]
     claims: str | None = None
@@ -54,6 +59,7 @@ NOTEBOOKS = {
     "00_data_and_threats": Notebook(
         "Cohort, federation and threat models",
         ("data_and_threats",),
+        ("medphantom",),
         ("seeds", "cohorts", "classifier", "threats"),
         _all("balance", "classes", "fundus", "partitions") | dict.fromkeys(("masks", "shift", "styles"), False),
         metrics=False,
@@ -61,6 +67,7 @@ NOTEBOOKS = {
     "01_backdoor_fedgan": Notebook(
         "Backdoor attack on a federated GAN, as published and boosted",
         ("data_and_threats", "backdoor_fedgan"),
+        ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan"),
         _all("attribution", "frechet", "gallery", "mechanism", "record", "trigger", "triggers"),
         claims="1-fedgan",
@@ -70,6 +77,7 @@ NOTEBOOKS = {
     "02_feddetect": Notebook(
         "FedDetect as released, described and hardened, against attackers who know it",
         ("data_and_threats", "backdoor_fedgan", "feddetect"),
+        ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan", "feddetect"),
         _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack"),
         claims="1-fedgan-defence",
@@ -78,6 +86,7 @@ NOTEBOOKS = {
     "03_gia_defense": Notebook(
         "Gradient inversion, the shadow defence, and attackers who know it",
         ("data_and_threats", "gia_defense"),
+        ("medsec/federated", "medsec/inversion"),
         ("seeds", "cohorts", "inversion", "record.inversion"),
         _all("batch", "plane", "round", "gallery", "spectrum", "noise", "psnr"),
         claims="2-shadow",
@@ -86,6 +95,7 @@ NOTEBOOKS = {
     "04_adversarial_pruning_defense": Notebook(
         "Adversarial examples, pruning and attention, and training against the attack",
         ("data_and_threats", "adversarial_pruning_defense"),
+        ("medsec/evasion",),
         ("seeds", "cohorts", "evasion"),
         _all("examples", "rates", "eps", "maps", "sparsity") | {"pointing": False},
         claims="3-pruning",
@@ -95,6 +105,7 @@ NOTEBOOKS = {
     "05_threat_matrix": Notebook(
         "Every defence of the three papers against every attack, in one federation",
         ("data_and_threats", "gia_defense", "adversarial_pruning_defense", "threat_matrix"),
+        ("medsec/federated", "medsec/backdoor", "medsec/inversion", "medsec/evasion"),
         ("seeds", "cohorts", "fedgan", "feddetect", "inversion", "evasion", "matrix"),
         _all("matrix"),
         claims="5-matrix",
@@ -114,6 +125,7 @@ class Stage:
     cmd: str
     deps: list[str]
     params: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
     outs: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
@@ -123,8 +135,10 @@ class Stage:
         lines = [f"  {self.name}:", *([f"    wdir: {wdir}"] if wdir else []), f"    desc: {self.desc}"]
         lines += [f"    cmd: {self.cmd}", *(["    frozen: true"] if self.frozen else []), "    deps:"]
         lines += [f"      - {dep}" for dep in self.deps]
-        if self.params:
-            lines.append(f"    params: [{', '.join(self.params)}]")
+        if self.params or self.code:
+            lines += ["    params:", *(f"      - {section}" for section in self.params)]
+        if self.code:
+            lines.append(f"      - {MEANING}: [{', '.join(self.code)}]")
         for kind in ("outs", "plots", "metrics"):
             if files := getattr(self, kind):
                 lines += [f"    {kind}:", *(f"      - {file}: {KEPT}" for file in files)]
@@ -136,6 +150,20 @@ def images(cohort: str) -> str:
     return "data/phantom" if cohort == "phantom" else f"pipelines/{cohort}/cohort.json"
 
 
+def used(notebook: Notebook) -> tuple[str, ...]:
+    """The folders of code that decide what a notebook shows, as they are called in `MEANING`."""
+    folders = [f"experiments/{name}" for name in notebook.experiments]
+    packages = [f"medsec/{name}" for name in EVERYWHERE]
+    return (*folders, *packages, *notebook.packages)
+
+
+def code_stage() -> Stage:
+    """From the code to what it means."""
+    folders = ["pipelines/meaning.py", "medphantom", "medsec", "experiments"]
+    command = "python pipelines/meaning.py"
+    return Stage("code", "What the code means, without comments and layout", command, folders, outs=[MEANING])
+
+
 def record_stage(name: str, cohort: str) -> Stage:
     """A record takes hours: frozen, so that `dvc repro` shows the way and never goes it."""
     notebook, place = NOTEBOOKS[name], f"records/{cohort}/{name}"
@@ -143,8 +171,9 @@ def record_stage(name: str, cohort: str) -> Stage:
         f"record_{name[:2]}",
         f"Record of notebook {name[:2]} (hours, started by hand)",
         f"python -m experiments record {name} --cohort {cohort}",
-        [images(cohort), *(f"experiments/{folder}" for folder in notebook.experiments), "profiles/full.yaml"],
+        [images(cohort), "profiles/full.yaml"],
         (*(section for section in notebook.params if not section.startswith("record")), "record"),
+        used(notebook),
         [f"{place}_runs.csv.gz", f"{place}.csv", f"{place}.json"],
         frozen=True,
     )
@@ -153,8 +182,7 @@ def record_stage(name: str, cohort: str) -> Stage:
 def notebook_stage(name: str, cohort: str) -> Stage:
     """What runs one notebook."""
     notebook, results = NOTEBOOKS[name], f"results/{cohort}"
-    deps = [images(cohort), f"notebooks/{name}.ipynb", *(f"experiments/{folder}" for folder in notebook.experiments)]
-    deps += ["medsec", "claims"]
+    deps = [images(cohort), f"notebooks/{name}.ipynb", "claims"]
     if notebook.record:
         deps += [f"records/{cohort}/{name}.csv", f"records/{cohort}/{name}.json"]
     if notebook.networks:
@@ -167,6 +195,7 @@ def notebook_stage(name: str, cohort: str) -> Stage:
         f"python -m experiments run {name} --cohort {cohort}",
         deps,
         notebook.params,
+        used(notebook),
         [f"executed/{cohort}/{name}.ipynb", *(f"{results}/{table}" for table in tables)],
         [f"{results}/{name}_{figure}.png" for figure in figures],
         [f"{results}/{name[:2]}_metrics.json"] if notebook.metrics else [],
@@ -187,15 +216,17 @@ def ledger_stages() -> list[Stage]:
             "ledger",
             "Every claim on every cohort, and the README's count of verdicts",
             "python -m experiments ledger",
-            ["claims", *judged, "pipelines/pneumoniamnist/dvc.lock", "records", "medsec/evidence"],
+            ["claims", *judged, "pipelines/pneumoniamnist/dvc.lock", "records"],
+            code=("medsec/core", "medsec/evidence"),
             outs=[findings],
         ),
         Stage(
             "99_claims",
             "Every claim over all cohorts, and the row that decides it",
             "python -m experiments run 99_claims --cohort phantom",
-            ["notebooks/99_claims.ipynb", "experiments/claims", "medsec", "claims", findings, *judged],
+            ["notebooks/99_claims.ipynb", "claims", findings, *judged],
             ("seeds", "cohorts"),
+            ("experiments/claims", "medsec/core", "medsec/evidence", "medsec/show"),
             ["executed/phantom/99_claims.ipynb", "results/phantom/99_claims.csv"],
             shown,
         ),
@@ -206,7 +237,7 @@ def pipeline(cohort: str) -> str:
     """The text of a cohort's dvc.yaml."""
     root = "" if cohort == "phantom" else "../../"
     stages = [*(record_stage(n, cohort) for n in RECORDED), *(notebook_stage(n, cohort) for n in NOTEBOOKS)]
-    stages += ledger_stages() if cohort == "phantom" else []
+    stages = [code_stage(), *stages, *ledger_stages()] if cohort == "phantom" else stages
     plot = (
         f"plots:\n  - trigger_rate_{cohort}:\n      title: Trigger rate of the averaged generator ({cohort})\n"
         "      x: round\n      y_label: share of the images\n"

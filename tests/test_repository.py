@@ -45,6 +45,10 @@ def text(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+MEANING = "pipelines/meaning.json"
+DVC = ("dvc.yaml", "pipelines/pneumoniamnist/dvc.yaml")
+
+
 def script(path):
     """A script of the repository, as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
@@ -196,6 +200,24 @@ def test_the_pages_show_the_verdicts_and_the_times_of_today():
 
 
 # Pipelines and notebooks ----------------------------------------------------------------------------------------------
+
+
+def test_a_comment_has_no_meaning_and_a_number_has():
+    meaning = script("pipelines/meaning.py").meaning
+    plain = "def f(x):\n    return x + 1\n"
+    assert meaning('"""What it is."""\n# why\ndef f(x):\n    """Adds."""\n    return (x + 1)  # one\n') == meaning(
+        plain
+    )
+    assert meaning(plain.replace("1", "2")) != meaning(plain)
+    kept, folders = json.loads(text("pipelines/meaning.json")), script("pipelines/meaning.py").folders()
+    assert list(kept) == list(folders)
+    used = {key for file in DVC for stage in yaml.safe_load(text(file))["stages"].values() for key in _code(stage)}
+    assert used <= kept.keys(), "a stage depends on a folder that is not there: it would never be stale"
+
+
+def _code(stage):
+    """The folders whose meaning a stage depends on."""
+    return [key for section in stage.get("params", []) if isinstance(section, dict) for key in section[MEANING]]
 
 
 def test_the_pipelines_are_what_their_description_gives():
