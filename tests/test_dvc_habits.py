@@ -129,8 +129,9 @@ def test_a_killed_run_leaves_the_old_outputs(toy):
         each.kill()
     process.wait(60)
     assert {file: file.read_bytes() for file in old} == old
-    assert run("git status --porcelain", toy) == " M params.yaml\n"
-    run("git checkout --quiet .", toy)
+    changed = run("git status --porcelain", toy).splitlines()
+    assert [line[3:] for line in changed] == ["params.yaml"]  # whether DVC has staged it depends on how far it was
+    run("git checkout --quiet HEAD -- .", toy)
     run(f"dvc repro {STAGE}", toy)  # no lock is left
     assert json.loads((toy / "results" / "phantom" / "01_metrics.json").read_text(encoding="utf-8"))
 
