@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-__all__ = ["InputError", "command"]
+__all__ = ["InputError"]
 
 
 class InputError(ValueError):

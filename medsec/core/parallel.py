@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from medsec.core.errors import InputError
 
-__all__ = ["device", "run_cells"]
+__all__ = ["device"]
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from medsec.core import paths
 from medsec.core.errors import InputError
 
-__all__ = ["Section", "merge", "read", "validated"]
+__all__ = ["Section", "read"]
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

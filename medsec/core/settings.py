@@ -7,19 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medsec.core.params import Count, Eps255, Positive, Rate, Section, Seed
 
-__all__ = [
-    "AttentionParams",
-    "AutoencoderParams",
-    "ClassifierParams",
-    "Cohorts",
-    "FedClsParams",
-    "FedGANParams",
-    "InversionSettings",
-    "PurifierParams",
-    "Recipe",
-    "ShadowParams",
-    "TriggerParams",
-]
+__all__ = ["Cohorts"]
 
 
 class SplitCounts(Section):

@@ -23,7 +23,7 @@ from medsec.data import images as image_files
 from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, deduplicate, fingerprint
 from medsec.data.images import Picture
 
-__all__ = ["draw_splits"]
+__all__: list[str] = []  # for the other modules of the package
 
 LEAST = 8  # images that every split needs: no measure on fewer means anything
 

@@ -18,7 +18,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts, MedMNISTCohort, NpzCohort, SplitShares
 from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
 
-__all__ = ["FLAVOURS", "OFFICIAL"]
+__all__: list[str] = []  # for the other modules of the package
 
 # 2-D, one label an image; written down because medmnist.INFO, which knows them, imports torch
 FLAVOURS = ("pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist")

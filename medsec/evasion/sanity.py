@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medsec.core.errors import InputError
 from medsec.evasion.attacks import check_inputs, margin, pgd
 
-__all__ = ["QUESTIONS", "TOLERANCE", "Check", "compare", "planted", "reviewed"]
+__all__ = ["TOLERANCE", "compare", "planted", "reviewed"]
 
 Outcomes = Mapping[tuple[str, float], np.ndarray]  # (scenario, eps) -> which examples are still classified rightly
 TOLERANCE = 0.01  # share of the examples that chance may turn

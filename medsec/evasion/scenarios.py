@@ -12,6 +12,8 @@ from medsec.evasion import libraries
 from medsec.evasion.attacks import ATTACKS, Attack, bim, capped, deepfool, margin, pgd
 from medsec.nets.cbam import gates_detached
 
+__all__ = ["craft", "names"]
+
 
 def eps_key(eps: float) -> str:
     """How an eps in [0, 1] stands in a table: 4/255 is 0.0156863."""

@@ -42,7 +42,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts
 from medsec.show import png
 
-__all__ = ["Job", "RunError", "execute"]
+__all__ = ["execute"]
 
 PIPELINES = paths.ROOT / "pipelines"
 VOLATILE = [

@@ -17,7 +17,7 @@ from medsec.inversion import purifier as purifiers
 from medsec.inversion.attacks import Reconstructions, View, invert
 from medsec.inversion.defences import Perturbation
 
-__all__ = ["adaptive", "known_entries", "known_layers", "undo"]
+__all__ = ["adaptive", "undo"]
 
 SMOOTHER = {"smoother": 10, "smoothest": 100}  # times the total variation
 UNMASKING = 3  # times that the attacker guesses δ anew

@@ -34,7 +34,7 @@ from medsec.core.guards import (
 from medsec.core.seeds import stream
 from medsec.nets.convnet import ConvNet, flat
 
-__all__ = ["DEFENCES", "configured", "epsilon", "gradient_noise", "noisy_image", "send", "topk"]
+__all__ = ["DEFENCES", "epsilon", "gradient_noise", "noisy_image", "send", "topk"]
 
 Defence = Callable[[nn.Module, Tensor, Tensor, int], list[Tensor]]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, int], Tensor]  # the same arguments -> the image x′ that is used

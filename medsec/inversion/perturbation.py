@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from medsec.core.seeds import derive_seed, fingerprint, torch_generator
 from medsec.inversion.defences import Perturbation
 
-__all__ = ["controlled", "gaussian", "inverted", "offset", "shuffled"]
+__all__ = ["gaussian", "inverted", "offset", "shuffled"]
 
 Control = Callable[[Tensor, int], Tensor]
 

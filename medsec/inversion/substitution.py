@@ -23,7 +23,7 @@ from medsec.core.seeds import fingerprint, stream, torch_generator
 from medsec.inversion.defences import Perturbation
 from medsec.nets.autoencoder import Autoencoder
 
-__all__ = ["drawings", "public_only", "stand_ins", "substituted"]
+__all__ = ["drawings", "public_only", "stand_ins"]
 
 GROUPINGS = ("similar", "random")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from medsec.core.errors import InputError
 from medsec.nets.models import Residual, SmallResNet
 
-__all__ = ["CBAM", "attend", "gates_detached"]
+__all__ = ["CBAM", "attend"]
 
 
 class CBAM(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Discriminator", "Generator", "SmallResNet"]
+__all__ = ["Generator", "SmallResNet"]
 
 
 def one_hot_signs(labels: Tensor, n_classes: int) -> Tensor:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from medsec.core.errors import InputError
 
+__all__ = ["Choice", "Slider", "panel"]
+
 LIVE = "MEDSEC_LIVE"
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from medsec.show import png
 
-__all__ = ["LOOK", "WIDTH", "curves", "forest", "gallery", "save", "show", "use_style"]
+__all__ = ["WIDTH", "curves", "forest", "gallery", "save", "show", "use_style"]
 
 WIDTH = 7.0  # inches; the text width of a page
 LOOK = {  # colour, line style, marker of everything that is compared

@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
+__all__: list[str] = []  # for the other modules of the package
+
 ERROR = 0.5  # of 255 levels: what a palette may change, on average
 
 
