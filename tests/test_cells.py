@@ -17,6 +17,7 @@ from experiments import params
 from experiments.backdoor_fedgan import cells as fedgan_cells
 from experiments.backdoor_fedgan import record as fedgan_record
 from experiments.catalogue import DESIGNS, EXPERIMENTS
+from medsec import data
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.params import Section, Seeds, merge, validated
@@ -91,7 +92,9 @@ def files() -> dict[str, bytes]:
 
 
 def file_of(p: AllParams, cell: Cell):
-    return cells.place(TOY, COHORT, cell, cells.names_of(TOY, COHORT, p, PLAN)[cell.name])
+    return cells.place(
+        TOY, COHORT, cell, cells.names_of(TOY, data.load(COHORT, p.cohorts).fingerprint, p, PLAN)[cell.name]
+    )
 
 
 # What a cell's identity depends on ------------------------------------------------------------------------------------
@@ -249,10 +252,14 @@ def test_a_process_that_lives_already_writes_where_this_one_reads(p, tmp_path, m
     assert len(run(p)) == len(files()) == len(PLAN)
 
 
-def test_another_generation_stays_beside_this_one(p):
+def test_another_generation_stays_beside_this_one(p, capsys):
     run(p)
     before = files()
+    assert "another generation" not in capsys.readouterr().err
     run(p, dataclasses.replace(TOY, generation=2))
+    assert (
+        "4 cells, such as a-seed0, lie there with other parameters or of another generation" in capsys.readouterr().err
+    )
     assert len(RAN) == 8
     assert len(files()) == 8
     assert files().items() >= before.items()
@@ -333,7 +340,9 @@ def test_a_record_is_three_files_and_takes_the_notebooks_cells(p, place):
     assert set(record_files(place)) == {"06_toy_runs.csv.gz", "06_toy.csv", "06_toy.json"}
     runs = record.committed(place, "06_toy")
     assert list(runs["cell"]) == [cell.name for cell in PLAN]
-    assert dict(zip(runs["cell"], runs["identity"], strict=True)) == cells.names_of(TOY, COHORT, p, PLAN)
+    assert dict(zip(runs["cell"], runs["identity"], strict=True)) == cells.names_of(
+        TOY, data.load(COHORT, p.cohorts).fingerprint, p, PLAN
+    )
     about = record.about("06_toy", COHORT)
     assert about["cells_planned"] == about["cells_finished"] == 4
     assert about["params"] == p.model_dump()

@@ -196,12 +196,18 @@ def run(
     Raises:
         InputError: a cohort that cannot be loaded, or parameters that a cell cannot run with.
     """
-    todo = unfinished(experiment, cohort, p, plan)
-    if len(todo) < len(plan):
-        done = len(plan) - len(todo)
-        print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
-    names = names_of(experiment, cohort, p, plan)
+    names = names_of(experiment, data.load(cohort, p.cohorts).fingerprint, p, plan)
     files = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
+    fresh = os.environ.get("MEDSEC_FRESH") == "1"
+    todo = [cell for cell in plan if fresh or read(files[cell.name]) is None]
+    if done := len(plan) - len(todo):
+        print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
+    if others := [cell.name for cell in todo if not fresh and any(files[cell.name].parent.glob(f"{cell.name}.*.npz"))]:
+        print(
+            f"{len(others)} cells, such as {others[0]}, lie there with other parameters or of another generation: "
+            "they stay as they are, and are run again beside",
+            file=sys.stderr,
+        )
     calls = [(experiment, cohort, p, cell, names[cell.name], files[cell.name]) for cell in todo]
     parallel.run_cells(_run_one, calls, processes=processes)
     found = [read(files[cell.name]) for cell in plan]
@@ -210,18 +216,9 @@ def run(
     return [finished for finished, _ in found]
 
 
-def names_of(experiment: Experiment, cohort: str, p: Section, plan: Sequence[Cell]) -> dict[str, str]:
-    """By a cell's name its identity."""
-    fingerprint = data.load(cohort, p.cohorts).fingerprint
+def names_of(experiment: Experiment, fingerprint: str, p: Section, plan: Sequence[Cell]) -> dict[str, str]:
+    """By a cell's name its `identity`."""
     return {cell.name: identity(experiment, fingerprint, p, cell) for cell in plan}
-
-
-def unfinished(experiment: Experiment, cohort: str, p: Section, plan: Sequence[Cell]) -> list[Cell]:
-    """Those cells of a plan of which there is no file with today's identity; with ``MEDSEC_FRESH=1`` all."""
-    if os.environ.get("MEDSEC_FRESH") == "1":
-        return list(plan)
-    names = names_of(experiment, cohort, p, plan)
-    return [cell for cell in plan if read(place(experiment, cohort, cell, names[cell.name])) is None]
 
 
 def table(finished: Sequence[Finished]) -> pd.DataFrame:

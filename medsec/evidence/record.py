@@ -94,18 +94,12 @@ def gathered(
     return found
 
 
-def build(how: Design, cohort: str, p: Section, profile: str) -> Path:
-    """Write the three files of a record from the cells that are finished, in the order of the plan.
-
-    Raises:
-        InputError: none is finished.
-    """
-    notebook, records, plan = how.experiment.name, place(cohort, p), how.cells(cohort, p)
-    names = store.names_of(how.experiment, cohort, p, plan)
-    found = gathered(how, cohort, p, plan, names)
+def build(
+    how: Design, cohort: data.Cohort, p: Section, profile: str, plan: Sequence[Cell], found: dict[str, pd.DataFrame]
+) -> Path:
+    """Write the three files of a record from the cells that are finished (`gathered`), in the order of the plan."""
+    notebook, records = how.experiment.name, place(cohort.name, p)
     done = [found[cell.name] for cell in plan if cell.name in found]
-    if not done:
-        raise InputError(f"no cell of {notebook} is finished for {cohort}")
     rows = pd.concat(done, ignore_index=True)
     tables.write(rows[[*NOTE, *(column for column in rows if column not in NOTE)]], runs_file(records, notebook))
     runs = tables.read(runs_file(records, notebook))  # with six digits, as everybody else reads them
@@ -119,7 +113,7 @@ def build(how: Design, cohort: str, p: Section, profile: str) -> Path:
         "cells_finished": len(done),
         "cpu_seconds": round(costs["seconds"].sum()),
         "peak_mb_of_a_process": int(costs["peak_mb"].max()),
-        "cohort_fingerprint": data.load(cohort, p.cohorts).fingerprint,
+        "cohort_fingerprint": cohort.fingerprint,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
         "hardware": {
             "processor": processor(),
@@ -232,7 +226,8 @@ def run(
     """
     parallel.device(p.device)  # a missing GPU is named before anything is planned
     name, plan = how.experiment.name, how.cells(cohort, p)
-    names, old = store.names_of(how.experiment, cohort, p, plan), committed(place(cohort, p), name)
+    loaded, old = data.load(cohort, p.cohorts), committed(place(cohort, p), name)
+    names = store.names_of(how.experiment, loaded.fingerprint, p, plan)
     found = gathered(how, cohort, p, plan, names)
     planned = old[old["cell"].isin(names)]
     stale = list(dict.fromkeys(planned["cell"][planned["cell"].map(names) != planned["identity"]]))
@@ -247,12 +242,13 @@ def run(
         print(f"{cell.name:42s} {cost[cell.name]:6.0f} CPU-s  {state}")
     left = sum(cost[cell.name] for cell in todo) / 60
     print(f"{len(plan)} cells, {len(todo)} to do: about {left:.0f} CPU-minutes, {left / processes:.0f} minutes")
-    if only_plan:
+    whole = not todo and set(old["cell"]) == set(names) and is_finished(name, place(cohort, p).name)
+    if only_plan or (whole and load(name, place(cohort, p).name) is not None):  # else whoever looks at it would sign it
         return 0
     with parallel.locked(paths.ROOT / f".medsec-tmp-{cohort}" / f"record-{name}-{p.device}.lock"):
         try:
             store.run(how.experiment, cohort, p, todo, processes=processes)
         finally:  # also where it is ended from outside: a record cut short is a record in part
-            if gathered(how, cohort, p, plan, names):
-                print(build(how, cohort, p, profile).relative_to(paths.ROOT))
+            if found := gathered(how, cohort, p, plan, names):
+                print(build(how, loaded, p, profile, plan, found).relative_to(paths.ROOT))
     return 0
