@@ -456,7 +456,7 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         known = evasion_arms.VARIANTS if "record_only" in claim else evasion_arms.QUICK
         assert where["variant"] in known, claim["id"]
         assert where["scenario"] in {"clean", *p.attacks.scenarios}, claim["id"]
-        assert where["metric"].removesuffix("_minus_base").removesuffix("_minus_plain") in ev.UNITS, claim["id"]
+        assert where["metric"].removesuffix("_minus_base").removesuffix("_minus_plain") in tables.metrics(), claim["id"]
         elsewhere = attacked if "record_only" in claim else {at}
         assert where.get("eps", "") in ({""} if where["scenario"] == "clean" else elsewhere), claim["id"]
 
@@ -536,7 +536,7 @@ def test_views_of_a_summary(p):
 def test_a_check_that_fails_names_its_arm():
     rows = [("base", 1.0), ("cbam", 0.6), ("prune", 0.0)]
     summary = pd.DataFrame([{"variant": v, "value": x, "n": 5} for v, x in rows])
-    told = evasion_tables.checks(summary.assign(scenario="check", metric="converged"))
+    told = evasion_tables.checks(summary.assign(scenario="check", metric="converged", unit="passes"))
     assert told["passed"].tolist() == ["8 of 15 runs"]
     assert told["arms in which it failed"].tolist() == ["`cbam`, 3 of 5; `prune`, 0 of 5"]
 
@@ -562,7 +562,7 @@ def test_pointing_in_the_order_of_the_arms_with_its_controls_apart():
 
 def test_differences_are_paired_with_the_base_of_the_same_seed(p):
     def row(variant, seed, value, metric="accuracy", **keys):
-        return tables.run_row(ev.KEYS, seed, variant, "clean", metric, value, 10, "share", **keys)
+        return tables.run_row(ev.KEYS, seed, variant, "clean", metric, value, 10, **keys)
 
     runs = pd.DataFrame(
         [row("base", 0, 0.9), row("base", 1, 0.8), row("at", 0, 0.85), row("at", 1, 0.83), row("at", 2, 0.1)]

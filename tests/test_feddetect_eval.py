@@ -14,7 +14,7 @@ from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
 from experiments.feddetect import record as feddetect_record
-from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, UNITS, VARIANTS
+from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
 from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
@@ -103,6 +103,7 @@ def value(table, **where):
 
 # --------------------------------------------------------------------------------------------------------------- cells
 
+UNITS = {name: entry["unit"] for name, entry in tables.metrics().items()}
 CELLS = {
     "no_attack": VARIANTS,
     "honest": ("none", "feddetect_released", "median", "norm_clip"),
@@ -225,7 +226,7 @@ def hand_made(p, scenario, variant="feddetect_hardened", **diagnostics):
         for t in range(len(diagnostics["weights"]))
     ]
     log = [{"round": 3 + t, "diagnostics": d, "trigger_rate": 0.5} for t, d in enumerate(rounds)]
-    rows = tables.Rows(KEYS, UNITS, SEED, variant, scenario)
+    rows = tables.Rows(KEYS, SEED, variant, scenario)
     feddetect_eval._detection_rows(rows, log, feddetect_eval.settings(p, scenario))
     table = rows.table()
     assert np.isfinite(table["value"]).all()
@@ -570,7 +571,7 @@ def test_downstream_compares_classifiers_on_the_same_real_images(p, monkeypatch)
 
 
 def row(variant, scenario, metric, number, seed=0, **cells):
-    return tables.run_row(KEYS, seed, variant, scenario, metric, number, 10, UNITS[metric], **cells)
+    return tables.run_row(KEYS, seed, variant, scenario, metric, number, 10, **cells)
 
 
 def test_complete_fills_what_follows_and_nothing_twice(cell, p):

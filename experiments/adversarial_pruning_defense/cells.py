@@ -36,19 +36,6 @@ from medsec.evidence import cells, tables
 from medsec.nets import fit as classifier
 
 KEYS = ("eps", "norm", "prune", "map")
-UNITS = {
-    "accuracy": "share",
-    "balanced_accuracy": "share",
-    "auc": "AUC",
-    "dr_whitebox": "share",
-    "dr_transfer": "share",
-    "dr_recovered": "share",
-    "median_norm": "intensity",
-    "sparsity": "share",
-    "pointing_game": "share",
-    "planted_found": "share",
-    "planted_by_chance": "share",
-}
 SWEPT = ("noise", "fgsm", "pgd20")
 PRUNED = ("pgd20", "pgd_margin")  # at other shares of pruning
 TRANSFERRED = ("fgsm", "pgd20", "deepfool_capped")
@@ -94,8 +81,7 @@ class Run:
     rows: list[dict] = field(default_factory=list)
 
     def add(self, scenario: str, metric: str, value: float, n_items: int, **keys: str) -> None:
-        unit = UNITS.get(metric, "passes")
-        self.rows.append(tables.run_row(KEYS, self.seed, self.variant, scenario, metric, value, n_items, unit, **keys))
+        self.rows.append(tables.run_row(KEYS, self.seed, self.variant, scenario, metric, value, n_items, **keys))
 
     def answers(self, scenario: str, found: Tensor, y: Tensor, **keys: str) -> np.ndarray:
         """Add accuracy, balanced accuracy and AUC of class probabilities (N, K); returns which answers are right."""

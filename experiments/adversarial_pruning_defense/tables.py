@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import VARIANTS
-from experiments.adversarial_pruning_defense.cells import UNITS
 from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec.evasion.sanity import QUESTIONS
 from medsec.evasion.scenarios import eps_key
@@ -198,7 +197,7 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
 
 def checks(summary: pd.DataFrame) -> pd.DataFrame:
     """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
-    rows = summary[(summary["scenario"] == "check") & ~summary["metric"].isin(UNITS)]
+    rows = summary[(summary["scenario"] == "check") & (summary["unit"] == "passes")]
     rows = rows.assign(passed=(rows["value"] * rows["n"]).round().astype(int))
     failed = [f"`{row.variant}`, {row.passed} of {row.n}" if row.passed < row.n else "" for row in rows.itertuples()]
     return pd.DataFrame(

@@ -35,20 +35,6 @@ ATTRIBUTED = 64  # held-out images whose attribution is averaged
 PER_CLIENT = ("generator_loss", "d_accuracy_clean", "d_accuracy_triggered")
 PER_CLIENT += ("d_train_test_gap", "d_membership_auc", "d_trigger_effect")
 PER_ROUND = 100  # synthetic images of every generator for its trigger rate after every round
-UNITS = {
-    "trigger_rate": "share",
-    "trigger_ncc": "correlation",
-    "frechet": "distance",
-    "generator_loss": "nats",
-    "d_accuracy_clean": "share",
-    "d_accuracy_triggered": "share",
-    "d_train_test_gap": "share",
-    "d_membership_auc": "AUC",
-    "d_trigger_effect": "share",
-    "d_attribution": "share",
-    "label_accuracy": "share",
-    "downstream_auc": "AUC",
-}
 
 
 @dataclass(frozen=True)
@@ -314,7 +300,7 @@ def boost_start(params: Params) -> int:
 def _measure_variant(
     setup: GANSetup, federation: FederatedGAN, seed: int, variant: str
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    rows = tables.Rows(KEYS, UNITS, seed, variant, "no_attack" if variant == "clean" else "attack")
+    rows = tables.Rows(KEYS, seed, variant, "no_attack" if variant == "clean" else "attack")
     images, labels = generator_rows(rows, setup, federation)
     _history_rows(setup, federation, rows)
     maps = _attribution_rows(setup, federation, rows)
@@ -404,7 +390,7 @@ def _controls(setup: GANSetup, seed: int) -> tuple[pd.DataFrame, dict[str, np.nd
     controls = {"real": real, "real_triggered": stamped, "real_blurred": blurred, "real_noisy": noisy}
     parts = []
     for variant, images in controls.items():
-        rows = tables.Rows(KEYS, UNITS, seed, variant, "control")
+        rows = tables.Rows(KEYS, seed, variant, "control")
         image_rows(rows, setup, images, labels if variant == "real" else None, seed)
         parts.append(rows.table())
     galleries = {variant: images[:GALLERY].cpu().numpy() for variant, images in controls.items()}

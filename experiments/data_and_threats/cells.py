@@ -15,8 +15,8 @@ from medsec.nets import fit as classifier
 KEYS = ("split", "label", "client", "train_site", "test_site")
 
 
-def _row(variant: str, metric: str, value: float, n_items: int, unit: str, seed: int = 0, **keys) -> dict:
-    return tables.run_row(KEYS, seed, variant, "data", metric, value, n_items, unit, **keys)
+def _row(variant: str, metric: str, value: float, n_items: int, seed: int = 0, **keys) -> dict:
+    return tables.run_row(KEYS, seed, variant, "data", metric, value, n_items, **keys)
 
 
 def count_rows(cohort: data.Cohort) -> list[dict]:
@@ -25,9 +25,9 @@ def count_rows(cohort: data.Cohort) -> list[dict]:
     for split, part in cohort.splits.items():
         for label, name in enumerate(cohort.classes):
             n = int((part.labels == label).sum())
-            rows.append(_row("cohort", "images", n, n, "images", split=split, label=name))
+            rows.append(_row("cohort", "images", n, n, split=split, label=name))
     for split, n in cohort.removed.items():
-        rows.append(_row("cohort", "duplicates_removed", n, n, "images", split=split))
+        rows.append(_row("cohort", "duplicates_removed", n, n, split=split))
     return rows
 
 
@@ -53,7 +53,7 @@ def partition_rows(cohort: data.Cohort, params: Params) -> list[dict]:
         for client, held in enumerate(partition_counts(cohort, params, scheme, seed).to_numpy()):
             n = int(held.sum())
             for label, share in zip(cohort.classes, held / held.sum(), strict=True):
-                rows.append(_row(scheme, "label_share", share, n, "share", seed, client=client, label=label))
+                rows.append(_row(scheme, "label_share", share, n, seed, client=client, label=label))
     return rows
 
 
@@ -82,7 +82,7 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
         predictions = classifier.predict(model, torch.from_numpy(held.float()))
         value = classifier.balanced_accuracy(predictions, torch.from_numpy(held.labels))
         keys = {"train_site": cohort.sites[site], "test_site": letter}
-        rows.append(_row("classifier", "style_shift", value, len(held), "balanced accuracy", seed, **keys))
+        rows.append(_row("classifier", "style_shift", value, len(held), seed, **keys))
     return rows
 
 

@@ -43,31 +43,6 @@ QUICK = {  # what the notebook itself runs; the rest is in the record
     "boost_liar": ("none", "feddetect_hardened"),
 }
 BLOCKED = 0.01  # a weight below this share of the equal weight 1/m counts as blocked
-UNITS = {
-    "tpr": "share",
-    "fpr": "share",
-    "fpr_acted": "share",
-    "voided": "share",
-    "penalised": "share",
-    "weight_lost": "share",
-    "attacker_evidence": "ratio",
-    "youden_j": "share",
-    "any_flag": "share",
-    "acts": "share",
-    "blocked_tpr": "share",
-    "false_exclusion": "share",
-    "rounds_to_detect": "rounds",
-    "benign_weight_min": "share",
-    "weight": "share",
-    "evidence": "z",
-    **{m: fedgan_eval.UNITS[m] for m in ("trigger_rate", "trigger_ncc", "frechet", "label_accuracy", "downstream_auc")},
-    "frechet_minus_clean": "distance",
-    "downstream_auc_minus_clean": "AUC",
-    "augmented_auc": "AUC",
-    "augmented_auc_gain": "AUC",
-    "augmented_auc_minus_attacked": "AUC",
-    "server_ms": "ms",
-}
 
 
 # One run -------------------------------------------------------------------------------------------------------------
@@ -285,7 +260,7 @@ def run_cell(
     parts, galleries = [], {}
     for variant in variants:
         federation, log = run_variant(setup, start, watcher, scenario, variant)
-        rows = tables.Rows(KEYS, UNITS, seed, variant, scenario)
+        rows = tables.Rows(KEYS, seed, variant, scenario)
         _detection_rows(rows, log, changed)
         if timed:
             rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
@@ -361,7 +336,7 @@ def _seat_rows(
 
 def run_null(params: Params, seed: int, m: int) -> pd.DataFrame:
     """The released detector on ``m`` honest clients with independent losses; see `medsec.backdoor.feddetect.null_rates`."""
-    rows, n = tables.Rows(KEYS, UNITS, seed, "feddetect_released", "null"), params.feddetect.null_test.rounds
+    rows, n = tables.Rows(KEYS, seed, "feddetect_released", "null"), params.feddetect.null_test.rounds
     for metric, value in feddetect.null_rates(m, n, derive_seed(seed, "null", m)).items():
         rows.add(metric, value, n * m if metric == "fpr" else n, m=m)
     return rows.table()
@@ -393,7 +368,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
         draw = derive_seed(seed, "augment")
         classes = torch.arange(p.synthetic) % setup.cohort.n_classes
         synthetic[source] = fedgan.synthesise(federation.generator(), p.synthetic, draw, classes)
-    rows, n = tables.Rows(KEYS, UNITS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
+    rows, n = tables.Rows(KEYS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
     for real in p.real_per_class:
         few = _few(setup, real, seed)
         control = _augmented_auc(setup, few, None, seed)

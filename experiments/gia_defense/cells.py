@@ -50,14 +50,6 @@ QUICK = {  # what the notebook itself runs: variants under attack, and those who
     ),
     "utility": ("none", "shadow_hardened", "public_only"),
 }
-UNITS = {
-    **dict.fromkeys(("psnr", "psnr_minus_none", "psnr_minus_shuffled", "psnr_minus_naive"), "dB"),
-    **dict.fromkeys(("ssim", "ssim_minus_none"), "similarity"),
-    **dict.fromkeys(("retrieval", "retrieval_projected", "retrieval_latent", "failed", "offset_share"), "share"),
-    **dict.fromkeys(("macro_f1", "macro_f1_minus_none", "macro_f1_minus_baselines", "balanced_accuracy"), "share"),
-    **dict.fromkeys(("auc", "auc_minus_none"), "AUC"),
-    **{"st_lpips": "distance", "epsilon": "epsilon", "rms": "intensity", "lesion_ratio": "ratio"},
-}
 ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
@@ -166,7 +158,7 @@ class Run:
         return attackers.case(own or self.clients()[0], model, x, y, round, **options)
 
     def rows(self, scenario: str) -> tables.Rows:
-        return tables.Rows(KEYS, UNITS, self.seed, self.variant, scenario)
+        return tables.Rows(KEYS, self.seed, self.variant, scenario)
 
     @functools.cached_property
     def measure(self) -> Measure:
@@ -474,7 +466,7 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
 
 def _diverged(cell: cells.Cell) -> pd.DataFrame:
     """A federation that found no classifier under its defence: a result, not a gap in the record."""
-    rows = tables.Rows(KEYS, UNITS, cell.seed, cell.variants[0], "utility")
+    rows = tables.Rows(KEYS, cell.seed, cell.variants[0], "utility")
     keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
     rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
     return rows.table()

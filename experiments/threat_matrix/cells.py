@@ -69,12 +69,6 @@ SHARES = (
     "failed",
     "accuracy",
 )
-UNITS = {
-    **dict.fromkeys((*SHARES, "retrieval", "retrieval_projected", "dr_whitebox"), "share"),
-    "auc": "AUC",
-    "psnr": "dB",
-    "ssim": "similarity",
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def rows_of(cohort: str, params: Params, variants: str | tuple[str, ...], seed: 
         answers += _inversion(setup, row, done["no_attack"], seed)
         answers.append(("", _evasion(setup, row, done["no_attack"].model, seed)))
         lines += [
-            tables.run_row(KEYS, seed, name, scenario, metric, value, n, UNITS[metric], round=key)
+            tables.run_row(KEYS, seed, name, scenario, metric, value, n, round=key)
             for key, part in answers
             for (scenario, metric), (value, n) in part.items()
         ]

@@ -2,7 +2,7 @@
 
 ``python -m experiments check`` compares the tables in the working tree with those of the last commit; the last cell of a
 notebook compares what it has just written with the repository's (`against_reference`). Every row has a tolerance: its
-metric's entry in ``claims/tolerances.yaml`` plus the width of the committed interval (for `SCALED` metrics, plus a share of
+metric's entry in ``claims/metrics.yaml`` plus the width of the committed interval (for `SCALED` metrics, plus a share of
 the value).
 
 On the processor and versions that made a table nothing moves at all. On another one rounding differs, and a network that is
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from medsec.core import paths
 from medsec.core.errors import InputError
@@ -34,11 +33,6 @@ ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measure
 SCALED = {"frechet": 0.3}
 
 
-def tolerances() -> dict[str, float]:
-    """Allowed absolute difference of each metric."""
-    return yaml.safe_load((paths.CLAIMS / "tolerances.yaml").read_text(encoding="utf-8"))
-
-
 def compare(fresh: pd.DataFrame, committed: pd.DataFrame, deciding: Sequence[dict] = ()) -> list[str]:
     """What differs between two summary tables, one line a row; an empty list if they agree.
 
@@ -50,9 +44,8 @@ def compare(fresh: pd.DataFrame, committed: pd.DataFrame, deciding: Sequence[dic
     """
     if list(fresh.columns) != list(committed.columns):
         return [f"columns differ: {', '.join(fresh.columns)} instead of {', '.join(committed.columns)}"]
-    allowed, by = tolerances(), tables.keys(committed)
-    if unknown := sorted(set(committed["metric"]) - set(allowed)):
-        raise InputError(f"claims/tolerances.yaml has no entry for {unknown[0]!r}")
+    allowed = {name: entry["tolerance"] for name, entry in tables.metrics(committed["metric"]).items()}
+    by = tables.keys(committed)
     for name, table in (("fresh", fresh), ("committed", committed)):
         if table.duplicated(by).any():
             return [f"the {name} table holds a row twice: {_address(table[table.duplicated(by)].iloc[0], by)}"]

@@ -1,14 +1,17 @@
 """Reading, writing and addressing the tidy tables."""
 
+import functools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import pandas as pd
+import yaml
 
+from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence.intervals import bootstrap_interval
 
@@ -19,6 +22,7 @@ __all__ = [
     "headline",
     "interval",
     "markdown",
+    "metrics",
     "minus",
     "read",
     "row",
@@ -33,35 +37,43 @@ __all__ = [
 MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
 
 
+def metrics(names: Iterable[str] = ()) -> dict[str, dict]:
+    """Every metric of ``claims/metrics.yaml`` with its ``unit`` and ``tolerance``.
+
+    Raises:
+        InputError: one of ``names`` has no entry.
+    """
+    known = _metrics(paths.CLAIMS / "metrics.yaml")
+    if unknown := sorted(set(names) - known.keys()):
+        raise InputError(f"claims/metrics.yaml has no entry for {unknown[0]!r}; add its unit and its tolerance")
+    return known
+
+
+@functools.cache
+def _metrics(file: Path) -> dict[str, dict]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
 def run_row(
-    keys: Sequence[str],
-    seed: int,
-    variant: str,
-    scenario: str,
-    metric: str,
-    value: float,
-    n_items: int,
-    unit: str,
-    **cells: int | str,
+    keys: Sequence[str], seed: int, variant: str, scenario: str, metric: str, value: float, n_items: int, **cells
 ) -> dict:
     """One row of a runs table; the key columns ``keys`` that ``cells`` does not name are empty."""
     if unknown := set(cells) - set(keys):
         raise KeyError(f"{sorted(unknown)[0]!r} is no key column; they are {', '.join(keys)}")
-    fixed = {"seed": seed, "variant": variant, "scenario": scenario, "metric": metric}
-    return {**fixed, "value": float(value), "n_items": n_items, "unit": unit} | {
-        key: str(cells.get(key, "")) for key in keys
-    }
+    fixed = {"seed": seed, "variant": variant, "scenario": scenario, "metric": metric, "value": float(value)}
+    own = {key: str(cells.get(key, "")) for key in keys}
+    return {**fixed, "n_items": n_items, "unit": metrics([metric])[metric]["unit"], **own}
 
 
 class Rows:
-    """Collects the rows of one seed of one variant in one scenario; ``units`` gives every metric's unit."""
+    """Collects the rows of one seed of one variant in one scenario."""
 
-    def __init__(self, keys: Sequence[str], units: Mapping[str, str], seed: int, variant: str, scenario: str):
-        self.keys, self.units, self.fixed = keys, units, (seed, variant, scenario)
+    def __init__(self, keys: Sequence[str], seed: int, variant: str, scenario: str):
+        self.keys, self.fixed = keys, (seed, variant, scenario)
         self.rows: list[dict] = []
 
     def add(self, metric: str, value: float, n_items: int, **cells: int | str) -> None:
-        self.rows.append(run_row(self.keys, *self.fixed, metric, value, n_items, self.units[metric], **cells))
+        self.rows.append(run_row(self.keys, *self.fixed, metric, value, n_items, **cells))
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows)
