@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup data repro test record lab book lock clean
+.PHONY: help setup data repro test fuzz record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -64,10 +64,15 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
 define REPLAY
 @scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 MEDSEC_LIVE=0 \
+MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 PYTHONUTF8=1 TQDM_DISABLE=1 \
+MEDSEC_LIVE=0 MPLBACKEND=module://matplotlib_inline.backend_inline \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
+
+fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (about half an hour)
+	$(PY) -m dvc pull --quiet
+	$(PY) -m pytest -m "fuzz or kills" --hypothesis-profile=fuzz
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m experiments record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)

@@ -36,7 +36,7 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import PINNED, data
+from medsec import INLINE, PINNED, data
 from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts
@@ -131,9 +131,14 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "MEDSEC_OUT": str(job.temporary),
         "MEDSEC_REFERENCE": str(job.temporary),  # a fresh table is not judged by the one that it replaces
         "PYTHONPATH": str(paths.ROOT),  # this checkout's medsec, also where another one is installed (dvc exp --temp)
-        "OMP_NUM_THREADS": "1",  # another number of threads gives other bits
+        # Another number of threads gives other bits.
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         **{key: os.environ[key] for key in PINNED if key in os.environ},  # before numpy is imported there
         "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",  # whatever the locale
+        "PYTHONOPTIMIZE": "",  # asserts of notebooks are meant
+        "TZ": "UTC",
+        **INLINE,
         **parallel.HEAP,
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
