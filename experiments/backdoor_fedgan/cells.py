@@ -280,14 +280,14 @@ def run_cell(
     images, labels = deal(setup, seed)
     trigger = None if arm == "clean" else setup.trigger
     federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
-    after = functools.partial(measure_round, setup)
+    trained = functools.partial(fedgan.run, after_round=functools.partial(measure_round, setup), strict=True)
     if arm == "clean":
-        finished = {"clean": fedgan.run(federation, after_round=after)}
+        finished = {"clean": trained(federation)}
     else:
         start = boost_start(params)
-        fedgan.run(federation, start, after_round=after)
+        trained(federation, start)
         boosted = fedgan.branch(federation, params.fedgan.poison.boost, start)
-        finished = {name: fedgan.run(f, after_round=after) for name, f in (("poison", federation), ("boost", boosted))}
+        finished = {name: trained(f) for name, f in (("poison", federation), ("boost", boosted))}
     parts, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
     return pd.concat(parts, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 

@@ -186,7 +186,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, fe
         watcher(updates, round)
         return uniform_mean(updates)
 
-    fedgan.run(federation, warm_up_rounds(p), aggregate=look_on)
+    fedgan.run(federation, warm_up_rounds(p), aggregate=look_on, strict=True)
     return federation, watcher
 
 
@@ -206,15 +206,14 @@ def run_variant(
     attack = attack_of(scenario, setup, federation, watcher)
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        arrived, _ = screen(attack(updates, round), federation.state)
+        arrived, rejected = screen(attack(updates, round), federation.state)
         begin = time.perf_counter()
         state, diagnostics = rule(arrived, round)
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
-        return state, diagnostics
+        return state, {**diagnostics, "rejected": rejected}
 
     def measure(federation: FederatedGAN) -> None:
-        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
-            log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
+        log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
@@ -223,7 +222,7 @@ def run_variant(
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan.train_client(client, state, constant if faithless else federation, round)
 
-    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure)
+    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
     return federation, log
 
 

@@ -141,7 +141,8 @@ def multi_krum(
     updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True
 ) -> tuple[State, dict]:
     """Plain mean of the n − f updates with the smallest `krum_scores` (Blanchard et al. 2017, section 4)."""
-    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), len(updates) - n_malicious)
+    keep = max(1, len(updates) - n_malicious)  # fewer may have come than were asked
+    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), keep)
 
 
 def _most_central(updates: Sequence[Update], scores: np.ndarray, keep: int) -> tuple[State, dict]:
@@ -177,7 +178,9 @@ def _need(updates: Sequence[Update], name: str) -> None:
 RULES: dict[str, Callable] = {
     "none": uniform_mean,
     "median": median,
-    "trimmed_mean": lambda updates, round=0, *, n_malicious: trimmed_mean(updates, round, trim=n_malicious),
+    "trimmed_mean": lambda updates, round=0, *, n_malicious: trimmed_mean(
+        updates, round, trim=min(n_malicious, (len(updates) - 1) // 2)
+    ),
     "krum": functools.partial(krum, strict=False),
     "multi_krum": functools.partial(multi_krum, strict=False),
 }
