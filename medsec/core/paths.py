@@ -17,6 +17,7 @@ PROFILES = ROOT / "profiles"
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 CLAIMS = ROOT / "claims"
+OWN = ("npz", "folder")  # cohorts of a reader's own images: what is made from them is never committed
 
 
 def out() -> Path:
