@@ -7,7 +7,6 @@ cohort's ``flaws`` and ``removed``, and so on its data card. See docs/bring-your
 
 import csv
 import functools
-import itertools
 import os
 import re
 from collections import Counter, defaultdict
@@ -249,14 +248,17 @@ def _assign(listing: pd.DataFrame, labels: np.ndarray, cohort: FolderCohort) -> 
 
 
 def _check_patients(number, labels: np.ndarray, classes: tuple[str, ...], listing: pd.DataFrame, origin: str) -> None:
-    """Every class has a patient in every split, or an `InputError` that counts patients."""
-    for (s, split), (c, name) in itertools.product(enumerate(SPLITS), enumerate(classes)):
-        if not ((number == s) & (labels == c)).any():
+    """Every class has a patient in every split, or an `InputError` that names all gaps and counts patients."""
+    found = []
+    for c, name in enumerate(classes):
+        if missing := [split for s, split in enumerate(SPLITS) if not ((number == s) & (labels == c)).any()]:
             patients = sorted(set(listing["patient"][labels == c]))
             shown = ", ".join(patients[:3]) + (", …" if len(patients) > 3 else "")
-            hint = "correct its column split, or add images" if "split" in listing else _SHARES
             few = f"all {int((labels == c).sum())} images of it are of {len(patients)} patient(s): {shown}"
-            raise InputError(f"{origin}: class {name} is missing from split {split} ({few}); {hint}")
+            found.append(f"class {name} is missing from split {', '.join(missing)} ({few})")
+    if found:
+        hint = "correct its column split, or add images" if "split" in listing else _SHARES
+        raise InputError(f"{origin}: {'; '.join(found)}; {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------------- pixels
