@@ -25,6 +25,7 @@ from medsec.core.seeds import derive_seed
 from medsec.core.settings import Recipe
 from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
+from medsec.nets import fit
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ ARMS = {
 }
 VARIANTS = tuple(ARMS)
 QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
+FIRST = 8  # test images that figures show
 GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
 
 
@@ -77,7 +79,7 @@ def prepare(cohort: str, params: Params) -> Setup:
     The test images are shuffled once for all (the splits are sorted by class); ``evasion.test_images`` takes the first.
 
     Raises:
-        InputError: the cohort cannot be loaded.
+        InputError: the cohort cannot be loaded, or too few test images are attacked for every class to be among them.
     """
     return _prepared(cohort, params.model_dump_json())
 
@@ -88,21 +90,38 @@ def _prepared(name: str, params_json: str) -> Setup:
     cohort = data.load(name, params.cohorts)
     whole = tensors(cohort)
     train = (torch.cat(parts) for parts in zip(*(whole[split] for split in params.evasion.train), strict=True))
-    order = test_order(params, len(cohort["test"]))
     x, y = whole["test"]
+    order, slow = test_order(params, y), params.evasion.attacks.slow_images
+    check_every_class("evasion.test_images", y[order], cohort)
+    check_every_class("evasion.attacks.slow_images", y[order][:slow], cohort)
     return Setup(params, cohort, {"train": tuple(train), "val": whole["val"], "test": (x[order], y[order])})
 
 
-def test_order(params: Params, n: int) -> Tensor:
-    """Which of ``n`` test images are attacked, in which order: the same for every arm and seed."""
+def test_order(params: Params, labels: Tensor) -> Tensor:
+    """Which of the test images with ``labels`` (N,) are attacked, in which order: the same for every arm and seed.
+
+    Shuffled, and however rare a class is, it is among the `FIRST`: figures and attacks on few images meet every class.
+    """
     rng = torch.Generator().manual_seed(derive_seed(params.seeds.tuning[0], "test images"))
-    return torch.randperm(n, generator=rng)[: params.evasion.test_images]
+    order = fit.with_every_class(torch.randperm(len(labels), generator=rng), labels, FIRST)
+    return order[: params.evasion.test_images]
+
+
+def check_every_class(name: str, labels: Tensor, cohort: data.Cohort) -> None:
+    """Raises InputError, which names the parameter, unless ``labels`` has all classes: an AUC needs each of them."""
+    if lacking := [text for k, text in enumerate(cohort.classes) if not (labels == k).any()]:
+        what = f"{len(labels)} test images of {cohort.name} without class {', '.join(lacking)}"
+        raise InputError(f"{name} leaves {what}; raise it to {max(FIRST, cohort.n_classes)} or more")
 
 
 def test_lesions(setup: Setup) -> np.ndarray | None:
     """(N, S, S) bool, the lesion masks of the test images in their order; None for a cohort without masks."""
     part = setup.cohort["test"]
-    return None if part.lesion is None else part.lesion[test_order(setup.params, len(part)).numpy()].astype(bool)
+    return (
+        None
+        if part.lesion is None
+        else part.lesion[test_order(setup.params, torch.from_numpy(part.labels)).numpy()].astype(bool)
+    )
 
 
 def ratio(arm: Arm, params: EvasionParams) -> float | None:

@@ -19,6 +19,7 @@ from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from experiments.params import Params
+from medsec import data
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
@@ -361,6 +362,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
     """
     torch.set_num_threads(1)
     p, synthetic = params.feddetect.downstream, {}
+    real_images = {real: _few(fedgan_eval.prepare(cohort, params), real, seed) for real in p.real_per_class}
     for source, (scenario, variant) in SOURCES.items():
         setup = instruments(cohort, params, settings(params, scenario), scenario)
         federation, _ = run_variant(setup, *warm_up(setup, seed, scenario), scenario, variant)
@@ -368,8 +370,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
         classes = torch.arange(p.synthetic) % setup.cohort.n_classes
         synthetic[source] = fedgan.synthesise(federation.generator(), p.synthetic, draw, classes)
     rows, n = tables.Rows(KEYS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
-    for real in p.real_per_class:
-        few = _few(setup, real, seed)
+    for real, few in real_images.items():
         control = _augmented_auc(setup, few, None, seed)
         found = {source: _augmented_auc(setup, few, drawn, seed) for source, drawn in synthetic.items()}
         rows.add("augmented_auc", control, n, source="real", real=real)
@@ -433,7 +434,18 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     return run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys, timed=True)
 
 
-EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run)
+def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    if cell.arm == "null":  # simulated losses
+        return []
+    if cell.arm != "downstream":
+        return fedgan_eval.lacks(cohort, settings(p, cell.arm, cell.keys), cell)
+    least, real = int(np.bincount(cohort["public"].labels).min()), max(p.feddetect.downstream.real_per_class)
+    few = f"feddetect.downstream.real_per_class {real}: a class of split public has {least} images; lower it"
+    return fedgan_eval.lacks(cohort, p, cell) + ([few] if least < real else [])
+
+
+EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run, lacks=lacks)
 
 
 def quick(p: Params) -> list[cells.Cell]:

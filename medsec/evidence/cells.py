@@ -79,6 +79,7 @@ class Experiment:
         own: sections that hold a mapping method -> its own parameters; of these a cell depends on its own methods only, so that
             a new method leaves every finished cell valid.
         shared: methods whose parameters in ``own`` others use as well.
+        lacks: ``lacks(cohort, params, cell)``, what a loaded cohort is too small for, a line each with what mends it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Experiment:
     run: Callable[[str, Section, Cell], Finished]
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    lacks: Callable[[data.Cohort, Section, Cell], list[str]] | None = None
 
 
 def resolved(p: Section, cell: Cell) -> Section:
@@ -194,9 +196,11 @@ def run(
         processes: see `medsec.core.parallel.run_cells`.
 
     Raises:
-        InputError: a cohort that cannot be loaded, or parameters that a cell cannot run with.
+        InputError: a cohort that cannot be loaded or is too small, with all that it lacks; or parameters that a cell
+            cannot run with. Before any cell runs.
     """
-    names = names_of(experiment, data.load(cohort, p.cohorts).fingerprint, p, plan)
+    loaded = data.load(cohort, p.cohorts)
+    names = names_of(experiment, loaded.fingerprint, p, plan)
     files = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
     fresh = os.environ.get("MEDSEC_FRESH") == "1"
     todo = [cell for cell in plan if fresh or read(files[cell.name]) is None]
@@ -208,6 +212,9 @@ def run(
             "they stay as they are, and are run again beside",
             file=sys.stderr,
         )
+    asked = todo if experiment.lacks else []
+    if lacking := dict.fromkeys(why for cell in asked for why in experiment.lacks(loaded, resolved(p, cell), cell)):
+        raise InputError(f"cohort {cohort} is too small: {'; '.join(lacking)}")
     calls = [(experiment, cohort, p, cell, names[cell.name], files[cell.name]) for cell in todo]
     parallel.run_cells(_run_one, calls, processes=processes)
     found = [read(files[cell.name]) for cell in plan]
