@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import Count, Section, Seed, registered
+from medsec.core.params import Count, NotNegative, Section, Seed, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
 
 
@@ -12,13 +12,13 @@ class InversionParams(Section):
     federation: FedClsParams
     victims: Count
     sweep_victims: Count
-    joint_rounds: int = Field(ge=2)
+    joint_rounds: int = Field(ge=2, le=100_000)
     attacks: list[str] = Field(min_length=1)
     adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
-    defences: dict[str, dict[str, int | Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
+    defences: dict[str, dict[str, Annotated[int, Field(ge=0, le=100_000)] | NotNegative]]
     shadow: ShadowParams
 
     @field_validator("attacks")
@@ -44,7 +44,7 @@ class InversionRecord(Section):
     variants: list[str]
     batch: list[Count]
     inferred: list[Count]
-    steps: list[Annotated[int, Field(ge=2)]]
+    steps: list[Annotated[int, Field(ge=2, le=1024)]]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]
     utility_variants: list[str]

@@ -8,6 +8,8 @@ overwrite a committed result.
 import os
 from pathlib import Path
 
+from medsec.core.errors import InputError
+
 __all__ = ["cells", "executed", "networks", "out", "records", "reference", "results"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -17,6 +19,18 @@ PROFILES = ROOT / "profiles"
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 CLAIMS = ROOT / "claims"
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is 1; 0, empty and unset are no.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise InputError(f"{name}={value} in the environment: set it to 1 or 0")
+    return value == "1"
 
 
 def out() -> Path:
