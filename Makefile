@@ -17,7 +17,12 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup data repro test fuzz record lab book lock clean
+# DVC and the comparison with the committed tables need git; whoever unpacked an archive has none.
+checkout:
+	@test -e .git || { echo "error: this folder is no git repository: clone it, or here: git init && git add -A && git commit -qm start" >&2; \
+	  exit 1; }
+
+.PHONY: help checkout setup data repro test fuzz record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -45,7 +50,7 @@ $(READY): $(BOOT) pyproject.toml requirements.lock
 data: $(READY) ## fetch the default cohort (from this repository)
 	$(PY) -m dvc pull
 
-repro: $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
+repro: checkout $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
 	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
 	$(PY) -m dvc pull
 	MEDSEC_FRESH=1 $(PY) -m dvc repro -f $(PIPELINE)

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument(
         "--restart", action="store_true", help="run again what other parameters or another generation made"
     )
-    made.add_argument("--processes", type=int, default=joblib.cpu_count())
+    made.add_argument("--processes", type=parallel.count, default=joblib.cpu_count())
     add("check", compare, None).add_argument("--cohort", default="phantom")
     add("ledger", write_ledger, None)
     add("params", show_params, "quick")

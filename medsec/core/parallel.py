@@ -43,6 +43,18 @@ def device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def count(value: str | int, name: str = "processes") -> int:
+    """How many processes, 1 to 1024.
+
+    Raises:
+        InputError: it is no such number; the message says that ``name`` is wrong.
+    """
+    digits = str(value).strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and 1 <= int(digits) <= 1024):
+        raise InputError(f"{name} = {digits[:40]!r}: a number of processes is needed, 1 to 1024")
+    return int(digits)
+
+
 def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | None = None) -> list[Any]:
     """``[function(*cell) for cell in cells]``, spread over processes.
 
@@ -54,7 +66,7 @@ def run_cells(function: Callable, cells: Sequence[tuple], *, processes: int | No
         cells: arguments of each call; put the longest first.
         processes: default ``MEDSEC_PROCESSES``, else the number of cores this process may use.
     """
-    wanted = processes or int(os.environ.get("MEDSEC_PROCESSES", 0)) or joblib.cpu_count()
+    wanted = processes or count(os.environ.get("MEDSEC_PROCESSES") or joblib.cpu_count(), "MEDSEC_PROCESSES")
     for key, value in HEAP.items():  # in processes that start from here on; who set it otherwise is not overruled
         os.environ.setdefault(key, value)
     calls = (joblib.delayed(_in_worker)(os.getpid(), function, cell) for cell in cells)
@@ -121,7 +133,7 @@ def locked(file: Path) -> Iterator[None]:
     with file.open("a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             raise InputError(f"process {owner} is already running {file.stem}; wait for it, or end it") from None

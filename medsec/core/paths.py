@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from medsec.core.errors import InputError
+
 __all__ = ["cells", "executed", "networks", "out", "records", "reference", "results"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,6 +34,18 @@ def given(text: str, kind: Callable[[Path], bool]) -> tuple[Path, bool, bool]:
         return place, place.exists(), kind(place)
     except OSError:  # too long a name, a folder that may not be entered
         return place, False, False
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is 1; 0, empty and unset are no.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise InputError(f"{name}={value} in the environment: set it to 1 or 0")
+    return value == "1"
 
 
 def out() -> Path:
