@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.federated.rounds import Aggregator, State, Update
