@@ -1,5 +1,6 @@
 """Whatever a client sends or does, the round goes on, the state stays finite, and the reason is named."""
 
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import replace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn.ensemble
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,15 @@ from medsec.federated.rounds import LARGEST_COUNT, LARGEST_VALUE, NoQuorum, Upda
 
 CLIENTS = range(5)
 COUNTER = "1.num_batches_tracked"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_forests():
+    """FedDetect's forests have 3 trees instead of 100: nothing here depends on whom they flag."""
+    with pytest.MonkeyPatch.context() as patch:
+        forest = functools.partial(sklearn.ensemble.IsolationForest, n_estimators=3)
+        patch.setattr(sklearn.ensemble, "IsolationForest", forest)
+        yield
 
 
 def network():
@@ -232,7 +243,7 @@ def check(server, rounds):
         new, taken, said = run_round(state, CLIENTS, clients(changes), server, t, quorum=0)
         assert all(torch.equal(before[k], v) for k, v in state.items()), "a client changed what the server holds"
         for kind in ("rejected", "absent"):
-            assert sorted(said[kind]) == sorted(c for c, (k, _) in changes.items() if k == kind)
+            assert sorted(said[kind]) == sorted(c for c, (k, _) in changes.items() if k == kind), said
             assert all(4 < len(reason) <= 200 and "\n" not in reason for reason in said[kind].values())
         assert len(taken) + len(said["rejected"]) + len(said["absent"]) == len(CLIENTS)
         assert list(new) == list(START)

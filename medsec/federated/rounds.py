@@ -2,7 +2,6 @@
 
 import math
 import sys
-import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -136,9 +135,12 @@ def _whole(value: object) -> bool:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """What an error says, whatever that is; an `InputError` without its name."""
-    text = "".join(traceback.format_exception_only(error)).removeprefix(f"{InputError.__module__}.InputError: ")
-    return " ".join(text.split())[:200]
+    """An error's name and text, at most 200 characters; of an `InputError` the text alone."""
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    try:
+        return " ".join(f"{name}{error}".split())[:200]
+    except Exception:  # an error of a client may have any text
+        return f"{name}without a text"
 
 
 def run_round(
