@@ -1,7 +1,6 @@
 """What a client sends, and the loop of rounds."""
 
 import math
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,9 +93,9 @@ def _usable(update: Update, sender: int, template: State) -> Update:
     for name, given in (("state", update.state), ("metrics", update.metrics)):
         if type(given) not in (dict, OrderedDict):
             raise InputError(f"its {name} is of type {type(given).__name__}, expected a dict")
-    for name, value in update.metrics.items():
-        real = type(value) in (int, float) or isinstance(value, np.integer | np.floating)
-        if type(name) is not str or not real or not abs(value) <= sys.float_info.max:
+    metrics = {name: _number(value) for name, value in update.metrics.items()}
+    for name, value in metrics.items():
+        if type(name) is not str or not math.isfinite(value):
             raise InputError(f"metric {name} is no finite number")
     if update.state.keys() != template.keys():
         odd = sorted(map(str, update.state.keys() ^ template.keys()))
@@ -105,7 +104,7 @@ def _usable(update: Update, sender: int, template: State) -> Update:
     for name, expected in template.items():
         if flaw := _flaw(state[name], expected, name.endswith("running_var")):
             raise InputError(f"{name} {flaw}")
-    return replace(update, state=state, metrics={name: float(value) for name, value in update.metrics.items()})
+    return replace(update, state=state, n_samples=int(update.n_samples), metrics=metrics)
 
 
 def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
@@ -132,6 +131,14 @@ def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
 
 def _whole(value: object) -> bool:
     return type(value) is int or isinstance(value, np.integer)
+
+
+def _number(value: object) -> float:
+    """NaN for what is no real number, or an integer beyond all floats."""
+    try:
+        return float(value) if type(value) is float or isinstance(value, np.floating) or _whole(value) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _in_a_line(error: BaseException) -> str:
