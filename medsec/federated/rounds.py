@@ -1,8 +1,6 @@
 """What a client sends, and the loop of rounds."""
 
 import math
-import sys
-import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,9 +93,9 @@ def _usable(update: Update, sender: int, template: State) -> Update:
     for name, given in (("state", update.state), ("metrics", update.metrics)):
         if type(given) not in (dict, OrderedDict):
             raise InputError(f"its {name} is of type {type(given).__name__}, expected a dict")
-    for name, value in update.metrics.items():
-        real = type(value) in (int, float) or isinstance(value, np.integer | np.floating)
-        if type(name) is not str or not real or not abs(value) <= sys.float_info.max:
+    metrics = {name: _number(value) for name, value in update.metrics.items()}
+    for name, value in metrics.items():
+        if type(name) is not str or not math.isfinite(value):
             raise InputError(f"metric {name} is no finite number")
     if update.state.keys() != template.keys():
         odd = sorted(map(str, update.state.keys() ^ template.keys()))
@@ -106,7 +104,7 @@ def _usable(update: Update, sender: int, template: State) -> Update:
     for name, expected in template.items():
         if flaw := _flaw(state[name], expected, name.endswith("running_var")):
             raise InputError(f"{name} {flaw}")
-    return replace(update, state=state, metrics={name: float(value) for name, value in update.metrics.items()})
+    return replace(update, state=state, n_samples=int(update.n_samples), metrics=metrics)
 
 
 def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
@@ -135,10 +133,21 @@ def _whole(value: object) -> bool:
     return type(value) is int or isinstance(value, np.integer)
 
 
+def _number(value: object) -> float:
+    """NaN for what is no real number, or an integer beyond all floats."""
+    try:
+        return float(value) if type(value) is float or isinstance(value, np.floating) or _whole(value) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def _in_a_line(error: BaseException) -> str:
-    """What an error says, whatever that is; an `InputError` without its name."""
-    text = "".join(traceback.format_exception_only(error)).removeprefix(f"{InputError.__module__}.InputError: ")
-    return " ".join(text.split())[:200]
+    """An error's name and text, at most 200 characters; of an `InputError` the text alone."""
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    try:
+        return " ".join(f"{name}{error}".split())[:200]
+    except Exception:  # an error of a client may have any text
+        return f"{name}without a text"
 
 
 def run_round(
