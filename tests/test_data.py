@@ -352,7 +352,7 @@ def test_bytes_after_an_array(tiny_npz, npz_cohorts):
 def test_npz_path_missing(cohorts, npz_cohorts):
     with pytest.raises(InputError, match=r"cohorts\.npz\.path is not set"):
         data.load("npz", cohorts)
-    with pytest.raises(InputError, match=r"nowhere\.npz does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.npz' does not exist"):
         data.load("npz", npz_cohorts("nowhere.npz"))
 
 

@@ -108,7 +108,7 @@ class _RefusedError(Exception):
     """Why a file that can be read is not used; the message continues "<file> …"."""
 
 
-def _check_pixels(height: int, width: int) -> None:
+def _check_pixels(width: int, height: int) -> None:
     if height * width > PIXELS:
         raise _RefusedError(f"has {width} × {height} pixels, more than {PIXELS >> 20} million; save it smaller")
 
@@ -202,7 +202,7 @@ def _dicom(file: Path) -> tuple[np.ndarray, float | None, list[str], str]:
     frames = int(header.get("NumberOfFrames") or 1)
     if frames > 1:
         raise _RefusedError(f"has {frames} frames; save the one that is meant as a file of its own")
-    _check_pixels(header.Rows, header.Columns)
+    _check_pixels(header.Columns, header.Rows)
     if odd := _contradiction(header):
         raise _RefusedError(f"has {odd}: which picture is meant is not known; correct the header, or export it as PNG")
     try:
@@ -210,9 +210,7 @@ def _dicom(file: Path) -> tuple[np.ndarray, float | None, list[str], str]:
     except (RuntimeError, NotImplementedError):  # no decoder for this compression
         name = getattr(header.file_meta.get("TransferSyntaxUID"), "name", "unknown")
         raise _RefusedError(f"is compressed in a way that is not read here ({name}); decompress it first") from None
-    kind, spare = header.PhotometricInterpretation, 8 * stored.itemsize - header.BitsStored
-    if not np.array_equal(stored << spare >> spare, stored):
-        raise _RefusedError(f"has values of more than its BitsStored {header.BitsStored}; correct the header")
+    kind = header.PhotometricInterpretation
     if kind in ("MONOCHROME1", "MONOCHROME2"):
         shown, notes = _grey(header, stored)
         return (1 - shown if kind == "MONOCHROME1" else shown), 1, notes, patient
