@@ -7,6 +7,8 @@ from pydantic import Field, field_validator
 from medsec.core.params import Count, NotNegative, Section, Seed, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
 
+Strength = Annotated[int, Field(ge=0, le=100_000)] | NotNegative
+
 
 class InversionParams(Section):
     federation: FedClsParams
@@ -18,7 +20,7 @@ class InversionParams(Section):
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
-    defences: dict[str, dict[str, Annotated[int, Field(ge=0, le=100_000)] | NotNegative]]
+    defences: dict[str, dict[str, Strength]]
     shadow: ShadowParams
 
     @field_validator("attacks")
@@ -53,4 +55,4 @@ class InversionRecord(Section):
     control_seeds: Count
     condition_seeds: Count
     released_batch: Count
-    strengths: dict[str, dict[str, list[int | float]]]
+    strengths: dict[str, dict[str, list[Strength]]]

@@ -36,7 +36,11 @@ def shown(file: Path) -> str:
 
 def restore(file: Path) -> str:
     """How to get a file back."""
-    return f"restore it with: git checkout {shown(file)}" if file.is_relative_to(paths.ROOT) else "mend or remove it"
+    return (
+        f"restore it with: git checkout {shown(file)}"
+        if file.is_relative_to(paths.ROOT)
+        else "check its name and content"
+    )
 
 
 def read_text(file: Path, remedy: str = "") -> str:

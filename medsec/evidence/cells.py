@@ -198,12 +198,14 @@ def run(
         OSError: finished cells could not be written; nothing was run.
     """
     names = names_of(experiment, data.load(cohort, p.cohorts).fingerprint, p, plan)
-    files = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
+    place_of = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
     fresh = paths.flag("MEDSEC_FRESH")
-    todo = [cell for cell in plan if fresh or read(files[cell.name]) is None]
+    todo = [cell for cell in plan if fresh or read(place_of[cell.name]) is None]
     if done := len(plan) - len(todo):
         print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
-    if others := [cell.name for cell in todo if not fresh and any(files[cell.name].parent.glob(f"{cell.name}.*.npz"))]:
+    if others := [
+        cell.name for cell in todo if not fresh and any(place_of[cell.name].parent.glob(f"{cell.name}.*.npz"))
+    ]:
         print(
             f"{len(others)} cells, such as {others[0]}, lie there with other parameters or of another generation: "
             "they stay as they are, and are run again beside",
@@ -211,9 +213,9 @@ def run(
         )
     if todo:
         files.check_writable(paths.cells(cohort) / experiment.name)
-    calls = [(experiment, cohort, p, cell, names[cell.name], files[cell.name]) for cell in todo]
+    calls = [(experiment, cohort, p, cell, names[cell.name], place_of[cell.name]) for cell in todo]
     parallel.run_cells(_run_one, calls, processes=processes)
-    found = [read(files[cell.name]) for cell in plan]
+    found = [read(place_of[cell.name]) for cell in plan]
     if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
         raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
     return [finished for finished, _ in found]

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from medsec.core import files, paths
 from medsec.core.errors import InputError
@@ -41,7 +41,7 @@ class Claims(Section):
     paper: str
     table: str
     published: dict | None = None
-    claims: list[Claim] = Field(min_length=1)
+    claims: list[Claim]
 
     @model_validator(mode="after")
     def _each_id_once(self):
