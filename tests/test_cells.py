@@ -315,6 +315,14 @@ def test_a_half_written_cell_is_no_cell(p):
     assert RAN[4:] == [PLAIN.name]
 
 
+def test_where_no_cell_can_be_written_none_is_run(p, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MEDSEC_CELLS", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file/npz"):
+        run(p)
+    assert not RAN
+
+
 # Records --------------------------------------------------------------------------------------------------------------
 
 
