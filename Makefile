@@ -22,7 +22,7 @@ checkout:
 	@test -e .git || { echo "error: this folder is no git repository: clone it, or here: git init && git add -A && git commit -qm start" >&2; \
 	  exit 1; }
 
-.PHONY: help checkout setup data repro test fuzz record lab book lock clean
+.PHONY: help checkout setup data repro test fuzz bench record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -78,6 +78,11 @@ endef
 fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (about half an hour)
 	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest -m "fuzz or kills" --hypothesis-profile=fuzz
+
+bench: $(READY) ## measure our server rules beside those of other libraries, in an environment of its own
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(PY) -m uv pip install --python .venv-bench/bin/python -e ".[bench]"
+	.venv-bench/bin/python benchmarks/aggregators.py
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m experiments record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
