@@ -19,7 +19,6 @@ __all__ = ["RULES", "fedavg", "flatten", "krum", "krum_scores", "median", "multi
 
 
 CHUNK = 2**13  # entries at a time: all that is worked on stays in the processor's cache
-CLOSE = 1e-3  # a squared distance below this share of the two rows' own squares has lost half of float32's digits
 
 
 def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float] | None = None) -> tuple[State, dict]:
@@ -117,18 +116,12 @@ def krum_scores(updates: Sequence[Update], n_malicious: int, *, strict: bool = T
 def _squared_distances(points: Sequence[np.ndarray]) -> np.ndarray:
     """(n, n) float64, between n float32 vectors."""
     gram = np.zeros((len(points), len(points)))
-    for start in range(0, len(points[0]), 8 * CHUNK):
-        part = np.stack([point[start : start + 8 * CHUNK] for point in points])
+    for start in range(0, len(points[0]), CHUNK):
+        part = np.stack([point[start : start + CHUNK] for point in points], dtype=np.float64)
         # States of one round differ by far less than their own length: without centring, the Gram matrix cancels.
         part -= part.mean(0)
         gram += part @ part.T
-    both = np.diag(gram)[:, None] + np.diag(gram)[None, :]
-    distance = both - 2 * gram
-    for i, j in np.argwhere(
-        np.triu(distance < CLOSE * both, 1)
-    ):  # two near one another, far from the centre: it cancels
-        distance[i, j] = distance[j, i] = np.square(points[i] - points[j], dtype=np.float64).sum()
-    return distance
+    return np.maximum(np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2 * gram, 0)
 
 
 def krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True) -> tuple[State, dict]:
