@@ -204,15 +204,16 @@ REJECTED = {
     "subclass of Update": lambda u, _: Pretender(**vars(u)),
 }
 ABSENT = {f"error {i}": raises(x) for i, x in enumerate(ERRORS)} | {"nothing": lambda u, _: None}
+FAR = 0.4 * LARGEST_VALUE  # from there to its opposite is still within the bound
 TAKEN = {  # odd, but of the right form: no rule may break
-    "largest": lambda u, _: replace(u, state={k: torch.full_like(v, LARGEST_VALUE) for k, v in u.state.items()}),
+    "largest": lambda u, _: replace(u, state={k: torch.full_like(v, FAR) for k, v in u.state.items()}),
     "zero": lambda u, _: replace(u, state={k: torch.zeros_like(v) for k, v in u.state.items()}),
-    "smallest": tensor("0.weight", lambda v: torch.full_like(v, -LARGEST_VALUE)),
+    "smallest": tensor("0.weight", lambda v: torch.full_like(v, -FAR)),
     "expanded": tensor("0.weight", lambda v: v.mean().expand(v.shape)),
     "channels last": tensor("0.weight", lambda v: v.to(memory_format=torch.channels_last)),
     "other order": lambda u, _: replace(u, state=OrderedDict(reversed(u.state.items()))),
     "received": lambda u, received: replace(u, state=received),
-    "counter": element(COUNTER, LARGEST_COUNT),
+    "counter": element(COUNTER, LARGEST_COUNT // 2),
     "samples": fields(n_samples=LARGEST_COUNT),
     "samples of numpy": fields(n_samples=np.int64(3)),
     "no metrics": fields(metrics={}),
@@ -296,6 +297,16 @@ def test_every_way_to_be_odd_is_told(kind):
 def test_the_reason_says_what_is_wrong(kind, name, reason):
     _, _, said = run_round(START, CLIENTS, clients({2: (kind, name)}), fedavg, 0)
     assert said[kind] == {2: reason}
+
+
+def test_who_sends_the_largest_counter_does_not_shut_out_the_others():
+    state = START
+    for t in range(3):
+        largest = replace(honest(0, state), state=state | {COUNTER: state[COUNTER] + LARGEST_COUNT})
+        state, taken, _ = run_round(state, CLIENTS[:1], lambda c, s, r, sent=largest: sent, fedavg, t)
+        assert len(taken) == 1
+        state, taken, _ = run_round(state, CLIENTS, clients({}), fedavg, t)
+        assert len(taken) == len(CLIENTS)
 
 
 def test_of_a_client_that_sends_twice_nothing_is_taken():

@@ -51,9 +51,10 @@ def screen(
 ) -> tuple[list[Update], dict[int, str]]:
     """Separate usable updates from broken ones.
 
-    Usable: a state of dense, detached tensors with the names, shapes, types and device of the server's; finite, at most
-    `LARGEST_VALUE` in size; no negative variance or counter; a possible number of samples; finite metrics. Of a client that
-    sends twice nothing is taken: the server cannot know which one is its own, and the first may be the forgery.
+    Usable: a state of dense, detached tensors with the names, shapes, types and device of the server's; finite, nowhere
+    farther from the server's than `LARGEST_VALUE`; no negative variance or counter; a possible number of samples; finite
+    metrics. Of a client that sends twice nothing is taken: the server cannot know which one is its own, and the first may
+    be the forgery.
 
     Args:
         updates: what the clients sent.
@@ -122,7 +123,9 @@ def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
         return "carries a gradient; send it detached"
     if not torch.isfinite(value).all():
         return "holds NaN or infinite values"
-    if (value.double().abs() > (LARGEST_VALUE if value.is_floating_point() else LARGEST_COUNT)).any():
+    # From what the server holds: else who sends the bound itself makes all that the honest send next too large.
+    bound = LARGEST_VALUE if value.is_floating_point() else LARGEST_COUNT
+    if ((value.double() - expected.double()).abs() > bound).any():
         return "holds values that are too large"
     if (variance or not value.is_floating_point()) and (value < 0).any():
         return "holds negative values"
