@@ -17,7 +17,12 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup data repro test record lab book lock clean
+# DVC and the comparison with the committed tables need git; whoever unpacked an archive has none.
+checkout:
+	@test -e .git || { echo "error: this folder is no git repository: clone it, or here: git init && git add -A && git commit -qm start" >&2; \
+	  exit 1; }
+
+.PHONY: help checkout setup data repro test fuzz bench record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -45,7 +50,7 @@ $(READY): $(BOOT) pyproject.toml requirements.lock
 data: $(READY) ## fetch the default cohort (from this repository)
 	$(PY) -m dvc pull
 
-repro: $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
+repro: checkout $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
 	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
 	$(PY) -m dvc pull
 	MEDSEC_FRESH=1 $(PY) -m dvc repro -f $(PIPELINE)
@@ -64,10 +69,20 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
 define REPLAY
 @scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 TQDM_DISABLE=1 MEDSEC_LIVE=0 \
+MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 PYTHONUTF8=1 TQDM_DISABLE=1 \
+MEDSEC_LIVE=0 MPLBACKEND=module://matplotlib_inline.backend_inline \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
+
+fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (about half an hour)
+	$(PY) -m dvc pull --quiet
+	$(PY) -m pytest -m "fuzz or kills" --hypothesis-profile=fuzz
+
+bench: $(READY) ## measure our server rules beside those of other libraries, in an environment of its own
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(PY) -m uv pip install --python .venv-bench/bin/python -e ".[bench]"
+	.venv-bench/bin/python benchmarks/aggregators.py
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m experiments record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)

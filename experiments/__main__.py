@@ -12,7 +12,7 @@ import medsec  # noqa: F401  (pins the instruction set before numpy and torch ar
 import joblib
 import yaml
 
-from medsec.core import paths
+from medsec.core import parallel, paths
 from medsec.core.errors import command
 
 
@@ -21,6 +21,7 @@ def notebook(args: argparse.Namespace) -> int:
     from experiments import params  # here, as below: a command loads only what it needs
     from medsec.evidence import execute
 
+    parallel.end_with_pipeline()
     p = params.load(args.profile)
     file = paths.NOTEBOOKS / f"{args.notebook.removesuffix('.ipynb').removeprefix('notebooks/')}.ipynb"
     try:
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument(
         "--restart", action="store_true", help="run again what other parameters or another generation made"
     )
-    made.add_argument("--processes", type=int, default=joblib.cpu_count())
+    made.add_argument("--processes", type=parallel.count, default=joblib.cpu_count())
     add("check", compare, None).add_argument("--cohort", default="phantom")
     add("ledger", write_ledger, None)
     add("params", show_params, "quick")

@@ -1,10 +1,12 @@
 """What the records of several notebooks have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from experiments.data_and_threats import cells as cohort_cells
 from experiments.params import Params
 from medsec import data
+from medsec.core.errors import InputError
+from medsec.core.params import registered
 from medsec.evidence.cells import Cell
 
 SWEPT = ("phantom", "pneumoniamnist")
@@ -23,6 +25,14 @@ def allowed(cohort: str, p: Params, schemes: list[str]) -> list[str]:
     """Those schemes of dividing images over clients that the cohort allows."""
     known = cohort_cells.schemes(data.load(cohort, p.cohorts))
     return [scheme for scheme in schemes if scheme in known]
+
+
+def check_names(names: list[str], known: Iterable[str], where: str) -> None:
+    """Raises InputError unless all ``names``, which stand at ``where`` in the parameters, are known: before anything is run."""
+    try:
+        registered(names, list(known), "such name")
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def other_modality(p: Params, section: str) -> dict:

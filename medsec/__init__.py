@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 
 __version__ = "0.1.0"
 
@@ -17,3 +18,9 @@ PINNED = {
 }
 if platform.machine() in ("x86_64", "AMD64") and os.environ.get("MEDSEC_INSTRUCTIONS") != "native":
     os.environ.update(PINNED)
+
+# How a notebook shows its figures. An environment that names another backend (MPLBACKEND=Agg on clusters, in containers)
+# would silently remove every one of them.
+INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+if "ipykernel" in sys.modules:
+    os.environ.update(INLINE)

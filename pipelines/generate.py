@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medsec.core import files
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "dvc.md"
 BEGIN, END = "<!-- dag: made by `python pipelines/generate.py`, do not edit -->", "<!-- end of dag -->"
@@ -261,9 +263,9 @@ def picture() -> str:
 
 def main() -> None:
     for cohort, file in COHORTS.items():
-        (ROOT / file).write_text(pipeline(cohort), encoding="utf-8")
+        files.write(ROOT / file, pipeline(cohort))
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + picture() + rest.split(END)[1], encoding="utf-8")
+    files.write(PAGE, before + picture() + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from medsec.core import files
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "pipelines" / "meaning.json"
 
@@ -46,7 +48,7 @@ def folders() -> dict[str, Path]:
 
 def main() -> None:
     text = json.dumps({name: hashed(folder) for name, folder in folders().items()}, indent=1) + "\n"
-    TARGET.write_text(text, encoding="utf-8")
+    files.write(TARGET, text)
 
 
 if __name__ == "__main__":

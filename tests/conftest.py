@@ -25,7 +25,9 @@ from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
 from medsec.core import paths, settings
 
+# `make test` generates few examples, always the same; `make fuzz` many, other ones at every run.
 hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.register_profile("fuzz", deadline=None, database=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("medsec")
 
 REAL = "pneumoniamnist.npz"

@@ -315,6 +315,14 @@ def test_a_half_written_cell_is_no_cell(p):
     assert RAN[4:] == [PLAIN.name]
 
 
+def test_where_no_cell_can_be_written_none_is_run(p, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MEDSEC_CELLS", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file/npz"):
+        run(p)
+    assert not RAN
+
+
 # Records --------------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +422,7 @@ def test_a_damaged_record_is_left_alone(p, place, damage):
     before = record_files(place)
     with pytest.raises(InputError) as caught:
         make(p, restart=True)
-    assert "06_toy_runs.csv.gz is no table" in str(caught.value)
+    assert str(caught.value).split(" ")[0].endswith("06_toy_runs.csv.gz")
     assert str(caught.value).endswith("restore it with: git checkout records/npz/06_toy_runs.csv.gz")
     assert "\n" not in str(caught.value)
     assert record_files(place) == before
@@ -436,7 +444,10 @@ def test_a_missing_file_of_a_record_is_made_again_from_the_others(p, place):
         assert record_files(place) == before, name
     assert len(RAN) == 4
     (place / "06_toy.json").write_text('{"generation": ')
-    assert record.is_stale(TOY, COHORT)
+    with pytest.raises(
+        InputError, match=r"^records/npz/06_toy\.json is no JSON .*git checkout records/npz/06_toy\.json$"
+    ):
+        record.is_stale(TOY, COHORT)
 
 
 # A real experiment ----------------------------------------------------------------------------------------------------

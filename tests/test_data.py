@@ -250,17 +250,17 @@ def test_duplicates_are_removed_and_counted(tiny_npz, npz_cohorts):
     assert "6 from train, 3 from val, 1 from test" in data.describe(cohort)
 
 
-IMAGES, LABELS = np.zeros((20, 28, 28), np.uint8), np.arange(20) % 2
+IMAGES, LABELS = np.full((20, 28, 28), 7, np.uint8), np.arange(20) % 2
 WRONG_ARRAYS = [
     ({"val_labels": None}, "key val_labels is missing"),
-    ({"train_images": IMAGES.astype(np.float32)}, "train_images is float32; it must be uint8"),
-    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64; it must be uint8"),
+    ({"train_images": IMAGES.astype(np.float32)}, "train_images is float32, val_images is uint8"),
+    ({"train_images": np.full((20, 28, 28), np.nan)}, "train_images is float64, val_images is uint8"),
     ({"test_labels": np.where(LABELS, np.nan, 0.0)}, "test_labels is float64; it must be an integer"),
     ({"train_labels": LABELS * 1.0}, "train_labels is float64; it must be an integer"),
     ({"train_images": IMAGES[:, :24]}, "train_images is (20, 24, 28); it must be square"),
-    ({"train_images": np.zeros((20, 28, 28, 2), np.uint8)}, "(20, 28, 28, 2); it must be square"),
+    ({"train_images": np.full((20, 28, 28, 2), 7, np.uint8)}, "(20, 28, 28, 2); it must be square"),
     ({"train_images": IMAGES[0]}, "train_images is (28, 28)"),
-    ({"val_images": np.zeros((20, 32, 32), np.uint8)}, "splits differ in image shape"),
+    ({"val_images": np.full((20, 32, 32), 7, np.uint8)}, "splits differ in image shape"),
     ({"train_labels": LABELS[:19]}, "train_labels is (19,); it must be (20,) or (20, 1)"),
     ({"train_labels": np.zeros((20, 2), int)}, "train_labels is (20, 2)"),
     ({"train_labels": LABELS - 1}, "train_labels contains -1; labels count from 0"),
@@ -269,6 +269,7 @@ WRONG_ARRAYS = [
     ({"test_labels": LABELS * 0}, "class 1 is missing from split test"),
     ({f"{split}_labels": LABELS * 0 for split in data.OFFICIAL}, "every label is 0"),
     ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, "split test is empty"),
+    ({"train_images": IMAGES * 0}, "other ranges from split to split (train 0 to 0, val 0 to 255, test 0 to 255)"),
     ({"train_images": IMAGES}, "without duplicates"),  # all equal under two labels: nothing is left
     ({"train_images": np.full((20, 28, 28), None)}, "train_images holds pickled objects"),
 ]
@@ -322,7 +323,7 @@ def test_damaged_npz(tiny_npz, npz_cohorts):
     assert all("tiny.npz" in outcome and "\n" not in outcome for outcome in refused)
     file.unlink()
     file.mkdir()
-    with pytest.raises(InputError, match="damaged or no npz file"):
+    with pytest.raises(InputError, match="is no file; correct the path"):
         data.load("npz", npz_cohorts(file))
 
 
@@ -351,7 +352,7 @@ def test_bytes_after_an_array(tiny_npz, npz_cohorts):
 def test_npz_path_missing(cohorts, npz_cohorts):
     with pytest.raises(InputError, match=r"cohorts\.npz\.path is not set"):
         data.load("npz", cohorts)
-    with pytest.raises(InputError, match=r"nowhere\.npz does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.npz' does not exist"):
         data.load("npz", npz_cohorts("nowhere.npz"))
 
 

@@ -4,12 +4,8 @@ The last two with a toy for notebook 01, which writes the stage's files without 
 """
 
 import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,11 +16,11 @@ import yaml
 from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
 from nbformat import v4
+from repository_copy import PATIENCE, copy_repository, run, start
 
 from medsec.core import paths
 
 STAGE = "01_backdoor_fedgan"
-PATIENCE = 240  # seconds to wait: this machine may be busy
 ENDLESS = 99  # so many rounds go on for ever
 TOY = f"""
 import json, pathlib, time
@@ -45,44 +41,9 @@ while rounds == {ENDLESS}:
 """
 
 
-def start(command, folder):
-    """A command in a folder. No name of a user is set, and another medsec is in the path."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MEDSEC_", "DVC_", "GIT_"))}
-    clean |= {"PYTHONPATH": str(paths.ROOT), "DVC_NO_ANALYTICS": "1", "MEDSEC_LIVE": "1"}
-    clean["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), clean["PATH"]))  # a stage says "python"
-    words = shlex.split(command)
-    words = [sys.executable, "-m", *words] if words[0] == "dvc" else words
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, cwd=folder, env=clean, start_new_session=True, **pipes)
-
-
-def run(command, folder):
-    """What a command prints; it must succeed."""
-    process = start(command, folder)
-    printed, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, f"{command}: {printed[-1000:]}\n{errors[-2000:]}"
-    return printed
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A repository of its own: the files that git knows or would take, as they are here, and what `dvc pull` brings."""
-    command = ["git", "ls-files", "-z", "-co", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=paths.ROOT, capture_output=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    folder = tmp_path_factory.mktemp("habits") / "repository"
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (paths.ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(paths.ROOT / name, folder / name)
-    run("git init --quiet --initial-branch main", folder)
-    for setting in ("user.email habits@example.org", "user.name Habits", "gc.auto 0"):
-        run(f"git config {setting}", folder)
-    run("git add --all", folder)
-    run("git commit --quiet --message start", folder)
-    run("dvc pull --quiet", folder)
-    return folder
+    return copy_repository(tmp_path_factory.mktemp("habits") / "repository")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbformat import v4
 
 from experiments.__main__ import main
@@ -139,6 +140,50 @@ def test_the_kernel_is_this_interpreter_without_user_settings(tmp_path, out, mon
         f"assert os.getcwd() == {str(tmp_path)!r}",
     ]
     assert run(*checks) == 0
+
+
+FIGURE = """
+from matplotlib import pyplot as plt
+from medsec.show import plots
+plots.use_style()
+fig, ax = plt.subplots(figsize=(2, 1))
+ax.plot([0, 1])
+print("ä", 1.5, hash("a"))
+"""
+HOSTILE = {
+    "agg": {"MPLBACKEND": "Agg", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONHASHSEED": "17", "TZ": "Asia/Tokyo"},
+    "nonsense": {
+        **{"MPLBACKEND": "nonsense", "MPLCONFIGDIR": "/proc/no", "PYTHONOPTIMIZE": "1", "MKL_NUM_THREADS": "7"},
+        **{"JUPYTER_DATA_DIR": "/proc/no", "JUPYTER_CONFIG_DIR": "/proc/no"},
+    },
+}
+
+
+def test_figures_appear_and_nothing_else_changes_whatever_the_environment_says(out, monkeypatch):
+    """Clusters, containers and CI set MPLBACKEND=Agg; with it notebooks lost every figure without a word."""
+    written = []
+    for environment in ({}, *HOSTILE.values()):
+        with monkeypatch.context() as patch:
+            patch.delenv("MPLBACKEND", raising=False)
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            assert run(FIGURE) == 0
+        written.append((out / "executed/toy/07_toy.ipynb").read_bytes())
+    outputs = nbformat.reads(written[0].decode(), as_version=4).cells[-1].outputs
+    assert [set(each.get("data", {"text": each.get("text")})) for each in outputs] == [
+        {"text"},
+        {"image/png", "text/plain"},
+    ]
+    assert len(set(written)) == 1
+
+
+def test_a_kernel_that_the_reader_starts_shows_figures_too(monkeypatch):
+    """Also where pyplot was imported before medsec."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("PYTHONPATH", str(paths.ROOT))
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(FIGURE)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert [output.output_type for output in notebook.cells[0].outputs] == ["stream", "display_data"]
 
 
 def test_a_lock_is_respected(previous, capfd):

@@ -16,7 +16,7 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.federated import aggregators, rounds
 from medsec.federated.aggregators import fedavg, krum, krum_scores, median, multi_krum, trimmed_mean
-from medsec.federated.rounds import Update, run_round
+from medsec.federated.rounds import NoQuorum, Update, run_round
 from medsec.nets.models import Generator
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
@@ -328,23 +328,23 @@ def test_a_broken_update_is_named_and_the_round_goes_on(how):
     sent = {3: state([1.0, 2.0, 3.0]), 5: broken(how), 8: state([3.0, 4.0, 8.0])}
 
     def train(client, received, round):
-        assert received is server
+        assert all(torch.equal(received[k], v) for k, v in server.items())
         assert round == 4
         return Update(client, sent[client], 10, {"loss": 1.0})
 
     new, updates, diagnostics = run_round(server, [3, 5, 8], train, fedavg, 4)
-    assert [u.client for u in updates] == [3, 5, 8]
+    assert [u.client for u in updates] == [3, 8]
     assert list(diagnostics["rejected"]) == [5]
     assert FLAWS[how] in diagnostics["rejected"][5]
     assert list(diagnostics["weights"]) == [3, 8]
     assert vector_of(new).tolist() == [2.0, 3.0, 5.5]
-    accepted, rejected = rounds.screen(updates, server)
+    accepted, rejected = rounds.screen([train(client, server, 4) for client in sent], server)
     assert [u.client for u in accepted] == [3, 8]
     assert rejected == diagnostics["rejected"]
 
 
 def test_nothing_is_rejected_without_reason():
-    updates = updates_of(np.random.default_rng(0).normal(size=(4, 3)) * 1e30)
+    updates = updates_of(np.random.default_rng(0).normal(size=(4, 3)) * 1e5)
     accepted, rejected = rounds.screen(updates, updates[0].state)
     assert accepted == updates
     assert rejected == {}
@@ -352,15 +352,16 @@ def test_nothing_is_rejected_without_reason():
 
 def test_a_round_of_broken_updates_changes_nothing():
     server = state([1.0, 2.0, 3.0])
-    called = []
-    new, updates, diagnostics = run_round(
-        server, [0, 1], lambda c, s, r: Update(c, broken("nan"), 1), lambda u, r: called.append(u), 0
-    )
+    called, arguments = [], ([0, 1], lambda c, s, r: Update(c, broken("nan"), 1), lambda u, r: called.append(u), 0)
+    with pytest.raises(NoQuorum, match="round 0: 0 of 2 updates usable, need 2; client 0: w holds NaN") as raised:
+        run_round(server, *arguments)
+    new, updates, diagnostics = run_round(server, *arguments, quorum=0)
     assert not called
-    assert len(updates) == 2
+    assert updates == []
     assert set(diagnostics["rejected"]) == {0, 1}
-    assert new.keys() == server.keys()
-    assert all(torch.equal(new[k], server[k]) for k in server)
+    for kept in (new, raised.value.state):
+        assert kept.keys() == server.keys()
+        assert all(torch.equal(kept[k], server[k]) for k in server)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
@@ -378,7 +379,7 @@ def test_the_aggregator_sees_round_and_diagnostics_come_back():
         return updates[0].state, {"round": round, "seen": [u.client for u in updates]}
 
     _, _, diagnostics = run_round(state([0.0, 0.0]), [2, 1], lambda c, s, r: Update(c, s, 1), remember, 6)
-    assert diagnostics == {"round": 6, "seen": [2, 1], "rejected": {}}
+    assert diagnostics == {"round": 6, "seen": [2, 1], "rejected": {}, "absent": {}}
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds

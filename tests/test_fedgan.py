@@ -19,7 +19,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import FedGANParams
 from medsec.evidence import tables
 from medsec.federated import aggregators
-from medsec.federated.rounds import scale_update
+from medsec.federated.rounds import NoQuorum, scale_update
 from medsec.nets import fit as classifier
 
 BASE = {
@@ -454,6 +454,7 @@ def test_a_clean_branch_has_nobody_to_boost():
 
 @pytest.mark.parametrize("bad", [(1,), (0, 1, 2)])
 def test_a_client_that_sends_nan(bad, monkeypatch):
+    """Two of three are enough; where nobody is left, the federation stays as it was after the last round."""
     original = fedgan.train_client
 
     def train_client(client, state, federation, round):
@@ -466,16 +467,45 @@ def test_a_client_that_sends_nan(bad, monkeypatch):
     monkeypatch.setattr(fedgan, "train_client", train_client)
     federation = federation_of()
     states = [federation.state]
+    if len(bad) == 3:
+        with pytest.raises(NoQuorum, match="round 1: 0 of 3 updates usable, need 2; client 0: generator"):
+            fedgan.run(federation, after_round=lambda f: states.append(f.state))
+        assert (federation.round, len(states)) == (1, 2)
+        assert states_equal(federation.state, states[1])
+        return
     fedgan.run(federation, after_round=lambda f: states.append(f.state))
     assert federation.round == 3
     assert all(torch.isfinite(v).all() for v in federation.state.values())
     rejected = [h for h in federation.history if "rejected" in h]
     assert [(h["round"], h["client"]) for h in rejected] == [(2, i) for i in bad]
     assert all("generator.up.0.weight holds NaN" in h["rejected"] for h in rejected)
-    # All clients are still heard in every round, the broken one included.
-    assert [h["client"] for h in federation.history if "loss_g" in h] == [0, 1, 2] * 3
-    assert states_equal(states[1], states[2]) == (len(bad) == 3)
+    # Nothing of what is rejected is used, the reported losses neither.
+    assert [h["client"] for h in federation.history if "loss_g" in h] == [0, 1, 2, 0, 2, 0, 1, 2]
+    assert not states_equal(states[1], states[2])
     assert not states_equal(states[2], states[3])
+
+
+def test_a_client_that_stumbles_is_absent_for_a_round_and_strictly_it_ends_the_run(monkeypatch):
+    original, stumbled = fedgan.F.softplus, []
+
+    def softplus(x):
+        weights = federation.clients[0].discriminator.parameters()
+        if federation.round == 1 and not stumbled and not any(p.requires_grad for p in weights):
+            stumbled.append(True)  # in its generator's step, while its discriminator is frozen
+            raise RuntimeError("no\nmemory")
+        return original(x)
+
+    monkeypatch.setattr(fedgan.F, "softplus", softplus)
+    federation = federation_of()
+    fedgan.run(federation)
+    assert [h for h in federation.history if "absent" in h] == [
+        {"round": 2, "client": 0, "absent": "RuntimeError: no memory"}
+    ]
+    assert [h["client"] for h in federation.history if "loss_g" in h] == [0, 1, 2, 1, 2, 0, 1, 2]
+    federation = federation_of()
+    stumbled.clear()
+    with pytest.raises(RuntimeError, match="memory"):
+        fedgan.run(federation, strict=True)
 
 
 def test_the_others_are_averaged_without_the_broken_one(monkeypatch):

@@ -443,7 +443,7 @@ def test_sixteen_bits(tmp_path, tree, pointed):
     }
     assert {image.tobytes() for split in cohort.splits.values() for image in split.images} == expected
     picture = image_files.read(tree / "cold" / "c00_0.png", 28, "")
-    assert (picture.top, picture.pixels.dtype) == (16 * int(noise(0).max()), np.float32)
+    assert (picture.top, picture.pixels.dtype) == (16 * int(noise(0).max()), np.float64)
 
 
 def test_kinds_of_pixels(tmp_path):

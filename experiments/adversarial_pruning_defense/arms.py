@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from experiments.params import Params
 from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec import data
-from medsec.core import paths
+from medsec.core import files, paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import Recipe
 from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
+from medsec.nets import fit
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ ARMS = {
 }
 VARIANTS = tuple(ARMS)
 QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
+FIRST = 8  # test images that figures show
 GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
 
 
@@ -77,7 +79,7 @@ def prepare(cohort: str, params: Params) -> Setup:
     The test images are shuffled once for all (the splits are sorted by class); ``evasion.test_images`` takes the first.
 
     Raises:
-        InputError: the cohort cannot be loaded.
+        InputError: the cohort cannot be loaded, or too few test images are attacked for every class to be among them.
     """
     return _prepared(cohort, params.model_dump_json())
 
@@ -88,21 +90,38 @@ def _prepared(name: str, params_json: str) -> Setup:
     cohort = data.load(name, params.cohorts)
     whole = tensors(cohort)
     train = (torch.cat(parts) for parts in zip(*(whole[split] for split in params.evasion.train), strict=True))
-    order = test_order(params, len(cohort["test"]))
     x, y = whole["test"]
+    order, slow = test_order(params, y), params.evasion.attacks.slow_images
+    check_every_class("evasion.test_images", y[order], cohort)
+    check_every_class("evasion.attacks.slow_images", y[order][:slow], cohort)
     return Setup(params, cohort, {"train": tuple(train), "val": whole["val"], "test": (x[order], y[order])})
 
 
-def test_order(params: Params, n: int) -> Tensor:
-    """Which of ``n`` test images are attacked, in which order: the same for every arm and seed."""
+def test_order(params: Params, labels: Tensor) -> Tensor:
+    """Which of the test images with ``labels`` (N,) are attacked, in which order: the same for every arm and seed.
+
+    Shuffled, and however rare a class is, it is among the `FIRST`: figures and attacks on few images meet every class.
+    """
     rng = torch.Generator().manual_seed(derive_seed(params.seeds.tuning[0], "test images"))
-    return torch.randperm(n, generator=rng)[: params.evasion.test_images]
+    order = fit.with_every_class(torch.randperm(len(labels), generator=rng), labels, FIRST)
+    return order[: params.evasion.test_images]
+
+
+def check_every_class(name: str, labels: Tensor, cohort: data.Cohort) -> None:
+    """Raises InputError, which names the parameter, unless ``labels`` has all classes: an AUC needs each of them."""
+    if lacking := [text for k, text in enumerate(cohort.classes) if not (labels == k).any()]:
+        what = f"{len(labels)} test images of {cohort.name} without class {', '.join(lacking)}"
+        raise InputError(f"{name} leaves {what}; raise it to {max(FIRST, cohort.n_classes)} or more")
 
 
 def test_lesions(setup: Setup) -> np.ndarray | None:
     """(N, S, S) bool, the lesion masks of the test images in their order; None for a cohort without masks."""
     part = setup.cohort["test"]
-    return None if part.lesion is None else part.lesion[test_order(setup.params, len(part)).numpy()].astype(bool)
+    return (
+        None
+        if part.lesion is None
+        else part.lesion[test_order(setup.params, torch.from_numpy(part.labels)).numpy()].astype(bool)
+    )
 
 
 def ratio(arm: Arm, params: EvasionParams) -> float | None:
@@ -179,34 +198,56 @@ def identity(setup: Setup, variant: str) -> str:
 
 
 def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:
-    """Write a checkpoint (safetensors: numbers only, nothing that could run) and what it depends on."""
+    """Write a checkpoint (safetensors: numbers only, nothing that could run), what it depends on, and a hash of its weights."""
     file = checkpoint(setup.cohort.name, variant, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous() for name, value in copy.deepcopy(model).half().state_dict().items()}
-    partial = file.with_suffix(".partial")
-    save_file(state, partial, metadata={"identity": identity(setup, variant)})
-    partial.replace(file)
+    files.write(file, packed(state, metadata={"identity": identity(setup, variant), "sha256": _hashed(state)}))
     return file
+
+
+def _hashed(state: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name]
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode() + value.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _as_committed(file: Path) -> bool:
+    """Whether a network is, to the byte, one that DVC's list of ``networks/`` names: the oldest have no hash inside."""
+    try:
+        pointer = files.read_yaml(paths.ROOT / "networks.dvc")["outs"][0]["md5"]
+        listed = files.read_json(paths.ROOT / "dvcstore" / "files" / "md5" / pointer[:2] / pointer[2:])
+        known = {each["relpath"]: each["md5"] for each in listed}
+    except (InputError, TypeError, KeyError, IndexError):
+        return False
+    own = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+    return known.get(f"{file.parent.name}/{file.name}") == own
 
 
 def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
     """The stored network of an arm and seed; None if there is none of today's generation, parameters and images.
 
-    One that cannot be read is said on stderr, and counts as missing.
+    One that cannot be read, or whose weights are not those that were written, is said on stderr, and counts as missing.
     """
     file = checkpoint(setup.cohort.name, variant, seed)
     if not file.is_file():
         return None
     try:
         with safe_open(file, framework="pt") as stored:
-            if (stored.metadata() or {}).get("identity") != identity(setup, variant):
+            about = stored.metadata() or {}
+            if about.get("identity") != identity(setup, variant):
                 return None
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        print(f"{file.name} cannot be read ({type(error).__name__}); the network is trained anew", file=sys.stderr)
+        if not (about["sha256"] == _hashed(state) if "sha256" in about else _as_committed(file)):
+            raise ValueError("altered weights")
+        model = _untrained(setup, _arm(variant).cbam, seed)
+        model.load_state_dict(state)  # into single precision
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # the last: of weights that do not fit
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        print(f"{file.name} cannot be read ({reason}); the network is trained anew", file=sys.stderr)
         return None
-    model = _untrained(setup, _arm(variant).cbam, seed)
-    model.load_state_dict(state)  # into single precision
     return model.eval()
 
 

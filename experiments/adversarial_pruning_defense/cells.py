@@ -190,6 +190,8 @@ def _transfer(run: Run, base: nn.Module, clean: np.ndarray) -> np.ndarray:
 def measure_distances(run: Run, clean: np.ndarray) -> None:
     """Median length of the change that turns a right answer, of attacks that have no eps."""
     p, right = run.setup.params.evasion.attacks, torch.from_numpy(clean)
+    if not right.any():  # nothing to turn
+        return
     x, y = (part[right] for part in run.setup.splits["test"])
     for norm in p.deepfool_norms:
         x_adv = deepfool(run.model, x, y, norm=norm, steps=p.deepfool_steps, overshoot=p.overshoot)
@@ -230,8 +232,9 @@ def review(run: Run, outcomes: dict) -> None:
     )
     for check in checks:
         run.add("check", check.name, float(check.passes), len(outcomes["clean", 0.0]))
-    run.add("check", "planted_found", unit.found, unit.n)
-    run.add("check", "planted_by_chance", unit.by_chance, unit.n)
+    if unit.n:
+        run.add("check", "planted_found", unit.found, unit.n)
+        run.add("check", "planted_by_chance", unit.by_chance, unit.n)
 
 
 def measure_attribution(run: Run) -> None:

@@ -14,6 +14,9 @@ from medsec.evidence.record import Design
 def plan(cohort: str, p: Params) -> list[Cell]:
     """Every arm under every attack, seed by seed; then other shares of pruning."""
     sweep = p.record.evasion
+    pruned = [variant for variant, arm in evasion_arms.ARMS.items() if arm.prune == "yes"]
+    record_plans.check_names(sweep.variants, pruned, "record.evasion.variants")
+    record_plans.check_names(p.record.other_modality.evasion, evasion_arms.VARIANTS, "record.other_modality.evasion")
     arms = p.record.other_modality.evasion if record_plans.headline_only(cohort) else evasion_arms.VARIANTS
     change = record_plans.other_modality(p, "evasion") if record_plans.headline_only(cohort) else {}
     found = [

@@ -5,6 +5,7 @@ is one cell of the experiment: one seed of one arm. Cells are independent, so `r
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from medsec.backdoor.triggers import Trigger
 from medsec.core import parallel
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.data.cohort import setting
 from medsec.evidence import cells, tables
 from medsec.federated.rounds import rounds_until
 from medsec.nets import fit as classifier
@@ -77,12 +79,8 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> GANSetup:
     }
     if p.poison.label is not None and p.poison.label >= cohort.n_classes:
         raise InputError(f"fedgan.poison.label {p.poison.label}: {cohort_name} has classes 0 to {cohort.n_classes - 1}")
-    for name in ("reference", "client"):
-        if len(cohort[name]) <= SmallResNet.n_features:
-            raise InputError(
-                f"{cohort_name}: split {name!r} has {len(cohort[name])} images; the Frechet distance needs more than "
-                f"{SmallResNet.n_features}"
-            )
+    if lacking := small_splits(cohort, params):
+        raise InputError(f"cohort {cohort_name} is too small: {'; '.join(lacking)}")
     trigger = triggers.make_trigger(
         p.trigger.kind,
         image_size=cohort.size,
@@ -101,11 +99,38 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> GANSetup:
     return GANSetup(cohort, params, splits, trigger, threshold, model, scale, reference / scale)
 
 
-def deal(setup: GANSetup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
-    fed = setup.params.fedgan
-    split = setup.cohort["client"]
-    parts = data.partition(
+def small_splits(cohort: data.Cohort, params: Params) -> list[str]:
+    """What splits are too small for, a line each, with the parameters that mend it."""
+    fpr, features = params.fedgan.measure.threshold_fpr, SmallResNet.n_features
+    distance = f"the Frechet distance needs more than {features}"
+    needed = {"reference": (features + 1, distance), "client": (features + 1, distance)}
+    rate = f"a trigger detector cannot calibrate a rate of {fpr} on fewer than {math.ceil(1 / fpr)}"
+    needed["public"] = math.ceil(1 / fpr), f"{rate}: or raise fedgan.measure.threshold_fpr"
+    return [
+        f"split {name} has {len(cohort[name])} images, {why}; raise {setting(cohort, name)} or add images"
+        for name, (least, why) in needed.items()
+        if len(cohort[name]) < least
+    ]
+
+
+def lacks(cohort: data.Cohort, params: Params, cell: cells.Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    found, p = small_splits(cohort, params), params.fedgan
+    try:
+        held = [cohort["client"].labels[part] for part in parts(cohort, params, cell.seed)]
+    except InputError as error:
+        return [*found, f"fedgan: {error}"]
+    if min(map(len, held)) < 2:
+        found.append("a client holds a single image, batch normalisation needs 2; lower fedgan.n_clients")
+    if p.poison.label is not None and not all((held[c] == p.poison.label).any() for c in p.malicious):
+        found.append(f"a malicious client holds no image of fedgan.poison.label {p.poison.label}; choose another class")
+    return found
+
+
+def parts(cohort: data.Cohort, params: Params, seed: int) -> list[np.ndarray]:
+    """Which images of the split ``client`` each client holds in one run."""
+    fed, split = params.fedgan, cohort["client"]
+    return data.partition(
         split.labels,
         fed.n_clients,
         fed.partition,
@@ -114,8 +139,12 @@ def deal(setup: GANSetup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         alpha=fed.dirichlet_alpha,
         per_client=fed.images_per_client,
     )
-    images, labels = setup.splits["client"]
-    return [images[part] for part in parts], [labels[part] for part in parts]
+
+
+def deal(setup: GANSetup, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The clients' images and labels of one run: disjoint parts of the ``client`` split."""
+    (images, labels), held = setup.splits["client"], parts(setup.cohort, setup.params, seed)
+    return [images[part] for part in held], [labels[part] for part in held]
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -137,9 +166,15 @@ def frechet(setup: GANSetup, images: Tensor) -> float:
 
 
 def reference_labels(setup: GANSetup, n: int, seed: int) -> Tensor:
-    """(n,) labels in the proportions of the reference split, so that class balance does not enter a distance."""
+    """(n,) labels in the proportions of the reference split, so that class balance does not enter a distance.
+
+    A class so rare that none was drawn takes the place of one image: classifiers are trained on images of all classes.
+    """
     labels = setup.splits["reference"][1]
-    return labels[torch.randint(0, len(labels), (n,), generator=torch_generator(seed, "labels"))]
+    drawn = labels[torch.randint(0, len(labels), (n,), generator=torch_generator(seed, "labels"))]
+    missing = labels.unique()[~torch.isin(labels.unique(), drawn)]
+    drawn[: len(missing)] = missing
+    return drawn
 
 
 def downstream_auc(setup: GANSetup, images: Tensor, labels: Tensor, seed: int) -> float:
@@ -280,14 +315,14 @@ def run_cell(
     images, labels = deal(setup, seed)
     trigger = None if arm == "clean" else setup.trigger
     federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
-    after = functools.partial(measure_round, setup)
+    trained = functools.partial(fedgan.run, after_round=functools.partial(measure_round, setup), strict=True)
     if arm == "clean":
-        finished = {"clean": fedgan.run(federation, after_round=after)}
+        finished = {"clean": trained(federation)}
     else:
         start = boost_start(params)
-        fedgan.run(federation, start, after_round=after)
+        trained(federation, start)
         boosted = fedgan.branch(federation, params.fedgan.poison.boost, start)
-        finished = {name: fedgan.run(f, after_round=after) for name, f in (("poison", federation), ("boost", boosted))}
+        finished = {name: trained(f) for name, f in (("poison", federation), ("boost", boosted))}
     parts, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
     return pd.concat(parts, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
@@ -382,7 +417,8 @@ def _controls(setup: GANSetup, seed: int) -> tuple[pd.DataFrame, dict[str, np.nd
     """Real images of the clients, as they are and spoiled: the floor and the yardsticks of every measure."""
     n = min(setup.params.fedgan.measure.synthetic, len(setup.splits["client"][0]))
     rng = torch_generator(seed, "controls")
-    index = torch.randperm(len(setup.splits["client"][0]), generator=rng)[:n]
+    index = torch.randperm(len(setup.splits["client"][0]), generator=rng)
+    index = classifier.with_every_class(index, setup.splits["client"][1].cpu(), n)[:n]
     real, labels = (part[index] for part in setup.splits["client"])
     blurred = F.avg_pool2d(F.pad(real, (2, 2, 2, 2), mode="replicate"), 5, 1)
     noisy = (real + 0.1 * torch.randn(real.shape, generator=rng).to(real.device)).clamp(0, 1)
@@ -406,7 +442,7 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     return table.assign(**{key: str(value) for key, value in cell.keys.items()}), pictures
 
 
-EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run)
+EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run, lacks=lacks)
 
 
 def quick(p: Params) -> list[cells.Cell]:

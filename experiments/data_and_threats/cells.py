@@ -71,9 +71,7 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
     """
     torch.set_num_threads(1)  # one and two threads give different bits
     p, cohort = params.threats, data.load(name, params.cohorts)
-    own = cohort["client"].take(cohort["client"].site == site)
-    own_seed = derive_seed(seed, "shift", site)
-    own = own.take(np.random.default_rng(own_seed).permutation(len(own))[: p.shift_images])
+    own, own_seed = own_images(cohort, params, seed, site), derive_seed(seed, "shift", site)
     x, y = torch.from_numpy(own.float()), torch.from_numpy(own.labels)
     model = classifier.fit(x, y, cohort.n_classes, params.classifier, epochs=p.shift_epochs, seed=own_seed)
     rows = []
@@ -86,12 +84,30 @@ def shift_rows(name: str, params: Params, seed: int, site: int) -> list[dict]:
     return rows
 
 
+def own_images(cohort: data.Cohort, params: Params, seed: int, site: int) -> data.Split:
+    """A random choice of a hospital's images in the split ``client``."""
+    own = cohort["client"].take(cohort["client"].site == site)
+    return own.take(
+        np.random.default_rng(derive_seed(seed, "shift", site)).permutation(len(own))[: params.threats.shift_images]
+    )
+
+
 def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     """One cell: a classifier of one hospital, tested on all."""
     return pd.DataFrame(shift_rows(cohort, p, cell.seed, cell.keys["site"])), {}
 
 
-EXPERIMENT = cells.Experiment("00_data_and_threats", 1, ("threats", "classifier"), run)
+def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
+    """What a hospital lacks for one cell (`medsec.evidence.cells.Experiment`)."""
+    site, labels = cell.keys["site"], own_images(cohort, p, cell.seed, cell.keys["site"]).labels
+    missing = [name for k, name in enumerate(cohort.classes) if not (labels == k).any()]
+    found = [f"hospital {cohort.sites[site]} has no image of class {name} in split client" for name in missing]
+    if not (cohort["reference"].site == site).any():
+        found.append(f"hospital {cohort.sites[site]} has no image in split reference")
+    return [f"{line}; add images, or leave out the column site" for line in found]
+
+
+EXPERIMENT = cells.Experiment("00_data_and_threats", 1, ("threats", "classifier"), run, lacks=lacks)
 
 
 def quick(p: Params, cohort: data.Cohort) -> list[cells.Cell]:

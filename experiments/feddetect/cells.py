@@ -19,6 +19,7 @@ from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from experiments.params import Params
+from medsec import data
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
@@ -186,7 +187,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, fe
         watcher(updates, round)
         return uniform_mean(updates)
 
-    fedgan.run(federation, warm_up_rounds(p), aggregate=look_on)
+    fedgan.run(federation, warm_up_rounds(p), aggregate=look_on, strict=True)
     return federation, watcher
 
 
@@ -206,15 +207,14 @@ def run_variant(
     attack = attack_of(scenario, setup, federation, watcher)
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        arrived, _ = screen(attack(updates, round), federation.state)
+        arrived, rejected = screen(attack(updates, round), federation.state)
         begin = time.perf_counter()
         state, diagnostics = rule(arrived, round)
         log.append({"round": round + 1, "diagnostics": diagnostics, "server_s": time.perf_counter() - begin})
-        return state, diagnostics
+        return state, {**diagnostics, "rejected": rejected}
 
     def measure(federation: FederatedGAN) -> None:
-        if log and log[-1]["round"] == federation.round:  # else nobody sent anything usable, and no rule was asked
-            log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
+        log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
     constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
@@ -223,7 +223,7 @@ def run_variant(
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan.train_client(client, state, constant if faithless else federation, round)
 
-    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure)
+    fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
     return federation, log
 
 
@@ -362,6 +362,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
     """
     torch.set_num_threads(1)
     p, synthetic = params.feddetect.downstream, {}
+    real_images = {real: _few(fedgan_eval.prepare(cohort, params), real, seed) for real in p.real_per_class}
     for source, (scenario, variant) in SOURCES.items():
         setup = instruments(cohort, params, settings(params, scenario), scenario)
         federation, _ = run_variant(setup, *warm_up(setup, seed, scenario), scenario, variant)
@@ -369,8 +370,7 @@ def run_downstream(cohort: str, params: Params, seed: int) -> pd.DataFrame:
         classes = torch.arange(p.synthetic) % setup.cohort.n_classes
         synthetic[source] = fedgan.synthesise(federation.generator(), p.synthetic, draw, classes)
     rows, n = tables.Rows(KEYS, seed, "augmentation", "downstream"), len(setup.splits["test"][0])
-    for real in p.real_per_class:
-        few = _few(setup, real, seed)
+    for real, few in real_images.items():
         control = _augmented_auc(setup, few, None, seed)
         found = {source: _augmented_auc(setup, few, drawn, seed) for source, drawn in synthetic.items()}
         rows.add("augmented_auc", control, n, source="real", real=real)
@@ -434,7 +434,18 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     return run_cell(cohort, p, cell.seed, cell.arm, cell.variants, cell.keys, timed=True)
 
 
-EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run)
+def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    if cell.arm == "null":  # simulated losses
+        return []
+    if cell.arm != "downstream":
+        return fedgan_eval.lacks(cohort, settings(p, cell.arm, cell.keys), cell)
+    least, real = int(np.bincount(cohort["public"].labels).min()), max(p.feddetect.downstream.real_per_class)
+    few = f"feddetect.downstream.real_per_class {real}: a class of split public has {least} images; lower it"
+    return fedgan_eval.lacks(cohort, p, cell) + ([few] if least < real else [])
+
+
+EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run, lacks=lacks)
 
 
 def quick(p: Params) -> list[cells.Cell]:

@@ -21,9 +21,11 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     """
     sweep = p.record.feddetect
     few = p.seeds.evaluation[: sweep.seeds]
+    record_plans.check_names(sweep.variants, [*cells.VARIANTS, cells.ORACLE], "record.feddetect.variants")
+    others = p.record.other_modality.feddetect
+    record_plans.check_names(others, SCENARIOS, "record.other_modality.feddetect")
     if record_plans.headline_only(cohort):
-        wanted = p.record.other_modality.feddetect
-        return [Cell(s, seed, variants=("none", *CONTENDERS)) for seed in p.seeds.evaluation for s in wanted]
+        return [Cell(s, seed, variants=("none", *CONTENDERS)) for seed in p.seeds.evaluation for s in others]
     colluders_control = {"m": p.feddetect.scenario.colluders[1]}
     federations = [{"m": m} for m in sweep.n_clients]
     federations += [{"partition": scheme} for scheme in record_plans.allowed(cohort, p, sweep.partition)]

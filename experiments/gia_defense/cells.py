@@ -30,6 +30,7 @@ from experiments.gia_defense import clients as instruments
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import BASELINES, Setup, prepare
 from experiments.params import Params
+from medsec import data
 from medsec.core.errors import InputError
 from medsec.evidence import cells, intervals, tables
 from medsec.federated import classifier as fedcls
@@ -306,12 +307,13 @@ class Changes:
 
 
 def changes(cohort: str, params: Params, variants: Sequence[str], seed: int) -> Changes:
-    """δ of some defences in round 0, on the victims of the last class (on the phantom: those with a lesion)."""
+    """δ of some defences in round 0, on the victims of the last class (on the phantom: those with a lesion).
+
+    That is the last class which the first client holds.
+    """
     whole = _begin(cohort, params, "none", seed, None)
-    ill = whole.labels[0][whole.index[:, 0]] == whole.setup.cohort.n_classes - 1
+    ill = whole.labels[0][whole.index[:, 0]] == whole.labels[0].max()
     run = dataclasses.replace(whole, index=whole.index[ill][: params.inversion.victims])
-    if not len(run.index):
-        raise InputError(f"client 0 of seed {seed} holds no image of the last class to show a change on")
     model, deltas = instruments.network(run.setup, seed), {}
     for variant in variants:
         case = dataclasses.replace(run, variant=variant).case(model)
@@ -472,8 +474,14 @@ def _diverged(cell: cells.Cell) -> pd.DataFrame:
     return rows.table()
 
 
+def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    victims = 1 if cell.arm != "attack" else p.inversion.sweep_victims if cell.keys else p.inversion.victims
+    return instruments.lacks(cohort, p, cell.variants, cell.seed, victims * int(cell.keys.get("batch", 1)))
+
+
 EXPERIMENT = cells.Experiment(
-    "03_gia_defense", 1, ("inversion",), run, own=("inversion.defences",), shared=("shadow_hardened",)
+    "03_gia_defense", 1, ("inversion",), run, own=("inversion.defences",), shared=("shadow_hardened",), lacks=lacks
 )
 
 

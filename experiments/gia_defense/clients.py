@@ -1,8 +1,10 @@
 """The instruments of notebook 03: a cohort's clients, their network, and every defence as a client applies it."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from medsec import data
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import AutoencoderParams, Cohorts
+from medsec.data.cohort import setting
 from medsec.inversion import defences, perturbation, shadow, substitution
 from medsec.inversion.defences import DEFENCES, Defence, Perturbation
 from medsec.nets import convnet
@@ -95,6 +98,31 @@ def places(setup: Setup, seed: int) -> list:
         seed=derive_seed(seed, "partition"),
         per_client=p.images_per_client,
     )
+
+
+def lacks(cohort: data.Cohort, params: Params, variants: Sequence[str], seed: int, victims: int) -> list[str]:
+    """What a cohort is too small for, a line each: ``victims`` images at every client, and groups to hide in."""
+    setup, found = Setup(params, cohort, {}, None, None), []
+    try:
+        held = [cohort["client"].labels[part] for part in places(setup, seed)]
+    except InputError as error:
+        return [str(error)]
+    if min(map(len, held)) < victims:
+        found.append(f"a client holds {min(map(len, held))} images, {victims} are attacked; lower victims or n_clients")
+    grouped = [v for v in variants if v in STAND_INS or v == "shadow_suppressed"]
+    alone = [np.flatnonzero(np.bincount(labels) == 1) for labels in held]
+    if grouped and params.inversion.defences["shadow_hardened"]["k"] > 1:
+        found += [
+            f"seed {seed}: client {i} holds a single image of class {cohort.classes[k]}, which {grouped[0]} can hide in no "
+            f"group; lower n_clients, raise {setting(cohort, 'client')} or change cohorts seed"
+            for i, classes in enumerate(alone)
+            for k in classes
+        ]
+    least = 3 * (8 + cohort.n_classes)  # a third of them protects, and a purifier needs eight
+    if len(cohort["public"]) < least:
+        what = f"split public has {len(cohort['public'])} images, attackers who undo a defence need {least}"
+        found.append(f"{what}; raise {setting(cohort, 'public')} or add images")
+    return found
 
 
 def deal(setup: Setup, seed: int) -> tuple[list[Tensor], list[Tensor]]:

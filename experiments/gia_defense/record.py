@@ -22,6 +22,12 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     conditions have the fewest. The described defence's controls, the dearest to attack, are there for privacy: they are not
     trained, and have fewer seeds too.
     """
+    for where, names in (
+        ("inversion.variants", p.record.inversion.variants),
+        ("inversion.utility_variants", p.record.inversion.utility_variants),
+        ("other_modality.inversion", p.record.other_modality.inversion),
+    ):
+        record_plans.check_names(names, inversion_clients.VARIANTS, f"record.{where}")
     if record_plans.headline_only(cohort):
         change = record_plans.other_modality(p, "inversion")
         return [

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord
 from experiments.params.backdoor_fedgan import FedGANRecord
 from experiments.params.data_and_threats import Threats
@@ -47,6 +49,17 @@ class Params(Section):
     evasion: EvasionParams
     matrix: MatrixParams
     record: Records
+
+    @model_validator(mode="after")
+    def _changes_fit(self):
+        """What a record changes is checked as what it becomes."""
+        changes = self.record.other_modality.change
+        for name in ("inversion", "evasion"):
+            section, where = getattr(self, name), f"record.other_modality.change.{name}"
+            if name not in changes:
+                raise ValueError(f"{where} is missing; write {name}: {{}} for no change")
+            validated(type(section), merge(section.model_dump(), changes[name]), where)
+        return self
 
 
 def load(profile: str = "quick", file: Path | None = None) -> Params:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Eps255, Positive, Section, Seed, registered
+from medsec.core.params import Count, Eps255, NotNegative, Positive, Section, Seed, Size, registered
 from medsec.core.settings import AttentionParams, Recipe
 
 
@@ -23,12 +23,12 @@ class EvasionAttacks(Section):
     small_step: Positive
     bim_step: Positive
     deepfool_steps: Count
-    overshoot: float = Field(ge=0, allow_inf_nan=False)
+    overshoot: NotNegative
     deepfool_norms: list[Literal["l2", "linf"]]
     square_queries: Count
     slow_images: Count | None
     apgd_iterations: Count
-    restarts: Count
+    restarts: Size
     autoattack_more: list[Eps255]
     cw: CWParams
 

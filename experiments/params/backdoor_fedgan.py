@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import Count, Rate, Section, registered
+from medsec.core.params import Count, Rate, Section, Size, registered
 
 
 class FedGANRecord(Section):
@@ -12,10 +12,10 @@ class FedGANRecord(Section):
 
     seeds: Count
     trigger: list[str]
-    trigger_size: list[Count]
+    trigger_size: list[Size]
     ratio: list[Rate]
-    attackers: list[Count]
-    n_clients: list[Count]
+    attackers: list[Size]
+    n_clients: list[Size]
     partition: list[Literal["iid", "dirichlet", "style"]]
     image_size: list[Annotated[int, Field(ge=28, le=224, multiple_of=4)]]
 

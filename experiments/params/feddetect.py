@@ -4,16 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Positive, Rate, Section, Seed, registered
+from medsec.core.params import Count, Factor, Positive, Rate, Section, Seed, Size, registered
 
 
 class HardenedParams(Section):
-    draws: int = Field(ge=32)
+    draws: int = Field(ge=32, le=100_000)
     watch: float = Field(ge=0, le=1)
     fpr: float = Field(gt=0, lt=0.5)
     scale: Positive
     scale_relative: Positive
-    window: Count
+    window: Size
     loss_floor: Positive
     drift: Positive
     limit: Positive
@@ -22,7 +22,7 @@ class HardenedParams(Section):
 class AwareParams(Section):
     evade: Positive
     steps: Count
-    draws: int = Field(ge=8)
+    draws: int = Field(ge=8, le=100_000)
     lr: Positive
     late_evade: Positive
     late_rounds: Count
@@ -30,9 +30,9 @@ class AwareParams(Section):
 
 class ScenarioParams(Section):
     stealth_ratio: Rate
-    stealth_boost: float = Field(ge=1, allow_inf_nan=False)
+    stealth_boost: Factor
     strike_every: Count
-    colluders: list[Count] = Field(min_length=2, max_length=2)
+    colluders: list[Size] = Field(min_length=2, max_length=2)
     faint_opacity: Rate
     aware: AwareParams
 
@@ -44,13 +44,13 @@ class ScenarioParams(Section):
 
 
 class NullParams(Section):
-    clients: list[Annotated[int, Field(ge=3)]]
+    clients: list[Annotated[int, Field(ge=3, le=1024)]]
     rounds: Count
 
 
 class DownstreamParams(Section):
     real_per_class: list[Count]
-    synthetic: int = Field(ge=100)
+    synthetic: int = Field(ge=100, le=100_000)
     share: float = Field(gt=0, lt=1)
     steps: Count
 
@@ -58,7 +58,7 @@ class DownstreamParams(Section):
 class FedDetectParams(Section):
     warm_up: float = Field(ge=0, lt=1)
     decay: float = Field(gt=0, lt=1)
-    patience: Count
+    patience: Size
     hardened: HardenedParams
     scenario: ScenarioParams
     null_test: NullParams
@@ -72,7 +72,7 @@ class FedDetectRecord(Section):
     seeds: Count
     variants: list[str]
     scenarios: list[str]
-    n_clients: list[Annotated[int, Field(ge=3)]]
+    n_clients: list[Annotated[int, Field(ge=3, le=1024)]]
     partition: list[Literal["dirichlet", "style"]]
     trigger: list[Literal["grid"]]
     evade: list[Positive]

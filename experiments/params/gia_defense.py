@@ -4,21 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import Count, Section, Seed, registered
+from medsec.core.params import Count, NotNegative, Section, Seed, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
+
+Strength = Annotated[int, Field(ge=0, le=100_000)] | NotNegative
 
 
 class InversionParams(Section):
     federation: FedClsParams
     victims: Count
     sweep_victims: Count
-    joint_rounds: int = Field(ge=2)
+    joint_rounds: int = Field(ge=2, le=100_000)
     attacks: list[str] = Field(min_length=1)
     adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
     attack: InversionSettings
     purifier: PurifierParams
     autoencoder: AutoencoderParams
-    defences: dict[str, dict[str, int | Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
+    defences: dict[str, dict[str, Strength]]
     shadow: ShadowParams
 
     @field_validator("attacks")
@@ -44,7 +46,7 @@ class InversionRecord(Section):
     variants: list[str]
     batch: list[Count]
     inferred: list[Count]
-    steps: list[Annotated[int, Field(ge=2)]]
+    steps: list[Annotated[int, Field(ge=2, le=1024)]]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]
     utility_variants: list[str]
@@ -53,4 +55,4 @@ class InversionRecord(Section):
     control_seeds: Count
     condition_seeds: Count
     released_batch: Count
-    strengths: dict[str, dict[str, list[int | float]]]
+    strengths: dict[str, dict[str, list[Strength]]]

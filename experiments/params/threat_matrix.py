@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medsec.core.params import Count, Positive, Rate, Section
+from medsec.core.params import Count, Factor, Positive, Rate, Section, Size
 from medsec.core.settings import FedClsParams
 from medsec.federated.rounds import rounds_until
 
@@ -12,20 +12,20 @@ from medsec.federated.rounds import rounds_until
 class MatrixParams(Section):
     federation: FedClsParams
     warm_up: float = Field(ge=0, lt=1)
-    patience: Count
-    looks: int = Field(ge=8)
+    patience: Size
+    looks: int = Field(ge=8, le=100_000)
     scale: Positive
     scale_relative: Positive
-    target: int = Field(ge=0)
+    target: int = Field(ge=0, le=100_000)
     poison_few: Rate
     poison_many: Rate
-    boost: float = Field(ge=1, allow_inf_nan=False)
+    boost: Factor
     prune_after: Rate
     leak_after: Rate
     shadow_steps: Count
     shadow_freeze: Rate
     victims: Count
-    purifier_images: int = Field(ge=32)
+    purifier_images: int = Field(ge=32, le=100_000)
     autoencoder_epochs: Count
     iterations: Count
     test_images: Count | None

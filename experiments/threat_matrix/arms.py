@@ -110,6 +110,13 @@ def prepare(cohort: str, params: Params) -> Setup:
     Raises:
         InputError: the cohort cannot be loaded, or has too few images for the clients.
     """
+    changed = settings(params)
+    coder = changed.inversion.autoencoder.model_dump_json()
+    return Setup(changed, *_instruments(cohort, changed.seeds.tuning[0], changed.cohorts.model_dump_json(), coder))
+
+
+def settings(params: Params) -> Params:
+    """The parameters with the federation and the attacker's effort of section ``matrix``."""
     p = params.matrix
     own = {
         "federation": p.federation.model_dump(),
@@ -120,9 +127,7 @@ def prepare(cohort: str, params: Params) -> Setup:
         "shadow": {"steps": p.shadow_steps, "freeze": p.shadow_freeze},
     }
     changed = parameters.merge(params.model_dump(), {"inversion": own})
-    changed = parameters.validate(changed, "section matrix")
-    coder = changed.inversion.autoencoder.model_dump_json()
-    return Setup(changed, *_instruments(cohort, changed.seeds.tuning[0], changed.cohorts.model_dump_json(), coder))
+    return parameters.validate(changed, "section matrix")
 
 
 @functools.lru_cache(maxsize=2)

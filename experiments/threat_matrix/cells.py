@@ -41,6 +41,7 @@ from experiments.params import Params
 from experiments.threat_matrix import arms, federation
 from experiments.threat_matrix.arms import ROWS, Row
 from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
+from medsec import data
 from medsec.backdoor import triggers
 from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
@@ -284,8 +285,9 @@ def _evasion(setup: Setup, row: Row, model: nn.Module, seed: int) -> Answers:
     """The final network without an attack on the federation, under white-box PGD, and under noise as strong (control)."""
     p = setup.params.evasion
     fewer = p.model_copy(update={"test_images": setup.params.matrix.test_images})
-    order = test_order(setup.params.model_copy(update={"evasion": fewer}), len(setup.splits["test"][0]))
-    x, y = (part[order] for part in setup.splits["test"])
+    x, y = setup.splits["test"]
+    order = test_order(setup.params.model_copy(update={"evasion": fewer}), y)
+    x, y = x[order], y[order]
     right = classifier.predict(model, x).argmax(1) == y
     answers: Answers = {}
     for scenario in ("noise", "pgd20"):
@@ -366,6 +368,12 @@ def run(cohort: str, p: Params, cell: Cell) -> Finished:
     return rows_of(cohort, p, cell.variants, cell.seed), {}
 
 
+def lacks(cohort: data.Cohort, p: Params, cell: Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    images = [arms.row(name).images for name in cell.variants]
+    return inversion_clients.lacks(cohort, arms.settings(p), images, cell.seed, p.matrix.victims)
+
+
 EXPERIMENT = Experiment(
     "05_threat_matrix",
     1,
@@ -373,6 +381,7 @@ EXPERIMENT = Experiment(
     run,
     own=("inversion.defences",),
     shared=tuple({row.images: None for row in ROWS.values()}),
+    lacks=lacks,
 )
 
 

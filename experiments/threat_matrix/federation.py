@@ -29,7 +29,7 @@ from medsec.core.settings import FedClsParams
 from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update
+from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update, screen
 from medsec.nets import fit
 
 ATTACKER = 0
@@ -127,10 +127,12 @@ def train(
 
     def server(updates: Sequence[Update], round_idx: int) -> tuple[State, dict]:
         boost = p.boost if round_idx >= boost_from else 1.0
-        return aggregate(tampered(updates, states[-1], attack, boost), round_idx)
+        arrived, rejected = screen(tampered(updates, states[-1], attack, boost), states[-1])
+        state, said = aggregate(arrived, round_idx)
+        return state, {**said, "rejected": rejected}
 
     for round_idx in range(rounds):
-        state, _, said = run_round(states[-1], range(len(members)), client, server, round_idx)
+        state, _, said = run_round(states[-1], range(len(members)), client, server, round_idx, strict=True)
         diagnostics.append(said)
         model.load_state_dict(state)
         if round_idx + 1 == prune_at:

@@ -3,13 +3,16 @@
 A cell is surprising if a defence has an effect that it was not made for, or lacks the effect that it was made for.
 """
 
+from typing import Literal
+
 import pandas as pd
-import yaml
 
 from experiments.threat_matrix.arms import ROWS
 from experiments.threat_matrix.cells import COLUMNS
 from experiments.threat_matrix.tables import ALIKE, BETTER, WORSE
-from medsec.core import paths
+from medsec.core import files, paths
+from medsec.core.errors import InputError
+from medsec.core.params import Section, validated
 from medsec.evidence import tables
 
 MADE_FOR = {"server": {"boost_liar", "backdoor"}, "images": {"adaptive"}, "network": {"pgd20"}}  # place -> scenarios
@@ -52,9 +55,27 @@ def table(summary: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["column", "effect", "rows, minus none"])
 
 
+class Reading(Section):
+    rows: list[str]
+    scenario: str
+    metric: str
+    effect: Literal["helps", "harms", "fails"]
+    text: str
+
+
+class Readings(Section):
+    readings: list[Reading]
+
+
 def ledger() -> list[dict]:
     """Our readings: ``rows``, ``scenario`` and ``metric`` of the cells that each is about, their ``effect``, and ``text``."""
-    return yaml.safe_load((paths.CLAIMS / "matrix-readings.yaml").read_text(encoding="utf-8"))
+    file = paths.CLAIMS / "matrix-readings.yaml"
+    found = files.read_yaml(file)
+    validated(Readings, {"readings": found}, file.name)
+    known = {(column.scenario, column.metric) for column in COLUMNS}
+    if strange := [each for each in found if (each["scenario"], each["metric"]) not in known]:
+        raise InputError(f"{file.name}: no column of the matrix has {strange[0]['scenario']}, {strange[0]['metric']}")
+    return found
 
 
 def readings(effects: pd.DataFrame) -> str:

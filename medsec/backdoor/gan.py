@@ -59,7 +59,8 @@ class FederatedGAN:
     """A FedGAN between two rounds.
 
     ``state`` is what the server holds (the averaged generator; names begin with ``generator.``), ``history`` what the
-    clients reported and what ``after_round`` measured, one dictionary a client and round.
+    clients reported or why they were ``rejected`` or ``absent`` (`run_round`), and what ``after_round`` measured, one
+    dictionary a client and round.
     """
 
     seed: int
@@ -182,6 +183,8 @@ def run(
     train: Callable[[GANClient, State, FederatedGAN, int], Update] | None = None,
     aggregate: Aggregator = fedavg,
     after_round=None,
+    quorum: int | None = None,
+    strict: bool = False,
 ) -> FederatedGAN:
     """Run rounds in place until ``until`` (default: all), and return the federation.
 
@@ -193,6 +196,7 @@ def run(
         aggregate: the server's rule. Plain FedAvg equals the released uniform mean while clients hold equally many
             images.
         after_round: called with the federation after every round; it may append to ``history``.
+        quorum, strict: of `run_round`. Without a quorum the run stops, and the federation is as it was after the last round.
     """
     until, train = federation.rounds if until is None else until, train or train_client
     by_index = {c.index: c for c in federation.clients}
@@ -202,11 +206,15 @@ def run(
         def local(index: int, state: State, round: int) -> Update:
             return train(by_index[index], state, federation, round)
 
-        federation.state, updates, diagnostics = run_round(federation.state, list(by_index), local, aggregate, t)
+        federation.state, updates, diagnostics = run_round(
+            federation.state, list(by_index), local, aggregate, t, quorum=quorum, strict=strict
+        )
         federation.round = t + 1
-        federation.history += [{"round": t + 1, "client": u.client, **u.metrics} for u in updates]
+        federation.history += [{**u.metrics, "round": t + 1, "client": u.client} for u in updates]
         federation.history += [
-            {"round": t + 1, "client": client, "rejected": reason} for client, reason in diagnostics["rejected"].items()
+            {"round": t + 1, "client": client, why: reason}
+            for why in ("rejected", "absent")
+            for client, reason in diagnostics[why].items()
         ]
         if after_round is not None:
             after_round(federation)
@@ -241,6 +249,7 @@ def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, T
     """
     device = client.images.device
     g, d = client.generator.train(), client.discriminator.train()
+    d.requires_grad_(True)  # if an error cut the last epoch short
     order = torch.randperm(len(client.images), generator=rng)
     losses_g, losses_d = [], []
     for batch in order.split(min(gan.batch, len(order))):

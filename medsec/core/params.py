@@ -6,27 +6,30 @@ Every key is checked for spelling, type and possible value before anything runs.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from medsec.core import paths
+from medsec.core import files, paths
 from medsec.core.errors import InputError
 
 __all__ = ["Section", "read"]
 
-Count = Annotated[int, Field(ge=1)]
+# The upper bounds are far above what can be computed here: they stop a slip of the pen before any training.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Size = Annotated[int, Field(ge=1, le=1024)]  # of networks, federations, patches
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Eps255 = Annotated[float, Field(ge=0, le=255)]  # in 255ths of the range of an image
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Factor = Annotated[float, Field(ge=1, le=1e6)]
 
 
 class Section(BaseModel):
-    """A section of params.yaml: unknown keys, wrong types and later changes are refused."""
+    """A section of params.yaml: unknown keys, wrong types, infinite numbers and later changes are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Seeds(Section):
@@ -101,13 +104,7 @@ def registered(names: list[str], known: Any, what: str) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file.name} is missing; restore it with: git checkout {file.name}") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise InputError(f"{file.name} is not valid YAML{f' at line {where.line + 1}' if where else ''}") from None
+    tree = files.read_yaml(file)
     if not isinstance(tree, dict):
         raise InputError(f"{file.name} must be a mapping of sections, found {type(tree).__name__}")
     return tree
@@ -123,13 +120,14 @@ def _explain(root: type[Section], error: dict[str, Any]) -> str:
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if error["loc"] else message
     hint = " (YAML reads 1e-3 as text; write 1.0e-3)" if error["type"] == "float_type" else ""
-    return f"{where} = {error['input']!r}: {message[0].lower() + message[1:]}{hint}"
+    value = repr(error["input"])
+    return f"{where} = {value if len(value) < 80 else value[:77] + '...'}: {message[0].lower() + message[1:]}{hint}"
 
 
 def _keys(root: type[Section], loc: tuple) -> list[str]:
     model: Any = root
     for part in loc:
-        model = model.model_fields[part].annotation
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[-1]
     return list(model.model_fields)

@@ -6,7 +6,11 @@ overwrite a committed result.
 """
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from medsec.core.errors import InputError
 
 __all__ = ["cells", "executed", "networks", "out", "records", "reference", "results"]
 
@@ -17,6 +21,31 @@ PROFILES = ROOT / "profiles"
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 CLAIMS = ROOT / "claims"
+OWN = ("npz", "folder")  # cohorts of a reader's own images: what is made from them is never committed
+
+
+def given(text: str, kind: Callable[[Path], bool]) -> tuple[Path, bool, bool]:
+    """A path that the reader gave, seen from the repository's root; whether it is there, and whether it is of the ``kind``."""
+    place = Path(text)
+    with suppress(RuntimeError):  # ~ of nobody
+        place = place.expanduser()
+    place = ROOT / place
+    try:
+        return place, place.exists(), kind(place)
+    except OSError:  # too long a name, a folder that may not be entered
+        return place, False, False
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is 1; 0, empty and unset are no.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise InputError(f"{name}={value} in the environment: set it to 1 or 0")
+    return value == "1"
 
 
 def out() -> Path:

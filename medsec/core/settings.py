@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Eps255, Positive, Rate, Section, Seed
+from medsec.core.params import Count, Eps255, Factor, NotNegative, Positive, Rate, Section, Seed, Size
 
 __all__ = ["Cohorts"]
 
@@ -103,36 +103,36 @@ class Cohorts(Section):
 
 class ClassifierParams(Section):
     lr: Positive
-    weight_decay: float = Field(ge=0)
-    batch: int = Field(ge=2)
-    shift: int = Field(ge=0)
+    weight_decay: NotNegative
+    batch: int = Field(ge=2, le=100_000)
+    shift: int = Field(ge=0, le=224)
 
 
 class GAN(Section):
-    z_dim: Count
-    width: Count
+    z_dim: Size
+    width: Size
     lr_g: Positive
     lr_d: Positive
     beta1: float = Field(ge=0, lt=1)
-    batch: int = Field(ge=2)
+    batch: int = Field(ge=2, le=100_000)
     decay_after: float = Field(ge=0, le=1)
 
 
 class TriggerParams(Section):
     kind: Literal["checker", "grid", "moving", "blended"]
-    size: Count
+    size: Size
     opacity: Rate
 
 
 class Poison(Section):
     ratio: Rate
-    label: Annotated[int, Field(ge=0)] | None
-    boost: float = Field(ge=1, allow_inf_nan=False)
+    label: Annotated[int, Field(ge=0, le=1024)] | None
+    boost: Factor
     boost_after: float = Field(ge=0, lt=1)
 
 
 class Measure(Section):
-    synthetic: int = Field(ge=100)
+    synthetic: int = Field(ge=100, le=100_000)
     threshold_fpr: float = Field(gt=0, lt=1)
     extractor_epochs: Count
     downstream_epochs: Count
@@ -140,8 +140,8 @@ class Measure(Section):
 
 
 class FedGANParams(Section):
-    n_clients: Count
-    malicious: list[Annotated[int, Field(ge=0)]]
+    n_clients: Size
+    malicious: list[Annotated[int, Field(ge=0, le=1024)]]
     partition: Literal["iid", "dirichlet", "style"]
     dirichlet_alpha: Positive
     images_per_client: Count
@@ -166,8 +166,8 @@ class FedGANParams(Section):
 
 
 class FedClsParams(Section):
-    width: Count
-    n_clients: Count
+    width: Size
+    n_clients: Size
     images_per_client: Count
     rounds: Count
     batch: Count
@@ -176,8 +176,8 @@ class FedClsParams(Section):
 
 
 class PurifierParams(Section):
-    images: int = Field(ge=32)
-    width: Count
+    images: int = Field(ge=32, le=100_000)
+    width: Size
     epochs: Count
     batch: Count
     lr: Positive
@@ -187,16 +187,16 @@ class InversionSettings(Section):
     iterations: Count
     lr: Positive
     lr_latent: Positive
-    tv: float = Field(ge=0, allow_inf_nan=False)
-    statistics: float = Field(ge=0, allow_inf_nan=False)
-    restarts: Count
+    tv: NotNegative
+    statistics: NotNegative
+    restarts: Size
     together: Count
-    done: float = Field(ge=0, allow_inf_nan=False)
+    done: NotNegative
 
 
 class AutoencoderParams(Section):
-    latent: Count
-    latent_prior: Count
+    latent: Size
+    latent_prior: Size
     epochs: Count
     lr: Positive
     batch: Count
@@ -222,16 +222,16 @@ class Recipe(Section):
 
     epochs: Count
     lr: Positive
-    weight_decay: float = Field(ge=0, allow_inf_nan=False)
-    batch: int = Field(ge=2)
-    shift: int = Field(ge=0)
+    weight_decay: NotNegative
+    batch: int = Field(ge=2, le=100_000)
+    shift: int = Field(ge=0, le=224)
     balanced: bool
-    finetune_epochs: int = Field(ge=0)
+    finetune_epochs: int = Field(ge=0, le=100_000)
     finetune_lr: Positive
     eps: Eps255
     steps: Count
     step: Positive
-    beta: float = Field(ge=0, allow_inf_nan=False)
+    beta: NotNegative
     ema: float = Field(ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -244,5 +244,5 @@ class Recipe(Section):
 
 
 class AttentionParams(Section):
-    reduction: Count
-    kernel: Count
+    reduction: Size
+    kernel: Size

@@ -121,14 +121,19 @@ def deduplicate(splits: dict[str, Split]) -> tuple[dict[str, Split], dict[str, i
 
 
 def check_classes(splits: Mapping[str, Split], classes: tuple[str, ...], where: str) -> None:
-    """`InputError`, which begins with ``where``, unless every split has images of every class."""
+    """`InputError`, which begins with ``where`` and names all gaps, unless every split has images of every class."""
+    lacking = [f"split {name} is empty; every split needs images" for name, split in splits.items() if not len(split)]
     for name, split in splits.items():
-        if not len(split):
-            raise InputError(f"{where}: split {name} is empty; every split needs images")
-        counts = np.bincount(split.labels, minlength=len(classes))
-        if (counts == 0).any():
-            lacking = classes[np.argmin(counts)]
-            raise InputError(f"{where}: class {lacking} is missing from split {name} ({len(split)} images); add some")
+        missing = [text for k, text in enumerate(classes) if len(split) and not (split.labels == k).any()]
+        lacking += [f"class {text} is missing from split {name} ({len(split)} images)" for text in missing]
+    if lacking:
+        raise InputError(f"{where}: {'; '.join(lacking)}; add some")
+
+
+def setting(cohort: Cohort, split: str) -> str:
+    """The parameter that says how many images a split has."""
+    section = cohort.name if cohort.name in ("phantom", "fundus", "npz", "folder") else "medmnist"
+    return f"cohorts.{section}.{'images' if section in ('phantom', 'fundus') else 'shares'}.{split}"
 
 
 def check_size(cohort: str, size: int) -> int:

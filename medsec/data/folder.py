@@ -7,9 +7,9 @@ cohort's ``flaws`` and ``removed``, and so on its data card. See docs/bring-your
 
 import csv
 import functools
-import itertools
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +21,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts, FolderCohort, FolderShares
 from medsec.data import images as image_files
 from medsec.data.cohort import SPLITS, Cohort, Split, canonical, check_classes, check_size, deduplicate, fingerprint
-from medsec.data.images import Picture
+from medsec.data.images import DARK, Picture
 
 __all__: list[str] = []  # for the other modules of the package
 
@@ -48,6 +48,10 @@ def load(cohorts: Cohorts, size: int | None = None) -> Cohort:
         what = f"one class only ({classes[0]})" if classes else "no class folder with an image"
         ask = f"lay images out as {root.name}/<class>/<file>, two classes or more"
         raise InputError("; ".join([f"{root.name} has {what}; {ask}", *report]))
+    if odd := [name for name in (*classes, *listing.get("site", ())) if set(name) & set("$|")]:
+        raise InputError(
+            f"{root.name}: class or site {odd[0]!r} has a $ or |, which tables and figures read as signs; rename it"
+        )
     labels = np.array([classes.index(label) for label in listing["label"]])
     origin = f"{root.name}, {'table' if 'split' in listing else 'patients divided by shares'}"
     number = _assign(listing, labels, cohort)
@@ -75,9 +79,9 @@ def load(cohorts: Cohorts, size: int | None = None) -> Cohort:
 def _existing(given: str | None, key: str, what: str, kind) -> Path:
     if not given:
         raise InputError(f"cohorts.folder.{key} is not set; write the path of {what} into it")
-    place = paths.ROOT / Path(given).expanduser()
-    if not kind(place):
-        why = "is not of that kind" if place.exists() else "does not exist"
+    place, there, right = paths.given(given, kind)
+    if not right:
+        why = "is not of that kind" if there else "does not exist"
         raise InputError(f"cohorts.folder.{key} = {given!r} {why}; it must be {what}, seen from the repository's root")
     return place
 
@@ -93,7 +97,10 @@ def find(root: Path) -> tuple[list[str], list[str]]:
 
     images, skipped = [], defaultdict(list)
     for place, folders, names in os.walk(root, onerror=unreadable):
-        reasons = {name: _why_skipped(Path(place, name)) for name in [*folders, *names]}
+        try:
+            reasons = {name: _why_skipped(Path(place, name)) for name in [*folders, *names]}
+        except OSError as error:
+            unreadable(error)
         if not reasons and Path(place) != root:
             reasons = {"": "empty folder"}
         for name, why in reasons.items():
@@ -103,7 +110,11 @@ def find(root: Path) -> tuple[list[str], list[str]]:
             elif name not in folders:
                 images.append(shown)
         folders[:] = [name for name in folders if not reasons[name]]
-    return sorted(images), [_line(f"skipped, {why}", names) for why, names in sorted(skipped.items())]
+    if odd := [name for name in images if not name.isprintable()]:
+        raise InputError(f"{odd[0]!a} has characters that cannot be printed; rename it ({len(odd)} such files)")
+    away = [name for name in images if not (root / name).resolve().is_relative_to(root.resolve())]
+    lines = [_line("links to files outside the folder, read all the same", away)] if away else []
+    return sorted(images), lines + [_line(f"skipped, {why}", names) for why, names in sorted(skipped.items())]
 
 
 def _why_skipped(path: Path) -> str:
@@ -120,7 +131,7 @@ def _why_skipped(path: Path) -> str:
 
 
 def _line(why: str, names: list[str]) -> str:
-    names = sorted(names)
+    names = sorted(name if name.isprintable() else ascii(name) for name in names)
     return f"{why}: {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
@@ -153,7 +164,8 @@ def _from_table(cohort: FolderCohort, root: Path, files: list[str], report: list
     rows, usable = _rows(place, report), set(files)
     for file, row in rows.items():
         if file not in usable:
-            why = "is none of the images that can be used" if (root / file).exists() else "does not exist"
+            there = paths.given(str(root / file), Path.exists)[1]
+            why = "is none of the images that can be used" if there else "does not exist"
             raise InputError(f"{place.name} line {row['line']}: {file} {why}; paths begin below {root.name}")
         if row.get("split", "val") not in SPLITS:
             what = f"{place.name} line {row['line']}: unknown split {row['split']!r}"
@@ -188,6 +200,8 @@ def _rows(table: Path, report: list[str]) -> dict[str, dict]:
                 row = {key: (row[key] or "").strip() for key in columns if key in _COLUMNS}
                 if empty := [key for key, value in row.items() if not value]:
                     raise InputError(f"{where}: {empty[0]} is empty; fill it in, or leave the column out")
+                if odd := [key for key, value in row.items() if not value.isprintable()]:
+                    raise InputError(f"{where}: {odd[0]} has characters that cannot be printed; correct it")
                 row["file"] = PurePosixPath(row["file"].replace("\\", "/")).as_posix()
                 if row["file"] in rows:
                     raise InputError(f"{where}: {row['file']} is there a second time; leave one line")
@@ -249,14 +263,17 @@ def _assign(listing: pd.DataFrame, labels: np.ndarray, cohort: FolderCohort) -> 
 
 
 def _check_patients(number, labels: np.ndarray, classes: tuple[str, ...], listing: pd.DataFrame, origin: str) -> None:
-    """Every class has a patient in every split, or an `InputError` that counts patients."""
-    for (s, split), (c, name) in itertools.product(enumerate(SPLITS), enumerate(classes)):
-        if not ((number == s) & (labels == c)).any():
+    """Every class has a patient in every split, or an `InputError` that names all gaps and counts patients."""
+    found = []
+    for c, name in enumerate(classes):
+        if missing := [split for s, split in enumerate(SPLITS) if not ((number == s) & (labels == c)).any()]:
             patients = sorted(set(listing["patient"][labels == c]))
             shown = ", ".join(patients[:3]) + (", …" if len(patients) > 3 else "")
-            hint = "correct its column split, or add images" if "split" in listing else _SHARES
             few = f"all {int((labels == c).sum())} images of it are of {len(patients)} patient(s): {shown}"
-            raise InputError(f"{origin}: class {name} is missing from split {split} ({few}); {hint}")
+            found.append(f"class {name} is missing from split {', '.join(missing)} ({few})")
+    if found:
+        hint = "correct its column split, or add images" if "split" in listing else _SHARES
+        raise InputError(f"{origin}: {'; '.join(found)}; {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------------- pixels
@@ -284,7 +301,7 @@ def _alike(pictures: list[Picture], files: list[str], channels: int | None, repo
         report.append(f"{len(tops)} images: 16-bit PNG whose values use {bits} bits: white is {2**bits - 1}")
     images = []
     for picture in pictures:
-        eight = picture.pixels if picture.top is None else image_files.to_uint8(picture.pixels / (2.0**bits - 1))
+        eight = picture.pixels if picture.top is None else image_files.to_uint8(picture.pixels, 2.0**bits - 1)
         images.append(image_files.with_channels(eight, channels))
     return np.stack(images)
 
@@ -295,6 +312,9 @@ def _remarks(pictures: list[Picture], images: np.ndarray, patients, number: np.n
     lines = [f"resampled to {size} px by area averages, from {min(sides)} to {max(sides)} px a side"]
     notes = Counter(note for picture in pictures for note in picture.notes)
     lines += [f"{count} images: {note}" for note, count in sorted(notes.items())]
+    if dark := int((images.max((1, 2, 3)) <= 1).sum()):
+        lines.append(f"{dark} images: {DARK}")
+        warnings.warn(f"{lines[-1]}", stacklevel=2)
     owners, headers = defaultdict(set), defaultdict(set)
     for picture, image, patient, split in zip(pictures, images, patients, number.tolist(), strict=True):
         owners[image.tobytes()].add(patient)

@@ -1,11 +1,13 @@
 """Cohorts from files in MedMNIST's key layout: a file of one's own, or a MedMNIST flavour, found or downloaded."""
 
 import hashlib
+import math
 import os
 import shutil
 import socket
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts, MedMNISTCohort, NpzCohort, SplitShares
 from medsec.data.cohort import Cohort, Split, canonical, check_classes, deduplicate, fingerprint
+from medsec.data.images import DARK
 
 __all__: list[str] = []  # for the other modules of the package
 
@@ -24,6 +27,7 @@ __all__: list[str] = []  # for the other modules of the package
 FLAVOURS = ("pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist")
 FLAVOURS += ("tissuemnist", "organamnist", "organcmnist", "organsmnist")
 OFFICIAL = ("train", "val", "test")  # the splits of a MedMNIST-like file
+BYTES = 2**32  # of all arrays of a file together, unpacked: as many images as fit four times over into a large memory
 STALL = 30.0  # seconds without an answer after which a download is given up
 
 _NO_PATIENTS = "no patient ids: client, public and reference are divided image-wise, one patient may be in several"
@@ -48,7 +52,10 @@ def own(cohorts: Cohorts, size: int | None = None) -> Cohort:
     cohort = cohorts.npz
     if not cohort.path:
         raise InputError("cohorts.npz.path is not set; write the file's path, from the repository's root, into it")
-    file = paths.ROOT / Path(cohort.path).expanduser()
+    file, there, plain = paths.given(cohort.path, Path.is_file)
+    if not plain:  # a pipe or a device would be waited for
+        why = "is no file" if there else "does not exist"
+        raise InputError(f"cohorts.npz.path = {cohort.path!r} {why}; correct the path")
     official = _read_npz(file)
     side = official["train"].images.shape[2]
     if side < 28 or side % 4:
@@ -60,7 +67,8 @@ def own(cohorts: Cohorts, size: int | None = None) -> Cohort:
         raise InputError(f"{file.name}: every label is 0; a cohort needs two classes or more")
     classes = tuple(str(label) for label in range(highest + 1))
     facts = {"source": f"{file.name}, a file of your own", "licence": "not stated: the file's owner knows"}
-    return _from_official("npz", official, classes, cohort, file.name, flaws=(_NO_PATIENTS,), **facts)
+    dark = (DARK,) * all(split.images.max() <= 1 for split in official.values())
+    return _from_official("npz", official, classes, cohort, file.name, flaws=(*dark, _NO_PATIENTS), **facts)
 
 
 def flavour(name: str, cohorts: Cohorts, size: int | None = None) -> Cohort:
@@ -131,8 +139,9 @@ def _find(name: str, size: int) -> Path:
     file = f"{name}.npz" if size == 28 else f"{name}_{size}.npz"
     folders = [Path(DEFAULT_ROOT)] if DEFAULT_ROOT else []
     if root := os.environ.get("MEDMNIST_ROOT"):
-        folders.insert(0, paths.ROOT / Path(root).expanduser())
-        if not folders[0].is_dir():
+        place, _, is_folder = paths.given(root, Path.is_dir)
+        folders.insert(0, place)
+        if not is_folder:
             raise InputError(f"MEDMNIST_ROOT={root} is no folder; set it to the folder that holds {file}, or unset it")
     for folder in folders:
         if (folder / file).is_file():
@@ -170,45 +179,80 @@ def _stall_limit(seconds: float):
 
 def _read_npz(file: Path) -> dict[str, Split]:
     """train, val and test of a file in MedMNIST's key layout, checked and in canonical order."""
-    splits = {}
+    arrays = {}
     try:
         with zipfile.ZipFile(file) as archive:
-            for name in OFFICIAL:
-                images = _member(archive, f"{name}_images", file.name)
-                labels = _member(archive, f"{name}_labels", file.name)
-                splits[name] = canonical(_split(images, labels, name, file.name))
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; correct the path") from None
+            for key in (f"{name}_{what}" for name in OFFICIAL for what in ("images", "labels")):
+                room = BYTES - sum(array.nbytes for array in arrays.values())
+                arrays[key] = _member(archive, key, file.name, room)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise InputError(f"{file.name} is damaged or no npz file ({error}); delete it and get it again") from None
+    pixels = _eight_bits({name: arrays.pop(f"{name}_images") for name in OFFICIAL}, file.name)
+    splits = {name: canonical(_split(pixels.pop(name), arrays[f"{name}_labels"], name, file.name)) for name in OFFICIAL}
     shapes = {name: split.images.shape[1:] for name, split in splits.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{file.name}: splits differ in image shape (channels, height, width): {shapes}")
     return splits
 
 
-def _member(archive: zipfile.ZipFile, key: str, where: str) -> np.ndarray:
-    """An array of an npz file, read to its end so that the zip's checksum is compared; never unpickled."""
+def _member(archive: zipfile.ZipFile, key: str, where: str, room: int) -> np.ndarray:
+    """An array of an npz file, read to its end so that the zip's checksum is compared; never unpickled.
+
+    Its header is read first: what would take more than ``room`` bytes is refused before memory is asked for.
+    """
     try:
         stream = archive.open(f"{key}.npy")
     except KeyError:
         raise InputError(f"{where}: key {key} is missing; needed: {{train,val,test}}_{{images,labels}}") from None
     with stream:
         try:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
+            version = np.lib.format.read_magic(stream)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = header[version](stream)
+            size = math.prod(shape) * dtype.itemsize
+            if 0 <= size <= room:
+                stream.seek(0)
+                array = np.lib.format.read_array(stream, allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python: damage there raises almost anything
             if "Object arrays" in str(error):
                 raise InputError(f"{where}: {key} holds pickled objects, never opened; save plain arrays") from None
             raise InputError(f"{where}: {key} is damaged or too large ({type(error).__name__}); get it again") from None
+        if not 0 <= size <= room:
+            what = f"{key} is {shape} of {dtype}: with it the file has more than {BYTES >> 30} GiB unpacked"
+            raise InputError(f"{where}: {what}; take fewer or smaller images")
         if stream.read(1):
             raise InputError(f"{where}: {key} is damaged (bytes after its end); get it again")
     return array
 
 
+def _eight_bits(images: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """The images of every split as uint8, 0 to 255, or an `InputError`.
+
+    Floats are taken for shares of white if all of them lie in [0, 1], and refused otherwise. Whole numbers of no more than 1
+    are taken as they are, with a warning: they are masks, or images that were divided by 255 and cast.
+    """
+    kinds = {name: str(each.dtype) for name, each in images.items()}
+    names = ", ".join(f"{name}_images is {kind}" for name, kind in kinds.items())
+    if any(each.dtype != np.uint8 and each.dtype.kind != "f" for each in images.values()):
+        raise InputError(f"{where}: {names}; they must be uint8, 0 to 255, or floats from 0 to 1")
+    if len({each.dtype.kind for each in images.values()}) > 1:
+        raise InputError(f"{where}: {names}; all must be of one kind: uint8, 0 to 255, or floats from 0 to 1")
+    ranges = {name: (float(each.min()), float(each.max())) for name, each in images.items() if each.size}
+    shown = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in ranges.items())
+    if kinds["train"] != "uint8":
+        if not all(low >= 0 and high <= 1 for low, high in ranges.values()):  # NaN, too
+            raise InputError(f"{where}: images are floats ({shown}); they must lie in 0 to 1, or be uint8, 0 to 255")
+        return {name: np.rint(each * 255.0).astype(np.uint8) for name, each in images.items()}
+    dark = [name for name, (_, high) in ranges.items() if high <= 1]
+    if 0 < len(dark) < len(ranges):
+        raise InputError(f"{where}: images have other ranges from split to split ({shown}); scale them alike")
+    if dark:
+        warnings.warn(f"{where}: {DARK}", stacklevel=2)
+    return images
+
+
 def _split(images: np.ndarray, labels: np.ndarray, name: str, where: str) -> Split:
     """A `Split` from (N, H, W) or (N, H, W, C) uint8 images and (N,) or (N, 1) integer labels, or an `InputError`."""
-    if images.dtype != np.uint8:
-        raise InputError(f"{where}: {name}_images is {images.dtype}; it must be uint8, 0 to 255")
     if labels.dtype.kind not in "iu":
         raise InputError(f"{where}: {name}_labels is {labels.dtype}; it must be an integer type")
     shape = images.shape

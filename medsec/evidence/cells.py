@@ -11,7 +11,6 @@ whole or not at all; an interrupted run goes on where it was. ``MEDSEC_FRESH=1``
 import hashlib
 import io
 import json
-import os
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from medsec import data
-from medsec.core import parallel, params, paths
+from medsec.core import files, parallel, params, paths
 from medsec.core.errors import InputError
 from medsec.core.params import Section
 from medsec.evidence import tables
@@ -79,6 +78,7 @@ class Experiment:
         own: sections that hold a mapping method -> its own parameters; of these a cell depends on its own methods only, so that
             a new method leaves every finished cell valid.
         shared: methods whose parameters in ``own`` others use as well.
+        lacks: ``lacks(cohort, params, cell)``, what a loaded cohort is too small for, a line each with what mends it.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Experiment:
     run: Callable[[str, Section, Cell], Finished]
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    lacks: Callable[[data.Cohort, Section, Cell], list[str]] | None = None
 
 
 def resolved(p: Section, cell: Cell) -> Section:
@@ -139,13 +140,11 @@ def place(experiment: Experiment, cohort: str, cell: Cell, name: str) -> Path:
 def write(file: Path, finished: Finished, note: dict) -> None:
     """Write a finished cell: its rows as CSV with all digits, its pictures, and a note; complete or not at all."""
     rows, pictures = finished
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     texts = {"rows": rows.to_csv(index=False, na_rep="nan", lineterminator="\n"), "note": json.dumps(note)}
     packed = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-    with partial.open("wb") as handle:
-        np.savez_compressed(handle, **packed, **{f"picture {name}": array for name, array in pictures.items()})
-    partial.replace(file)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **packed, **{f"picture {name}": array for name, array in pictures.items()})
+    files.write(file, buffer.getvalue())
 
 
 def read(file: Path) -> tuple[Finished, dict] | None:
@@ -157,7 +156,10 @@ def read(file: Path) -> tuple[Finished, dict] | None:
         with np.load(file, allow_pickle=False) as stored:
             rows, note = (stored[name].tobytes().decode() for name in ("rows", "note"))
             pictures = {name.removeprefix("picture "): stored[name] for name in stored if name.startswith("picture ")}
-        return (tables.parse(io.StringIO(rows)), pictures), json.loads(note)
+        note = {key: json.loads(note)[key] for key in NOTE}
+        if file.stem.rpartition(".")[2] != note["identity"]:
+            raise ValueError("it is another cell's")
+        return (tables.parse(io.StringIO(rows)), pictures), note
     except FileNotFoundError:
         return None
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
@@ -194,23 +196,33 @@ def run(
         processes: see `medsec.core.parallel.run_cells`.
 
     Raises:
-        InputError: a cohort that cannot be loaded, or parameters that a cell cannot run with.
+        InputError: a cohort that cannot be loaded or is too small, with all that it lacks; or parameters that a cell
+            cannot run with. Before any cell runs.
+        OSError: finished cells could not be written; nothing was run.
     """
-    names = names_of(experiment, data.load(cohort, p.cohorts).fingerprint, p, plan)
-    files = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
-    fresh = os.environ.get("MEDSEC_FRESH") == "1"
-    todo = [cell for cell in plan if fresh or read(files[cell.name]) is None]
+    loaded = data.load(cohort, p.cohorts)
+    names = names_of(experiment, loaded.fingerprint, p, plan)
+    place_of = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
+    fresh = paths.flag("MEDSEC_FRESH")
+    todo = [cell for cell in plan if fresh or read(place_of[cell.name]) is None]
     if done := len(plan) - len(todo):
         print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
-    if others := [cell.name for cell in todo if not fresh and any(files[cell.name].parent.glob(f"{cell.name}.*.npz"))]:
+    if others := [
+        cell.name for cell in todo if not fresh and any(place_of[cell.name].parent.glob(f"{cell.name}.*.npz"))
+    ]:
         print(
             f"{len(others)} cells, such as {others[0]}, lie there with other parameters or of another generation: "
             "they stay as they are, and are run again beside",
             file=sys.stderr,
         )
-    calls = [(experiment, cohort, p, cell, names[cell.name], files[cell.name]) for cell in todo]
+    asked = todo if experiment.lacks else []
+    if lacking := dict.fromkeys(why for cell in asked for why in experiment.lacks(loaded, resolved(p, cell), cell)):
+        raise InputError(f"cohort {cohort} is too small: {'; '.join(lacking)}")
+    if todo:
+        files.check_writable(paths.cells(cohort) / experiment.name)
+    calls = [(experiment, cohort, p, cell, names[cell.name], place_of[cell.name]) for cell in todo]
     parallel.run_cells(_run_one, calls, processes=processes)
-    found = [read(files[cell.name]) for cell in plan]
+    found = [read(place_of[cell.name]) for cell in plan]
     if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
         raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
     return [finished for finished, _ in found]

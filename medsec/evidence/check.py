@@ -162,8 +162,11 @@ def against_commit(cohort: str) -> dict[str, tuple[list[str], list[str]]]:
         By name of the notebook its `differences` and `remarks`.
 
     Raises:
-        InputError: this is no git checkout, or nothing is committed for the cohort.
+        InputError: this is no git checkout, nothing is committed for the cohort, or nothing shall be.
     """
+    if cohort in paths.OWN:
+        apart = "what is made from your own images stays out of git; compare two runs of yours by MEDSEC_REFERENCE"
+        raise InputError(f"no table of cohort {cohort} is committed: {apart}")
     folder = f"results/{cohort}"
     listed = _git("ls-tree", "--name-only", "HEAD", f"{folder}/").split()
     found = {}

@@ -6,10 +6,11 @@
 from pathlib import Path
 
 import pandas as pd
-import yaml
+from pydantic import model_validator
 
-from medsec.core import paths
+from medsec.core import files, paths
 from medsec.core.errors import InputError
+from medsec.core.params import Section, validated
 from medsec.evidence import tables
 
 __all__ = ["beside", "load", "names", "verdict", "verdicts"]
@@ -20,21 +21,52 @@ NOT_YET, UNTESTED = "not measured yet", "untested"
 MOST_DIGITS = 4
 
 
+class Claim(Section):
+    """One claim; ``where`` addresses the row that decides, ``above`` or ``below`` is the bound."""
+
+    id: str
+    by: str
+    text: str
+    where: dict[str, str]
+    above: float | None = None
+    below: float | None = None
+    cohorts: list[str] | None = None
+    detail: bool = False
+    given: str = ""
+    needs: str = ""
+    record_only: str = ""
+
+
+class Claims(Section):
+    paper: str
+    table: str
+    published: dict | None = None
+    claims: list[Claim]
+
+    @model_validator(mode="after")
+    def _each_id_once(self):
+        ids = [claim.id for claim in self.claims]
+        if twice := next((id_ for i, id_ in enumerate(ids) if id_ in ids[:i]), None):
+            raise ValueError(f"two claims have the id {twice!r}")
+        return self
+
+
 def load(name: str) -> dict:
     """The claims of ``claims/<name>.yaml``: ``paper``, ``table``, and a list ``claims``.
 
     Where a claim's ``given`` or ``needs`` names another of the list, that claim itself stands there.
 
     Raises:
-        InputError: the file is missing, a claim has no row or not exactly one bound, or is given one that is not there.
+        InputError: the file cannot be used (`files.read_yaml`), a key is misspelt or of the wrong type, a claim has no row or
+            not exactly one bound, or is given one that is not there.
     """
     file = paths.CLAIMS / f"{name}.yaml"
-    if not file.is_file():
-        raise InputError(f"claims/{name}.yaml is missing")
-    ledger = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for claim in ledger["claims"]:
-        if "where" not in claim or sum(key in claim for key in ("above", "below")) != 1:
+    ledger = files.read_yaml(file)
+    listed = ledger.get("claims") if isinstance(ledger, dict) else None
+    for claim in listed if isinstance(listed, list) else ():
+        if isinstance(claim, dict) and ("where" not in claim or ("above" in claim) == ("below" in claim)):
             raise InputError(f"{file.name}: claim {claim.get('id')!r} needs `where` and one of above, below")
+    validated(Claims, ledger, file.name)
     by_id = {claim["id"]: claim for claim in ledger["claims"]}
     for claim in ledger["claims"]:
         for key, verb in (("given", "is given"), ("needs", "needs")):

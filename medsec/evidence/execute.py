@@ -21,7 +21,6 @@ Below ``.medsec-tmp-<cohort>/`` (never in git) lie the lock, the temporary folde
 import base64
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -36,8 +35,8 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 
-from medsec import PINNED, data
-from medsec.core import parallel, paths
+from medsec import INLINE, PINNED, data
+from medsec.core import files, parallel, paths
 from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts
 from medsec.show import png
@@ -101,7 +100,11 @@ def check(job: Job, cohorts: Cohorts) -> None:
     cohort = data.load(job.cohort, cohorts)
     pinned = PIPELINES / job.cohort / "cohort.json"
     if pinned.is_file():
-        expected = json.loads(pinned.read_text(encoding="utf-8"))["fingerprints"].get(str(cohort.size))
+        try:
+            expected = files.read_json(pinned)["fingerprints"].get(str(cohort.size))
+            expected is None or expected.encode()
+        except (TypeError, KeyError, AttributeError):
+            raise InputError(f"{files.shown(pinned)} names no fingerprints; {files.restore(pinned)}") from None
         if expected not in (None, cohort.fingerprint):
             raise InputError(
                 f"cohort {job.cohort} at {cohort.size} pixels is not the one of pipelines/{job.cohort}/cohort.json: "
@@ -120,7 +123,9 @@ def _check_notebook(file: Path) -> None:
     try:
         cells = nbformat.read(file, as_version=4).cells
     except Exception as error:  # nbformat raises many kinds
-        raise InputError(f"notebook {file.name} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"notebook {file.name} cannot be read: {str(error).split(chr(10))[0] or type(error).__name__}"
+        ) from None
     if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
         raise InputError(f"notebook {file.name} has no cell tagged 'parameters' to set cohort and profile in")
 
@@ -131,9 +136,14 @@ def kernel_environment(job: Job) -> dict[str, str]:
         "MEDSEC_OUT": str(job.temporary),
         "MEDSEC_REFERENCE": str(job.temporary),  # a fresh table is not judged by the one that it replaces
         "PYTHONPATH": str(paths.ROOT),  # this checkout's medsec, also where another one is installed (dvc exp --temp)
-        "OMP_NUM_THREADS": "1",  # another number of threads gives other bits
+        # Another number of threads gives other bits.
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         **{key: os.environ[key] for key in PINNED if key in os.environ},  # before numpy is imported there
         "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",  # whatever the locale
+        "PYTHONOPTIMIZE": "",  # asserts of notebooks are meant
+        "TZ": "UTC",
+        **INLINE,
         **parallel.HEAP,
         "TQDM_DISABLE": "1",  # bars are made of times
         "MEDSEC_LIVE": "0",  # nobody moves a slider here, even if this was started from a terminal of `make lab`
@@ -179,8 +189,8 @@ def run(job: Job) -> nbformat.NotebookNode:
         config.write_text("c.IPKernelApp.log_level = 50\n", encoding="utf-8")
         with environment(kernel_environment(job)):
             return papermill.execute_notebook(
-                job.notebook.resolve(),
-                raw,
+                _literal(job.notebook.resolve()),
+                _literal(raw),
                 parameters={"cohort": job.cohort, "profile": job.profile},
                 kernel_name="python3",
                 language="python",
@@ -198,6 +208,11 @@ def run(job: Job) -> nbformat.NotebookNode:
         raw.replace(job.failed)
         what += f"\nthe notebook so far: {job.failed}"
     raise RunError(f"{job.notebook.name}, cohort {job.cohort}: {what}")
+
+
+def _literal(path: Path) -> str:
+    """A path in which papermill finds no place to put a parameter."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def normalise(notebook: nbformat.NotebookNode) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medsec.core import paths
+from medsec.core import files, paths
 from medsec.core.errors import InputError
 from medsec.evidence import claims, record, tables
 from medsec.evidence.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
@@ -260,5 +260,5 @@ def update_readme(text: str) -> str:
 def write() -> None:
     """Write the verdicts of all cohorts into ``README.md`` and ``results/findings.csv``, from the tables there are."""
     readme = paths.ROOT / "README.md"
-    readme.write_text(update_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    files.write(readme, update_readme(files.read_text(readme)))
     tables.write(findings(), paths.ROOT / FINDINGS)

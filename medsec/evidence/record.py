@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 from medsec import data
-from medsec.core import parallel, paths
+from medsec.core import files, parallel, paths
 from medsec.core.errors import InputError
-from medsec.core.params import Section
+from medsec.core.params import Section, validated
 from medsec.evidence import cells as store
 from medsec.evidence import tables
 from medsec.evidence.cells import NOTE, Cell, Experiment
@@ -68,12 +68,12 @@ def committed(records: Path, notebook: str) -> pd.DataFrame:
         InputError: the file is damaged; nothing is run or written, so that nothing is lost.
     """
     file = runs_file(records, notebook)
-    if not file.is_file():
+    if not file.exists():
         return pd.DataFrame(columns=NOTE)
-    try:
-        return tables.read(file)
-    except InputError as error:
-        raise InputError(f"{error}; restore it with: git checkout {file.relative_to(paths.ROOT)}") from None
+    rows = tables.read(file)
+    if missing := {*NOTE, *tables.FIXED} - set(rows.columns):
+        raise InputError(f"{file.name} is no table: no column {min(missing)}; {files.restore(file)}")
+    return rows
 
 
 def gathered(
@@ -124,10 +124,7 @@ def build(
         },
         "params": p.model_dump(),
     }
-    about_file = target.with_suffix(".json")
-    partial = about_file.with_suffix(".partial")
-    partial.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    partial.replace(about_file)
+    files.write(target.with_suffix(".json"), json.dumps(made, indent=1) + "\n")
     return target
 
 
@@ -143,13 +140,33 @@ def processor() -> str:
 # Reading records ------------------------------------------------------------------------------------------------------
 
 
+class About(Section):
+    """What `build` says of a record."""
+
+    profile: str = ""
+    generation: int | None = None
+    cells_planned: int = 0
+    cells_finished: int = 0
+    cpu_seconds: int = 0
+    peak_mb_of_a_process: int = 0
+    cohort_fingerprint: str = ""
+    versions: dict | None = None
+    hardware: dict | None = None
+    params: dict | None = None
+
+
 def about(notebook: str, cohort: str) -> dict | None:
-    """How a record was made: cells, cost, generation, versions, hardware, parameters; None where there is none."""
+    """How a record was made: cells, cost, generation, versions, hardware, parameters; None where there is none.
+
+    Raises:
+        InputError: the file is there and damaged.
+    """
     file = paths.records(cohort) / f"{notebook}.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not file.exists():
         return None
+    found = files.read_json(file)
+    validated(About, found, file.name)
+    return found
 
 
 def is_finished(notebook: str, cohort: str) -> bool:
@@ -180,7 +197,7 @@ def made_by(experiment: Experiment, cohort: str) -> str:
 def load(notebook: str, cohort: str) -> pd.DataFrame | None:
     """The committed summary of a record, or None where there is none."""
     file = paths.records(cohort) / f"{notebook}.csv"
-    return tables.read(file) if file.is_file() else None
+    return tables.read(file) if file.exists() else None
 
 
 # Making one ----------------------------------------------------------------------------------------------------------

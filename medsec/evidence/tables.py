@@ -1,18 +1,18 @@
 """Reading, writing and addressing the tidy tables."""
 
 import functools
+import io
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from medsec.core import paths
+from medsec.core import files, paths
 from medsec.core.errors import InputError
+from medsec.core.params import NotNegative, Section, validated
 from medsec.evidence.intervals import bootstrap_interval
 
 __all__ = [
@@ -34,7 +34,17 @@ __all__ = [
     "write_metrics",
 ]
 
+FIXED = ("variant", "scenario", "metric", "value")  # columns of every table of metrics
 MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
+
+
+class Metric(Section):
+    unit: str
+    tolerance: NotNegative
+
+
+class Metrics(Section):
+    metrics: dict[str, Metric]
 
 
 def metrics(names: Iterable[str] = ()) -> dict[str, dict]:
@@ -51,7 +61,9 @@ def metrics(names: Iterable[str] = ()) -> dict[str, dict]:
 
 @functools.cache
 def _metrics(file: Path) -> dict[str, dict]:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree = files.read_yaml(file)
+    validated(Metrics, {"metrics": tree}, file.name)
+    return tree
 
 
 def run_row(
@@ -81,30 +93,40 @@ class Rows:
 
 def write(table: pd.DataFrame, file: Path) -> None:
     """Write a table as CSV with six significant digits, packed if the name ends in .gz; complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    packed = {"method": "gzip", "mtime": 1} if file.suffix == ".gz" else None  # without the time: the same bytes again
-    table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n", compression=packed)
-    partial.replace(file)
+    text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    inside = file.with_suffix(".partial").name  # of the packed file, as in all records so far: the same bytes again
+    files.write(file, files.packed(text, inside) if file.suffix == ".gz" else text)
 
 
 def read(file: Path) -> pd.DataFrame:
     """Read a table that `write` wrote; key columns are text, and empty where a row has no such key.
 
     Raises:
-        InputError: the file is missing or no table.
+        InputError: the file is missing or no table, or of a table of metrics some column is missing.
     """
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file.name} is missing from {file.parent.name}; make it with: make repro")
+    text = files.read_text(file)
     try:
-        return parse(file)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file.name} is no table: {error}") from None
+        return parse(io.StringIO(text))
+    except (ValueError, OverflowError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise InputError(f"{file.name} is no table: {said}; {files.restore(file)}") from None
 
 
-def parse(source: Path | TextIO) -> pd.DataFrame:
-    """A table from CSV; numbers are the float64 values that were written, to the bit."""
+def parse(source: TextIO) -> pd.DataFrame:
+    """A table from CSV; numbers are the float64 values that were written, to the bit.
+
+    Raises:
+        ValueError: a column of a summary or runs table is missing, or holds what is no number.
+    """
     table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex) or table.isna().any(axis=None):
+        raise ValueError("a row has more or fewer fields than there are columns")
+    if {"metric", "value"} & set(table.columns):
+        needed = [*FIXED, *([] if "seed" in table else SUMMARY)]
+        if missing := [column for column in needed if column not in table]:
+            raise ValueError(f"no column {missing[0]}")
     numeric = [c for c in ("value", "low", "high", "seconds") if c in table]
     counts = [c for c in ("n", "n_items", "seed", "peak_mb") if c in table]
     return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
@@ -117,8 +139,7 @@ def write_metrics(summary: pd.DataFrame, file: Path) -> None:
         tree.setdefault(row["variant"], {}).setdefault(row["scenario"], {})[row["metric"]] = float(
             f"{row['value']:.6g}"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    files.write(file, json.dumps(tree, indent=1) + "\n")
 
 
 def keys(table: pd.DataFrame) -> list[str]:
@@ -222,7 +243,7 @@ def wide(
     return pd.DataFrame(lines, columns=[index, *columns])
 
 
-SUMMARY = ["variant", "scenario", "metric", "value", "low", "high", "n", "n_items", "unit"]
+SUMMARY = [*FIXED, "low", "high", "n", "n_items", "unit"]
 
 
 def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | None = None) -> pd.DataFrame:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.federated.rounds import Aggregator, State, Update
 
 __all__ = ["RULES", "fedavg", "flatten", "krum", "krum_scores", "median", "multi_krum", "trimmed_mean", "uniform_mean"]
+
+
+CHUNK = 2**13  # entries at a time: all that is worked on stays in the processor's cache
 
 
 def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float] | None = None) -> tuple[State, dict]:
@@ -41,10 +43,14 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
             f"fedavg: weights {raw.tolist()} must be {len(updates)} finite non-negative numbers, not all zero"
         )
     share = raw / raw.sum()
-    state = _combine(
-        updates, lambda stack: torch.einsum("k...,k->...", stack.double(), torch.tensor(share, device=stack.device))
-    )
-    return state, {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
+
+    def mean(rows: list[np.ndarray]) -> np.ndarray:
+        total = np.multiply(rows[0], share[0], dtype=np.float64)
+        for row, weight in zip(rows[1:], share[1:], strict=True):
+            total += np.multiply(row, weight, dtype=np.float64)
+        return total
+
+    return _combine(updates, mean), {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
 
 
 def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
@@ -61,9 +67,9 @@ def median(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
     _need(updates, "median")
     low, high = (len(updates) - 1) // 2, len(updates) // 2
 
-    def middle(stack: Tensor) -> Tensor:
-        ranked = stack.double().sort(dim=0).values
-        return (ranked[low] + ranked[high]) / 2
+    def middle(rows: list[np.ndarray]) -> np.ndarray:
+        ranked = np.sort(np.stack(rows, axis=1))
+        return (ranked[:, low].astype(np.float64) + ranked[:, high]) / 2
 
     return _combine(updates, middle), {}
 
@@ -76,8 +82,12 @@ def trimmed_mean(updates: Sequence[Update], round: int = 0, *, trim: int) -> tup
     """
     if trim < 0 or 2 * trim >= len(updates):
         raise InputError(f"trimmed_mean: trim {trim} leaves nothing of {len(updates)} updates; use trim < n / 2")
-    keep = slice(trim, len(updates) - trim)
-    return _combine(updates, lambda stack: stack.double().sort(dim=0).values[keep].mean(0)), {}
+
+    def inner(rows: list[np.ndarray]) -> np.ndarray:
+        ranked = np.sort(np.stack(rows, axis=1))[:, trim : len(rows) - trim]
+        return ranked.mean(1, dtype=np.float64)
+
+    return _combine(updates, inner), {}
 
 
 def krum_scores(updates: Sequence[Update], n_malicious: int, *, strict: bool = True) -> np.ndarray:
@@ -98,14 +108,20 @@ def krum_scores(updates: Sequence[Update], n_malicious: int, *, strict: bool = T
     n = len(updates)
     if n_malicious < 0 or (strict and n < 2 * n_malicious + 3):
         raise InputError(f"krum needs n >= 2 f + 3 clients, got n = {n} with f = {n_malicious}")
-    flat = np.stack([flatten(u.state) for u in updates]).astype(np.float64)
-    # States of one round differ by far less than their own length: without centring, the Gram matrix cancels.
-    flat -= flat.mean(0)
-    gram = flat @ flat.T
-    square = np.diag(gram)
-    distance = np.maximum(square[:, None] + square[None, :] - 2 * gram, 0)
+    distance = _squared_distances([flatten(u.state) for u in updates])
     np.fill_diagonal(distance, np.inf)
     return np.sort(distance, axis=1)[:, : max(1, n - n_malicious - 2)].sum(1)
+
+
+def _squared_distances(points: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, n) float64, between n float32 vectors."""
+    gram = np.zeros((len(points), len(points)))
+    for start in range(0, len(points[0]), CHUNK):
+        part = np.stack([point[start : start + CHUNK] for point in points], dtype=np.float64)
+        # States of one round differ by far less than their own length: without centring, the Gram matrix cancels.
+        part -= part.mean(0)
+        gram += part @ part.T
+    return np.maximum(np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2 * gram, 0)
 
 
 def krum(updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True) -> tuple[State, dict]:
@@ -117,7 +133,8 @@ def multi_krum(
     updates: Sequence[Update], round: int = 0, *, n_malicious: int, strict: bool = True
 ) -> tuple[State, dict]:
     """Plain mean of the n − f updates with the smallest `krum_scores` (Blanchard et al. 2017, section 4)."""
-    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), len(updates) - n_malicious)
+    keep = max(1, len(updates) - n_malicious)  # fewer may have come than were asked
+    return _most_central(updates, krum_scores(updates, n_malicious, strict=strict), keep)
 
 
 def _most_central(updates: Sequence[Update], scores: np.ndarray, keep: int) -> tuple[State, dict]:
@@ -131,11 +148,16 @@ def flatten(state: State) -> np.ndarray:
     return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).cpu().numpy()
 
 
-def _combine(updates: Sequence[Update], reduce: Callable[[Tensor], Tensor]) -> State:
+def _combine(updates: Sequence[Update], reduce: Callable[[list[np.ndarray]], np.ndarray]) -> State:
+    """The state whose entries are ``reduce(rows)``: float64 (m,) from the same m entries of every update, each (m,)."""
     state = {}
     for name, like in updates[0].state.items():
-        value = reduce(torch.stack([u.state[name].detach() for u in updates]))
-        state[name] = (value if like.is_floating_point() else value.round()).to(like.dtype)
+        rows = [u.state[name].detach().cpu().numpy().reshape(-1) for u in updates]
+        found = np.empty_like(rows[0])
+        for start in range(0, len(found), CHUNK):
+            value = reduce([row[start : start + CHUNK] for row in rows])
+            found[start : start + CHUNK] = value if like.is_floating_point() else value.round()
+        state[name] = torch.from_numpy(found).reshape(like.shape).to(like.device)
     return state
 
 
@@ -148,7 +170,9 @@ def _need(updates: Sequence[Update], name: str) -> None:
 RULES: dict[str, Callable] = {
     "none": uniform_mean,
     "median": median,
-    "trimmed_mean": lambda updates, round=0, *, n_malicious: trimmed_mean(updates, round, trim=n_malicious),
+    "trimmed_mean": lambda updates, round=0, *, n_malicious: trimmed_mean(
+        updates, round, trim=min(n_malicious, (len(updates) - 1) // 2)
+    ),
     "krum": functools.partial(krum, strict=False),
     "multi_krum": functools.partial(multi_krum, strict=False),
 }

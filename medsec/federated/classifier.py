@@ -63,7 +63,7 @@ def train(
         return Update(i, {k: v.detach().clone() for k, v in local.state_dict().items()}, len(images[i]))
 
     for t in range(params.rounds):
-        state, _, _ = run_round(states[-1], range(len(images)), local_epoch, fedavg, t)
+        state, _, _ = run_round(states[-1], range(len(images)), local_epoch, fedavg, t, strict=True)
         states.append(state)
     return states
 

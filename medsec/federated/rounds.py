@@ -1,15 +1,23 @@
 """What a client sends, and the loop of rounds."""
 
 import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Update", "rounds_until", "run_round", "scale_update", "screen"]
+from medsec.core.errors import InputError
+
+__all__ = ["NoQuorum", "Update", "rounds_until", "run_round", "scale_update", "screen"]
 
 State = dict[str, Tensor]
+
+# They only stop overflow. In our tables no value of an update, honest or boosted, exceeds 100, and nothing counts so far.
+LARGEST_VALUE = 1e6
+LARGEST_COUNT = 10**9  # of images, and in integer buffers
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,8 @@ class Update:
     Attributes:
         client: index of the client.
         state: its model after local training.
-        n_samples: number of images that it says it trained on (nobody checks it, and FedAvg weights by it).
-        metrics: numbers that it *reports* (nobody checks them), such as its mean generator loss.
+        n_samples: number of images that it says it trained on (nobody checks that, and FedAvg weights by it).
+        metrics: numbers that it *reports* (nobody checks whether they are true), such as its mean generator loss.
     """
 
     client: int
@@ -32,57 +40,166 @@ class Update:
 Aggregator = Callable[[Sequence[Update], int], tuple[State, dict]]
 
 
-def screen(updates: Sequence[Update], template: State) -> tuple[list[Update], dict[int, str]]:
+class NoQuorum(InputError):
+    """Too few updates of a round are usable. ``state`` is what the server held before it."""
+
+    state: State
+
+
+def screen(
+    updates: Sequence[Update], template: State, senders: Sequence[int] | None = None
+) -> tuple[list[Update], dict[int, str]]:
     """Separate usable updates from broken ones.
+
+    Usable: a state of dense, detached tensors with the names, shapes, types and device of the server's; finite, nowhere
+    farther from the server's than `LARGEST_VALUE`; no negative variance or counter; a possible number of samples; finite
+    metrics. Of a client that sends twice nothing is taken: the server cannot know which one is its own, and the first may
+    be the forgery.
 
     Args:
         updates: what the clients sent.
         template: the server's state, whose names, shapes and types are expected.
+        senders: who sent each update, where the server knows it; nobody can then speak for another.
 
     Returns:
-        The usable updates, in order, and for every other client the reason of its rejection.
+        The usable updates, in order, each state in the order of the server's; and for every other client the reason of its
+        rejection (under ``update 3`` if the fourth update does not say who sent it).
 
     >>> sent = [Update(0, {"w": torch.ones(2)}, 10), Update(1, {"w": torch.ones(3)}, 10)]
     >>> screen(sent, {"w": torch.zeros(2)})[1]
     {1: 'w has shape (3,), expected (2,)'}
     """
-    reasons = [_flaw(update, template) for update in updates]
-    accepted = [update for update, reason in zip(updates, reasons, strict=True) if not reason]
-    return accepted, {update.client: reason for update, reason in zip(updates, reasons, strict=True) if reason}
+    if senders is None:
+        senders = [u.client if type(u) is Update and _whole(u.client) else f"update {i}" for i, u in enumerate(updates)]
+    accepted, rejected, times = [], {}, Counter(senders)
+    for sender, update in zip(senders, updates, strict=True):
+        try:
+            if times[sender] > 1:
+                raise InputError(f"{times[sender]} updates came from it")
+            accepted.append(_usable(update, sender, template))
+        except Exception as error:  # whatever a hostile object does when it is read
+            rejected[sender] = _in_a_line(error)
+    return accepted, rejected
 
 
-def _flaw(update: Update, template: State) -> str | None:
-    state = update.state
-    if update.n_samples < 1:
-        return f"it reports {update.n_samples} samples"
-    if state.keys() != template.keys():
-        odd = sorted(state.keys() ^ template.keys())
-        return f"parameter names differ: {', '.join(odd[:3])}"
+def _usable(update: Update, sender: int, template: State) -> Update:
+    """The update as plain dictionaries, its state in the template's order. Raises InputError: what is wrong with it."""
+    # Types are compared exactly: a subclass may answer differently when it is read again.
+    if type(update) is not Update:
+        raise InputError(f"it sent {type(update).__name__}, not an Update")
+    if not _whole(update.client) or update.client != sender:
+        raise InputError(f"it calls itself client {update.client}")
+    if not _whole(update.n_samples) or not 1 <= update.n_samples <= LARGEST_COUNT:
+        raise InputError(f"its n_samples is no whole number from 1 to {LARGEST_COUNT}")
+    for name, given in (("state", update.state), ("metrics", update.metrics)):
+        if type(given) not in (dict, OrderedDict):
+            raise InputError(f"its {name} is of type {type(given).__name__}, expected a dict")
+    metrics = {name: _number(value) for name, value in update.metrics.items()}
+    for name, value in metrics.items():
+        if type(name) is not str or not math.isfinite(value):
+            raise InputError(f"metric {name} is no finite number")
+    if update.state.keys() != template.keys():
+        odd = sorted(map(str, update.state.keys() ^ template.keys()))
+        raise InputError(f"parameter names differ: {', '.join(odd[:3])}")
+    state = {name: update.state[name] for name in template}
     for name, expected in template.items():
-        value = state[name]
-        if value.shape != expected.shape:
-            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
-        if value.dtype != expected.dtype:
-            return f"{name} is {value.dtype}, expected {expected.dtype}"
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            return f"{name} holds NaN or infinite values"
+        if flaw := _flaw(state[name], expected, name.endswith("running_var")):
+            raise InputError(f"{name} {flaw}")
+    return replace(update, state=state, n_samples=int(update.n_samples), metrics=metrics)
+
+
+def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
+    if type(value) is not Tensor:
+        return f"is of type {type(value).__name__}, expected Tensor"
+    if value.shape != expected.shape:
+        return f"has shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+    for what in ("dtype", "layout", "device"):
+        if getattr(value, what) != getattr(expected, what):
+            return f"is {getattr(value, what)}, expected {getattr(expected, what)}"
+    last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    if value.numel() and value.untyped_storage().nbytes() < (last + 1) * value.element_size():
+        return "has no memory of its size"  # to read it would end the process
+    if value.requires_grad:
+        return "carries a gradient; send it detached"
+    if not torch.isfinite(value).all():
+        return "holds NaN or infinite values"
+    # From what the server holds: else who sends the bound itself makes all that the honest send next too large.
+    bound = LARGEST_VALUE if value.is_floating_point() else LARGEST_COUNT
+    if ((value.double() - expected.double()).abs() > bound).any():
+        return "holds values that are too large"
+    if (variance or not value.is_floating_point()) and (value < 0).any():
+        return "holds negative values"
     return None
 
 
-def run_round(
-    state: State, clients: Sequence[int], train: Callable[[int, State, int], Update], aggregate: Aggregator, round: int
-) -> tuple[State, list[Update], dict]:
-    """One round with full participation: every client trains from ``state``, the server screens and aggregates.
+def _whole(value: object) -> bool:
+    return type(value) is int or isinstance(value, np.integer)
 
-    A broken update is left out and named in ``diagnostics["rejected"]``. If none is usable the state stays as it was.
+
+def _number(value: object) -> float:
+    """NaN for what is no real number, or an integer beyond all floats."""
+    try:
+        return float(value) if type(value) is float or isinstance(value, np.floating) or _whole(value) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _in_a_line(error: BaseException) -> str:
+    """An error's name and text, at most 200 characters; of an `InputError` the text alone."""
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    try:
+        return " ".join(f"{name}{error}".split())[:200]
+    except Exception:  # an error of a client may have any text
+        return f"{name}without a text"
+
+
+def run_round(
+    state: State,
+    clients: Sequence[int],
+    train: Callable[[int, State, int], Update],
+    aggregate: Aggregator,
+    round: int,
+    *,
+    quorum: int | None = None,
+    strict: bool = False,
+) -> tuple[State, list[Update], dict]:
+    """One round: every client trains from a copy of ``state``, the server screens and aggregates.
+
+    Args:
+        quorum: smallest number of usable updates; default: more than half of the clients. With 0 the state stays as it was
+            if none is usable.
+        strict: a client that raises or sends nothing ends the run: for experiments, where that is a mistake in our own
+            code. Broken updates do not: an attacker may send them.
 
     Returns:
-        The new state, the updates that were sent, the aggregator's diagnostics.
+        The new state, the usable updates, and the aggregator's diagnostics with the reasons of two kinds of clients:
+        ``rejected``, whose update was broken, and ``absent``, which raised or sent nothing.
+
+    Raises:
+        NoQuorum: too few usable updates; it is raised from the first client's error, if any.
     """
-    updates = [train(client, state, round) for client in clients]
-    accepted, rejected = screen(updates, state)
+    sent, absent, causes = {}, {}, []
+    for client in clients:
+        try:
+            update = train(client, {name: value.clone() for name, value in state.items()}, round)
+            if update is None:
+                raise InputError("it sent nothing")
+            sent[client] = update
+        except (Exception, SystemExit) as error:
+            if strict:
+                raise
+            absent[client] = _in_a_line(error)
+            causes.append(error)
+    accepted, rejected = screen(list(sent.values()), state, list(sent))
+    needed = len(clients) // 2 + 1 if quorum is None else quorum
+    if len(accepted) < needed:
+        why = "; ".join(f"client {client}: {reason}" for client, reason in [*absent.items(), *rejected.items()][:3])
+        error = NoQuorum(f"round {round}: {len(accepted)} of {len(clients)} updates usable, need {needed}; {why}")
+        error.state = state
+        raise error from next(iter(causes), None)
     new_state, diagnostics = aggregate(accepted, round) if accepted else (state, {})
-    return new_state, updates, {**diagnostics, "rejected": rejected}
+    rejected |= diagnostics.get("rejected", {})  # by a rule that screens what attackers changed after their training
+    return new_state, accepted, {**diagnostics, "rejected": rejected, "absent": absent}
 
 
 def rounds_until(share: float, rounds: int) -> int:

@@ -127,7 +127,11 @@ def public_pairs(
         kept = torch.ones(len(order), dtype=torch.bool)
         kept[::3] = False
         rest, order = (images[order[kept]], labels[order[kept]]), order[::3]
-    images, labels = images[order[:n]], labels[order[:n]]
+    order = order[:n]
+    held = torch.bincount(labels[order])[labels[order]] > 1  # a single image of a class hides in no group
+    if rest is not None:
+        held &= torch.isin(labels[order], rest[1])
+    images, labels = images[order[held]], labels[order[held]]
     perturb = copy(images, labels, derive_seed(seed, "attacker's copy"), rest)
     changed = [perturb(model, a, b, 0) for a, b in zip(images.split(batch), labels.split(batch), strict=True)]
     return torch.cat(changed), images

@@ -111,6 +111,18 @@ def random_shift(images: Tensor, pixels: int, rng: torch.Generator) -> Tensor:
     return padded[:, :, dy : dy + images.shape[2], dx : dx + images.shape[3]]
 
 
+def with_every_class(order: Tensor, labels: Tensor, n: int) -> Tensor:
+    """``order`` (N,), indices of all ``labels``, with an image of each class among the first n.
+
+    Only the first image of a class that is not there is brought forward. A measure on some images needs all classes.
+    """
+    each = [int((labels[order] == k).nonzero()[0]) for k in labels.unique()]
+    others = [at for at in range(min(n, len(order))) if at not in each][: max(0, n - len(each))]
+    front = torch.tensor(sorted([*each, *others]))
+    rest = torch.ones(len(order), dtype=torch.bool).index_fill(0, front, False)
+    return torch.cat([order[front], order[rest]])
+
+
 @torch.no_grad()
 def predict(model: torch.nn.Module, images: Tensor) -> Tensor:
     """(N, n_classes) class probabilities."""

@@ -4,13 +4,13 @@ In a notebook that is executed (papermill, nbval, the book) a panel is the stati
 sets ``MEDSEC_LIVE=1``, and with it the same cell shows sliders; every move draws anew.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from medsec.core import paths
 from medsec.core.errors import InputError
 
 __all__ = ["Choice", "Slider", "panel"]
@@ -45,7 +45,7 @@ class Choice:
 
 def is_live() -> bool:
     """Whether somebody sits in front of the notebook and asked for sliders."""
-    return os.environ.get(LIVE) == "1"
+    return paths.flag(LIVE)
 
 
 def panel(draw: Callable[..., Figure], **controls: Slider | Choice) -> Figure | None:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ from medsec.show import png
 __all__ = ["WIDTH", "curves", "forest", "gallery", "save", "show", "use_style"]
 
 WIDTH = 7.0  # inches; the text width of a page
+FILES = ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template")  # Matplotlib's backends that show nothing
 LOOK = {  # colour, line style, marker of everything that is compared
     "clean": ("#009E73", "-", "o"),
     "poison": ("#E69F00", "--", "s"),
@@ -46,7 +48,11 @@ STYLE = {
 
 
 def use_style() -> None:
-    """Apply the companion's style to all figures that follow."""
+    """Apply the companion's style to all figures that follow, and show them if this is a notebook."""
+    if (
+        shell := get_ipython()
+    ) and plt.get_backend().lower() in FILES:  # pyplot was there before medsec, and MPLBACKEND
+        shell.enable_matplotlib("inline")
     sns.set_theme(context="paper", style="white", rc=STYLE)
     plt.rcParams.update(STYLE)
 
