@@ -173,8 +173,8 @@ TENSORS = {
     "text": lambda v: "1.0",
     "none": lambda v: None,
 }
-VALUES = [math.nan, math.inf, -math.inf, 3e38, -1e30, 2 * LARGEST_VALUE]
-COUNTS = [-1, -(2**63), 2 * LARGEST_COUNT, 2**63 - 1]
+VALUES = [math.nan, math.inf, -math.inf, 3e38, -1e30, 9 * LARGEST_VALUE]
+COUNTS = [-1, -(2**63), 9 * LARGEST_COUNT, 2**63 - 1]
 STATES = [None, [], "state", 7, {}, START.keys(), Denies(START), Turncoat(START), nn.Linear(1, 1), np.zeros(3)]
 SAMPLES = [0, -1, 2 * LARGEST_COUNT, 10**5000, math.nan, math.inf, 1e308, 8.0, True, None, "24", [24], np.bool_(True)]
 SAMPLES += [np.float64(3), np.int64(-3), torch.tensor(3), 1j]
@@ -296,6 +296,15 @@ def test_every_way_to_be_odd_is_told(kind):
 def test_the_reason_says_what_is_wrong(kind, name, reason):
     _, _, said = run_round(START, CLIENTS, clients({2: (kind, name)}), fedavg, 0)
     assert said[kind] == {2: reason}
+
+
+def test_nobody_locks_the_others_out_at_a_bound():
+    """A server whose values an attacker drove to the largest that pass still takes what is trained from there."""
+    state = TAKEN["largest"](honest(0, START), START).state
+    state[COUNTER] = torch.tensor(LARGEST_COUNT)
+    _, taken, _ = run_round(START, [0], lambda c, s, r: Update(c, state, 8), fedavg, 0)
+    assert len(taken) == 1
+    assert len(run_round(state, CLIENTS, clients({}), fedavg, 1)[1]) == len(CLIENTS)
 
 
 def test_of_a_client_that_sends_twice_nothing_is_taken():
