@@ -19,6 +19,7 @@ from medsec.core.errors import InputError
 from medsec.federated.aggregators import RULES, fedavg, rule
 from medsec.federated.rounds import LARGEST_COUNT, LARGEST_VALUE, NoQuorum, Update, run_round, screen
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about nested and quantised tensors
 CLIENTS = range(5)
 COUNTER = "1.num_batches_tracked"
 
