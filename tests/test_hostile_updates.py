@@ -246,6 +246,7 @@ def check(server, rounds):
         for kind in ("rejected", "absent"):
             assert sorted(said[kind]) == sorted(c for c, (k, _) in changes.items() if k == kind), said
             assert all(4 < len(reason) <= 200 and "\n" not in reason for reason in said[kind].values())
+        assert all(type(u.client) is type(u.n_samples) is int for u in taken)
         assert len(taken) + len(said["rejected"]) + len(said["absent"]) == len(CLIENTS)
         assert list(new) == list(START)
         for name, value in new.items():
@@ -284,6 +285,7 @@ def test_every_way_to_be_odd_is_told(kind):
         ("rejected", "without memory 0.bias", "0.bias has no memory of its size"),
         ("rejected", "samples 4", "its n_samples is no whole number from 1 to 1000000000"),
         ("rejected", "report 0", "metric loss_g is no finite number"),
+        ("rejected", "report 2", "metric loss_g is no finite number"),
         ("rejected", "metrics 4", "its metrics is of type Denies, expected a dict"),
         ("rejected", "also 1", "parameter names differ: 1"),
         ("rejected", "another's name", "it calls itself client 3"),
