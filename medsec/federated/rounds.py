@@ -15,9 +15,11 @@ __all__ = ["NoQuorum", "Update", "rounds_until", "run_round", "scale_update", "s
 
 State = dict[str, Tensor]
 
-# They only stop overflow. In our tables no value of an update, honest or boosted, exceeds 100, and nothing counts so far.
+# How much larger than the server's a value may be, and how large a number of images. This only stops overflow: updates of
+# the golden cells, honest or boosted, stay below 2, and 24 steps. A fixed bound would let an attacker drive the server's
+# values up to it and so lock out the others.
 LARGEST_VALUE = 1e6
-LARGEST_COUNT = 10**9  # of images, and in integer buffers
+LARGEST_COUNT = 10**9
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ def screen(
     """Separate usable updates from broken ones.
 
     Usable: a state of dense, detached tensors with the names, shapes, types and device of the server's; finite, nowhere
-    farther from the server's than `LARGEST_VALUE`; no negative variance or counter; a possible number of samples; finite
-    metrics. Of a client that sends twice nothing is taken: the server cannot know which one is its own, and the first may
-    be the forgery.
+    larger than the server's by more than `LARGEST_VALUE` (integers: `LARGEST_COUNT`); no negative variance or counter; 1 to
+    `LARGEST_COUNT` samples; finite metrics. Of a client that sends twice nothing is taken: the server cannot know which one
+    is its own, and the first may be the forgery.
 
     Args:
         updates: what the clients sent.
@@ -123,9 +125,8 @@ def _flaw(value: Tensor, expected: Tensor, variance: bool) -> str | None:
         return "carries a gradient; send it detached"
     if not torch.isfinite(value).all():
         return "holds NaN or infinite values"
-    # From what the server holds: else who sends the bound itself makes all that the honest send next too large.
-    bound = LARGEST_VALUE if value.is_floating_point() else LARGEST_COUNT
-    if ((value.double() - expected.double()).abs() > bound).any():
+    room = LARGEST_VALUE if value.is_floating_point() else LARGEST_COUNT
+    if (value.double().abs() > expected.double().abs() + room).any():
         return "holds values that are too large"
     if (variance or not value.is_floating_point()) and (value < 0).any():
         return "holds negative values"
