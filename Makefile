@@ -81,7 +81,7 @@ fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (abo
 
 bench: $(READY) ## measure our server rules beside those of other libraries, in an environment of its own
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	$(PY) -m uv pip install --python .venv-bench/bin/python -e ".[bench]"
+	$(PY) -m uv pip install --python .venv-bench/bin/python -e . -r benchmarks/requirements.txt
 	.venv-bench/bin/python benchmarks/aggregators.py
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
