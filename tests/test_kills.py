@@ -27,6 +27,7 @@ NOTEBOOK = """
 import pandas as pd
 from experiments import params
 from experiments.backdoor_fedgan import cells as fedgan
+from medsec.core import paths
 from medsec.evidence import cells
 plan = [cells.Cell(arm, seed) for seed in (0, 1) for arm in ("attack", "clean")]
 made = cells.run(fedgan.EXPERIMENT, cohort, params.load(profile), plan, processes=2)
