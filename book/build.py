@@ -237,7 +237,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
         "index.md": f"{introduction}\n{welcome}\n{navigation(readme, notebooks, docs)}",
         "results.md": f"# What was measured\n\n{results}\n",
         "run.md": f"# Run it yourself\n\n{run}\n",
-        "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "SECURITY.md")},
     } | {f"docs/{file.name}": list_pipeline(file.read_text(encoding="utf-8")) for file in docs}
 
 
@@ -259,7 +259,7 @@ def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:
         parts[f"Notebooks: {cohort}"] = [
             f"{titles.get(name, name.replace('_', ' '))} <executed/{cohort}/{name}>" for name in names
         ]
-    parts["Guides"] = ["run", *(f"docs/{file.stem}" for file in docs), "CONTRIBUTING"]
+    parts["Guides"] = ["run", *(f"docs/{file.stem}" for file in docs), "CONTRIBUTING", "SECURITY"]
     parts["Interface"] = ["api/index"]
     return "\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: '{title}'\n\n" + "\n".join(lines) + "\n```\n"
