@@ -68,9 +68,9 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 
 # Replayed notebooks write to a folder that is thrown away, and are compared with the committed outputs and tables.
 define REPLAY
-@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && unset MPLBACKEND && \
 MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 PYTHONUTF8=1 TQDM_DISABLE=1 \
-MEDSEC_LIVE=0 MPLBACKEND=module://matplotlib_inline.backend_inline \
+MEDSEC_LIVE=0 \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
