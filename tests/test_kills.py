@@ -1,7 +1,7 @@
 """Running commands are really killed, at random moments: nothing stays behind, and the next run says the same.
 
-"The same" is what an undisturbed run says. It happens in a copy of this repository with tiny parameters. `make test`
-kills twice, `make fuzz` twenty times.
+"The same" is what an undisturbed run says. It happens in a copy of this repository with tiny parameters. It is
+part of `make fuzz`, which kills twenty times.
 """
 
 import os
@@ -154,6 +154,7 @@ def test_a_killed_command_leaves_nothing_behind_and_is_run_again(copy, undisturb
     assert not list((copy / ".cells").rglob("*.damaged"))
 
 
+@pytest.mark.kills
 def test_two_runs_at_once_are_told_apart(copy):
     """Of each of two pairs the second is told, in a line, that the first is at work; and that one ends well."""
     for first, second, said in (
