@@ -67,7 +67,7 @@ def copy(tmp_path_factory):
     (folder / "profiles" / "tiny.yaml").write_text(yaml.safe_dump(merge(tiny, few)), encoding="utf-8")
     (folder / "params.yaml").write_text(yaml.safe_dump(merge(numbers, merge(tiny, few))), encoding="utf-8")
     outputs = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"][STAGE]
-    names = [Path(next(iter(out))).name for kind in ("outs", "plots") for out in outputs[kind]]
+    names = [Path(next(iter(out))).name for kind in ("outs", "plots", "metrics") for out in outputs.get(kind, [])]
     code = NOTEBOOK.replace("NAMES", repr([name for name in names if not name.endswith(".ipynb")]))
     cells = [v4.new_code_cell('cohort = ""\nprofile = ""'), v4.new_code_cell(code)]
     cells[0].metadata["tags"] = ["parameters"]
