@@ -72,7 +72,8 @@ def copy(tmp_path_factory):
     cells = [v4.new_code_cell('cohort = ""\nprofile = ""'), v4.new_code_cell(code)]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(v4.new_notebook(cells=cells), folder / "notebooks" / f"{STAGE}.ipynb")
-    run("git commit --quiet --all --message tiny", folder)
+    run("git add --all", folder)
+    run("git commit --quiet --message tiny", folder)
     return folder
 
 
