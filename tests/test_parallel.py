@@ -2,14 +2,17 @@
 
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import joblib
+import psutil
 import pytest
 from threadpoolctl import threadpool_info
 
-from medsec.core import parallel
+from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 
 
@@ -63,6 +66,53 @@ def test_an_error_ends_the_cells_that_wait(processes, tmp_path):
 def _touch_after(file: Path, seconds: float | None) -> None:
     time.sleep(seconds)  # the first has None
     file.touch()
+
+
+def _touch_and_stay(file: Path) -> None:
+    file.touch()
+    time.sleep(120)
+
+
+START = """import sys
+from pathlib import Path
+from medsec.core import parallel
+from test_parallel import _touch_and_stay as stay
+"""
+
+
+def _killed(command: list, files: list[Path], **more) -> list[psutil.Process]:
+    """What a command had started when it was killed, once each of ``files`` was there, and did not end within 10 seconds."""
+    path = os.pathsep.join((str(paths.ROOT), str(Path(__file__).parent)))
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **more}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not all(file.exists() for file in files):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait(20)
+    assert started
+    _, alive = psutil.wait_procs(started, 10)
+    for left in alive:
+        left.kill()
+    return alive
+
+
+def test_workers_end_with_who_waits_for_them(tmp_path):
+    files = [tmp_path / "one", tmp_path / "two"]
+    code = f"{START}parallel.run_cells(stay, [(Path(name),) for name in sys.argv[1:]], processes=2)"
+    assert _killed([sys.executable, "-c", code, *map(str, files)], files) == []
+
+
+@pytest.mark.parametrize("stage", ["01", ""])
+def test_a_stage_ends_with_dvc(stage, tmp_path):
+    """Outside a pipeline it goes on: somebody may have closed a terminal."""
+    dvc, file = tmp_path / "dvc", tmp_path / "there"
+    code = f"{START}parallel.end_with_pipeline()\nstay(Path(sys.argv[1]))"
+    dvc.write_text(f"{sys.executable} -c '{code}' {file} &\nwait\n")
+    left = _killed(["sh", str(dvc)], [file], **({"DVC_STAGE": stage} if stage else {}))
+    assert len(left) == (0 if stage else 1)
 
 
 def test_a_lock_is_held_once_and_free_afterwards(tmp_path):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # step: a seventh of the time of networks this small. Told at a process's start, it keeps what it has, up to 1 GiB; no
 # number changes. Other C libraries ignore it.
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+WATCH = "medsec-watch"  # the thread of `end_with`
 
 
 def device(name: str) -> "torch.device":
@@ -83,29 +84,20 @@ def _in_worker(owner: int, function: Callable, cell: tuple) -> Any:
     return function(*cell)
 
 
-WATCH = "medsec-watch"
-
-
 def end_with(owners: Sequence[int], every: float = 0.5) -> None:
     """From now on this process ends within ``every`` seconds of any of the processes ``owners``, however that one ended.
 
     Else what a killed command has started works on, and writes, for as long as its cell takes.
     """
-    watched = [psutil.Process(owner) for owner in owners if psutil.pid_exists(owner)]
 
     def watch() -> None:
-        while len(watched) == len(owners) and all(map(_lives, watched)):
-            time.sleep(every)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            watched = [psutil.Process(owner) for owner in owners]
+            while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+                time.sleep(every)
         os._exit(1)
 
     threading.Thread(target=watch, name=WATCH, daemon=True).start()
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def end_with_pipeline() -> None:
