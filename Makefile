@@ -17,17 +17,17 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
 
-# DVC and the comparison with the committed tables need git; whoever unpacked an archive has none.
-checkout:
-	@test -e .git || { echo "error: this folder is no git repository: clone it, or here: git init && git add -A && git commit -qm start" >&2; \
-	  exit 1; }
-
 .PHONY: help checkout setup data repro test fuzz bench record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "Without a GPU, PyTorch's much smaller CPU build will do: make setup UV_TORCH_BACKEND=cpu"
+
+# DVC and the comparison with the committed tables need git; whoever unpacked an archive has none.
+checkout:
+	@test -e .git || { echo "error: this folder is no git repository: clone it, or here: git init && git add -A && git commit -qm start" >&2; \
+	  exit 1; }
 
 setup: $(READY) ## make .venv and install everything (again only after a change of the pinned versions)
 

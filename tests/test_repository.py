@@ -136,6 +136,11 @@ def test_sources_hold_no_outputs():
 # Installing -----------------------------------------------------------------------------------------------------------
 
 
+def test_make_alone_lists_the_targets():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: make TARGET")
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_direct_dependency_has_one_fitting_pin(project, platform):
     lock = [Requirement(line) for line in text("requirements.lock").splitlines() if line and not line.startswith("#")]
