@@ -44,7 +44,7 @@ def phantom_rate(size: int = 64, n: int = 256, repeats: int = 7) -> float:
 def notebook(file: Path, out: Path) -> dict[str, float]:
     """Wall seconds of a notebook and the peak memory of all its processes (sum of resident sets, GB)."""
     start, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "medsec.evidence.execute", str(file), "--cohort", "phantom"]
+    command = [sys.executable, "-m", "experiments", "run", file.stem, "--cohort", "phantom"]
     environment = os.environ | {"MEDSEC_OUT": str(out)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
