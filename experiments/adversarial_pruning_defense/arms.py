@@ -117,11 +117,9 @@ def check_every_class(name: str, labels: Tensor, cohort: data.Cohort) -> None:
 def test_lesions(setup: Setup) -> np.ndarray | None:
     """(N, S, S) bool, the lesion masks of the test images in their order; None for a cohort without masks."""
     part = setup.cohort["test"]
-    return (
-        None
-        if part.lesion is None
-        else part.lesion[test_order(setup.params, torch.from_numpy(part.labels)).numpy()].astype(bool)
-    )
+    if part.lesion is None:
+        return None
+    return part.lesion[test_order(setup.params, torch.from_numpy(part.labels)).numpy()].astype(bool)
 
 
 def ratio(arm: Arm, params: EvasionParams) -> float | None:

@@ -323,8 +323,8 @@ def run_cell(
         trained(federation, start)
         boosted = fedgan.branch(federation, params.fedgan.poison.boost, start)
         finished = {name: trained(f) for name, f in (("poison", federation), ("boost", boosted))}
-    parts, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
-    return pd.concat(parts, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
+    tabled, galleries = zip(*(_measure_variant(setup, fed, seed, name) for name, fed in finished.items()), strict=True)
+    return pd.concat(tabled, ignore_index=True), {name: image for part in galleries for name, image in part.items()}
 
 
 def boost_start(params: Params) -> int:

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Factor, Positive, Rate, Section, Seed, Size, registered
+from medsec.core.params import MOST, Count, Factor, Positive, Rate, Section, Seed, Size, registered
 
 
 class HardenedParams(Section):
-    draws: int = Field(ge=32, le=100_000)
+    draws: int = Field(ge=32, le=MOST)
     watch: float = Field(ge=0, le=1)
     fpr: float = Field(gt=0, lt=0.5)
     scale: Positive
@@ -22,7 +22,7 @@ class HardenedParams(Section):
 class AwareParams(Section):
     evade: Positive
     steps: Count
-    draws: int = Field(ge=8, le=100_000)
+    draws: int = Field(ge=8, le=MOST)
     lr: Positive
     late_evade: Positive
     late_rounds: Count
@@ -50,7 +50,7 @@ class NullParams(Section):
 
 class DownstreamParams(Section):
     real_per_class: list[Count]
-    synthetic: int = Field(ge=100, le=100_000)
+    synthetic: int = Field(ge=100, le=MOST)
     share: float = Field(gt=0, lt=1)
     steps: Count
 

@@ -4,17 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import Count, NotNegative, Section, Seed, registered
+from medsec.core.params import MOST, Count, NotNegative, Section, Seed, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
 
-Strength = Annotated[int, Field(ge=0, le=100_000)] | NotNegative
+Strength = Annotated[int, Field(ge=0, le=MOST)] | NotNegative
 
 
 class InversionParams(Section):
     federation: FedClsParams
     victims: Count
     sweep_victims: Count
-    joint_rounds: int = Field(ge=2, le=100_000)
+    joint_rounds: int = Field(ge=2, le=MOST)
     attacks: list[str] = Field(min_length=1)
     adaptive: list[Literal["known", "joint", "generator", "purified", "unmasked", "smoother"]]
     attack: InversionSettings

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medsec.core.params import Count, Factor, Positive, Rate, Section, Size
+from medsec.core.params import MOST, Count, Factor, Positive, Rate, Section, Size
 from medsec.core.settings import FedClsParams
 from medsec.federated.rounds import rounds_until
 
@@ -13,10 +13,10 @@ class MatrixParams(Section):
     federation: FedClsParams
     warm_up: float = Field(ge=0, lt=1)
     patience: Size
-    looks: int = Field(ge=8, le=100_000)
+    looks: int = Field(ge=8, le=MOST)
     scale: Positive
     scale_relative: Positive
-    target: int = Field(ge=0, le=100_000)
+    target: int = Field(ge=0, le=MOST)
     poison_few: Rate
     poison_many: Rate
     boost: Factor
@@ -25,7 +25,7 @@ class MatrixParams(Section):
     shadow_steps: Count
     shadow_freeze: Rate
     victims: Count
-    purifier_images: int = Field(ge=32, le=100_000)
+    purifier_images: int = Field(ge=32, le=MOST)
     autoencoder_epochs: Count
     iterations: Count
     test_images: Count | None

@@ -16,7 +16,8 @@ from medsec.core.errors import InputError
 __all__ = ["Section", "read"]
 
 # The upper bounds are far above what can be computed here: they stop a slip of the pen before any training.
-Count = Annotated[int, Field(ge=1, le=100_000)]
+MOST = 100_000
+Count = Annotated[int, Field(ge=1, le=MOST)]
 Size = Annotated[int, Field(ge=1, le=1024)]  # of networks, federations, patches
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, le=1)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Eps255, Factor, NotNegative, Positive, Rate, Section, Seed, Size
+from medsec.core.params import MOST, Count, Eps255, Factor, NotNegative, Positive, Rate, Section, Seed, Size
 
 __all__ = ["Cohorts"]
 
@@ -104,7 +104,7 @@ class Cohorts(Section):
 class ClassifierParams(Section):
     lr: Positive
     weight_decay: NotNegative
-    batch: int = Field(ge=2, le=100_000)
+    batch: int = Field(ge=2, le=MOST)
     shift: int = Field(ge=0, le=224)
 
 
@@ -114,7 +114,7 @@ class GAN(Section):
     lr_g: Positive
     lr_d: Positive
     beta1: float = Field(ge=0, lt=1)
-    batch: int = Field(ge=2, le=100_000)
+    batch: int = Field(ge=2, le=MOST)
     decay_after: float = Field(ge=0, le=1)
 
 
@@ -132,7 +132,7 @@ class Poison(Section):
 
 
 class Measure(Section):
-    synthetic: int = Field(ge=100, le=100_000)
+    synthetic: int = Field(ge=100, le=MOST)
     threshold_fpr: float = Field(gt=0, lt=1)
     extractor_epochs: Count
     downstream_epochs: Count
@@ -176,7 +176,7 @@ class FedClsParams(Section):
 
 
 class PurifierParams(Section):
-    images: int = Field(ge=32, le=100_000)
+    images: int = Field(ge=32, le=MOST)
     width: Size
     epochs: Count
     batch: Count
@@ -223,10 +223,10 @@ class Recipe(Section):
     epochs: Count
     lr: Positive
     weight_decay: NotNegative
-    batch: int = Field(ge=2, le=100_000)
+    batch: int = Field(ge=2, le=MOST)
     shift: int = Field(ge=0, le=224)
     balanced: bool
-    finetune_epochs: int = Field(ge=0, le=100_000)
+    finetune_epochs: int = Field(ge=0, le=MOST)
     finetune_lr: Positive
     eps: Eps255
     steps: Count

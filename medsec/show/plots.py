@@ -49,9 +49,8 @@ STYLE = {
 
 def use_style() -> None:
     """Apply the companion's style to all figures that follow, and show them if this is a notebook."""
-    if (
-        shell := get_ipython()
-    ) and plt.get_backend().lower() in FILES:  # pyplot was there before medsec, and MPLBACKEND
+    shell = get_ipython()
+    if shell and plt.get_backend().lower() in FILES:  # as MPLBACKEND says, where pyplot was imported before medsec
         shell.enable_matplotlib("inline")
     sns.set_theme(context="paper", style="white", rc=STYLE)
     plt.rcParams.update(STYLE)
