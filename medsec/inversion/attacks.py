@@ -90,11 +90,24 @@ def client_update(model: nn.Module, x: Tensor, y: Tensor, steps: int = 1, lr: fl
     return [v.detach() for v in _update(model, parameters, x, y, steps, lr).values()]
 
 
-def _update(model: nn.Module, parameters: dict, x: Tensor, y: Tensor, steps: int, lr: float) -> dict[str, Tensor]:
+def _functional(loss: Callable[[dict], Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of a loss, differentiable and, unlike `_plain`, for use within `torch.func.vmap`."""
+    return grad_and_value(loss)(parameters)[0]
+
+
+def _plain(loss: Callable[[dict], Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same by autograd, in two thirds of the time."""
+    p = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in parameters.items()}
+    return dict(zip(p, torch.autograd.grad(loss(p), list(p.values()), create_graph=True), strict=True))
+
+
+def _update(
+    model: nn.Module, parameters: dict, x: Tensor, y: Tensor, steps: int, lr: float, differentiate=_functional
+) -> dict[str, Tensor]:
     """`client_update`, differentiable in ``x``."""
     total, now = None, parameters
     for _ in range(steps):
-        gradient, _ = grad_and_value(lambda p: F.cross_entropy(functional_call(model, p, (x,)), y))(now)
+        gradient = differentiate(lambda p: F.cross_entropy(functional_call(model, p, (x,)), y), now)
         total = gradient if total is None else {k: total[k] + gradient[k] for k in gradient}
         now = {k: parameters[k] - lr * total[k] for k in parameters}
     return total
@@ -249,18 +262,28 @@ class _Search:
         self.views, self.labels, self.settings, self.generator, self.bounds = views, labels, settings, generator, bounds
         self.name, self.attack = name, ATTACKS[name]
         self.models = [copy.deepcopy(view.model).requires_grad_(False) for view in views]  # constants of the search
-        self.step = vmap(grad_and_value(self.objective, has_aux=True))
+
+    def step(self, z: Tensor, y: Tensor, sent: list) -> tuple[Tensor, Tensor]:
+        """Of victims (E, B, …) at once: the gradient of what is minimised, and (E,) its part without the priors."""
+        gradient, (_, apart) = vmap(grad_and_value(self.objective, has_aux=True))(z, y, sent)
+        return gradient, apart
+
+    def step_alone(self, z: Tensor, y: Tensor, sent: list) -> tuple[Tensor, Tensor]:
+        """`step` for a single victim."""
+        x, own = z[0].detach().requires_grad_(), [tuple([t[0] for t in part] for part in parts) for parts in sent]
+        objective, apart = self.objective(x, y[0], own, _plain)
+        return torch.autograd.grad(objective, x)[0][None], apart.detach()[None]
 
     def image(self, z: Tensor) -> Tensor:
         return self.generator(z) if self.attack.latent else z
 
-    def objective(self, z: Tensor, y: Tensor, sent: list) -> tuple[Tensor, Tensor]:
+    def objective(self, z: Tensor, y: Tensor, sent: list, differentiate=_functional) -> tuple[Tensor, Tensor]:
         """Of one victim: what is minimised, and its part without the priors. ``sent``: a view's tensors, for each view."""
         x, settings = self.image(z), self.settings
         apart, priors = 0.0, 0.0
         for view, model, (gradients, weights, statistics) in zip(self.views, self.models, sent, strict=True):
             seen = x if view.through is None else view.through(x)
-            update = _update(model, dict(model.named_parameters()), seen, y, view.steps, view.lr)
+            update = _update(model, dict(model.named_parameters()), seen, y, view.steps, view.lr, differentiate)
             apart = apart + distance(self.name, list(update.values()), gradients, weights)
             if self.attack.statistics:
                 _, mine = logits_and_statistics(model, seen)
@@ -274,12 +297,12 @@ class _Search:
         """From starting points (E, B, …) of victims (E,): images, distance (NaN where it diverged) and steps taken."""
         signed = not self.attack.latent
         rate = self.settings.lr if signed else self.settings.lr_latent
-        n = self.settings.iterations
+        n, step = self.settings.iterations, self.step_alone if len(z) == 1 else self.step
         best, left, steps = z.clone(), torch.full((len(z),), torch.nan), torch.full((len(z),), float(n))
         active, m, v = torch.arange(len(z)), torch.zeros_like(z), torch.zeros_like(z)
         for i in range(n):
             sent = self._sent(victim[active])
-            gradient, (_, apart) = self.step(z, self.labels[victim[active]], sent)
+            gradient, apart = step(z, self.labels[victim[active]], sent)
             fine = torch.isfinite(apart) & torch.isfinite(gradient).flatten(1).all(1)
             best[active[fine]], left[active] = z[fine], torch.where(fine, apart, torch.nan)
             keep = fine & (apart > self.settings.done)
@@ -296,7 +319,7 @@ class _Search:
             z = z - scale * move
             z = z.clamp(*self.bounds) if signed else z
         if len(active):
-            _, (_, apart) = self.step(z, self.labels[victim[active]], self._sent(victim[active]))
+            _, apart = step(z, self.labels[victim[active]], self._sent(victim[active]))
             best[active], left[active] = z, torch.where(torch.isfinite(apart), apart, torch.nan)
         with torch.no_grad():
             return vmap(self.image)(best), left, steps
