@@ -35,15 +35,34 @@ def notebook(args: argparse.Namespace) -> int:
     return 0
 
 
+def finish_cells(args: argparse.Namespace) -> int:
+    """Run the cells of all notebooks at once, over all cores: they then only draw."""
+    from experiments import params
+    from experiments.catalogue import EXPERIMENTS, QUICK
+    from medsec import data
+    from medsec.evidence import cells
+
+    end_when_told()
+    p = params.load(args.profile)
+    cohort = data.load(args.cohort, p.cohorts)
+    with parallel.locked(paths.cells(args.cohort) / "cells.lock"):
+        cells.finish(args.cohort, p, [(EXPERIMENTS[name], plan(p, cohort)) for name, plan in QUICK.items()])
+    return 0
+
+
+def end_when_told() -> None:
+    """Ended from outside, take the worker processes along: they would go on writing cells."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def make_record(args: argparse.Namespace) -> int:
     """Make or resume a record."""
     from experiments import params
     from experiments.catalogue import DESIGNS
     from medsec.evidence import record
 
-    if threading.current_thread() is threading.main_thread():
-        # Ended from outside, take the worker processes along: they would go on writing cells.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_when_told()
     p, how = params.load(args.profile), DESIGNS[args.notebook]
     options = {"processes": args.processes, "restart": args.restart, "only_plan": args.plan}
     return record.run(how, args.cohort, p, args.profile, **options)
@@ -93,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     run = add("run", notebook, "quick")
     run.add_argument("notebook", help="e.g. 01_backdoor_fedgan")
     run.add_argument("--cohort", required=True, help="e.g. phantom")
+    add("cells", finish_cells, "quick").add_argument("--cohort", default="phantom")
     made = add("record", make_record, "full")
     made.add_argument("notebook", choices=RECORDS)
     made.add_argument("--cohort", default="phantom")

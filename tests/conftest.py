@@ -55,6 +55,13 @@ def _cells_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MEDSEC_CELLS", str(tmp_path_factory.getbasetemp() / f"cells-of-test-{next(NUMBERS)}"))
 
 
+@pytest.fixture(autouse=True)
+def _no_epoch_is_remembered():
+    """No test is spared the training of another."""
+    if "experiments.backdoor_fedgan.epochs" in sys.modules:
+        sys.modules["experiments.backdoor_fedgan.epochs"]._LEFT.clear()
+
+
 @pytest.fixture
 def cohorts() -> settings.Cohorts:
     """Cohort parameters small enough for tests; they do not follow params.yaml."""

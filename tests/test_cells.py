@@ -12,13 +12,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
-from experiments import params
+from experiments import instruments, params
+from experiments.__main__ import main
 from experiments.backdoor_fedgan import cells as fedgan_cells
 from experiments.backdoor_fedgan import record as fedgan_record
 from experiments.catalogue import DESIGNS, EXPERIMENTS
 from medsec import data
-from medsec.core import paths
+from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 from medsec.core.params import Section, Seeds, merge, validated
 from medsec.core.settings import Cohorts
@@ -223,6 +226,60 @@ def test_finished_cells_are_not_run_again_and_say_the_same(p, capsys, monkeypatc
     monkeypatch.setenv("MEDSEC_FRESH", "1")
     pd.testing.assert_frame_equal(run(p), cells.table(whole))
     assert len(RAN) == 8
+
+
+def test_cells_of_one_family_run_one_after_the_other_whatever_the_experiment(p):
+    """What they share is remembered by a process, and `finish` takes several experiments at a time."""
+    other = dataclasses.replace(TOY, name="07_toy", family=lambda cell: f"seed {cell.seed}")
+    mine = dataclasses.replace(TOY, family=lambda cell: f"seed {cell.seed}" if cell is PLAIN else "")
+    places = cells.finish(COHORT, p, [(mine, PLAN[:3]), (other, PLAN[:2])], processes=1)
+    assert RAN == ["a-seed0", "a-seed1", "b-seed0", "a-seed0", "a-seed1"]
+    assert [place.parent.name for place in places] == [TOY.name] * 3 + ["07_toy"] * 2
+    assert all(cells.read(place) is not None for place in places)
+
+
+def test_the_cells_of_all_notebooks_are_run_at_once(p, monkeypatch, capsys):
+    asked = {}
+
+    def finish(cohort, p, plans):
+        asked.update({experiment.name: [cell.name for cell in plan] for experiment, plan in plans})
+
+    monkeypatch.setattr(cells, "finish", finish)
+    assert main(["cells", "--cohort", "phantom"]) == 0
+    assert asked.keys() == EXPERIMENTS.keys(), "another notebook's cells would run while it draws"
+    assert all(asked.values())
+    with parallel.locked(paths.cells("phantom") / "cells.lock"):
+        assert main(["cells", "--cohort", "phantom"]) == 2
+    assert "is already running cells" in capsys.readouterr().err
+
+
+def test_an_instrument_is_trained_once(p, monkeypatch, capsys):
+    cohort, ran = data.load(COHORT, p.cohorts), []
+
+    def get(width=3, **decides):
+        def train():
+            ran.append(1)
+            torch.manual_seed(7)
+            return nn.Linear(2, width).eval()
+
+        return instruments.trained(cohort, "toy", {"width": width, **decides}, lambda: nn.Linear(2, width), train)
+
+    first, state = get(), torch.random.get_rng_state()
+    again = get()
+    assert len(ran) == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.weight, again.weight)
+    assert not again.training
+    get(width=4)
+    get(lr=1.0)
+    assert len(ran) == 3
+    for file in (paths.cells(COHORT) / "instruments").iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(get().weight, first.weight)
+    assert "cannot be read" in capsys.readouterr().err
+    monkeypatch.setenv("MEDSEC_FRESH", "1")
+    get()
+    assert len(ran) == 5
 
 
 def test_an_interrupted_run_goes_on_where_it_was(p, monkeypatch):

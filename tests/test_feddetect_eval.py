@@ -12,6 +12,7 @@ import yaml
 
 from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan import epochs
 from experiments.feddetect import cells as feddetect_eval
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
@@ -426,6 +427,35 @@ def test_one_who_waits_strikes_in_the_last_round_and_never_in_the_warm_up(p):
     assert sent == [0.0, 0.0, 0.0, 10.0, 0.0, 10.0]  # every second round, counted from the end
 
 
+@pytest.mark.parametrize(("arm", "scenario"), [("clean", "no_attack"), ("attack", "boost_liar")])
+def test_federations_that_begin_alike_train_once_and_nothing_changes(p, monkeypatch, arm, scenario):
+    """Notebook 02 goes on from the federations of notebook 01 (`experiments.backdoor_fedgan.epochs`)."""
+    trained, original = [], fedgan.train_client
+    monkeypatch.setattr(fedgan, "train_client", lambda *a: trained.append(1) or original(*a))
+
+    def run(forget):
+        forget()
+        first, _ = fedgan_eval.run_cell(COHORT, p, SEED, arm)
+        forget()
+        second, _ = feddetect_eval.run_cell(COHORT, p, SEED, scenario, ("none", "median"))
+        n = len(trained)
+        trained.clear()
+        return first, second, n
+
+    *apart, all_of_them = run(epochs._LEFT.clear)
+    epochs._LEFT.clear()
+    *together, fewer = run(lambda: None)
+    assert fewer == all_of_them - p.fedgan.n_clients * ROUNDS, "all rounds of the undefended federation"
+    for a, b in zip(apart, together, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+    with monkeypatch.context() as plainly:
+        plainly.setattr(epochs, "train_client", fedgan.train_client)
+        *plain, most = run(lambda: None)
+    assert most > all_of_them, "and of two defences the first round after the warm-up"
+    for a, b in zip(plain, together, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+
+
 @pytest.mark.parametrize(("scenario", "fades"), [("waitout", False), ("boost_liar", True)])
 def test_the_learning_rate_of_one_who_waits_does_not_fade(p, monkeypatch, scenario, fades):
     """It fades in the last round only, so that both runs come to that round alike; the others' fades in any case."""
@@ -443,6 +473,7 @@ def test_the_learning_rate_of_one_who_waits_does_not_fade(p, monkeypatch, scenar
             feddetect_eval.settings(p, scenario).model_dump(), {"fedgan": {"gan": {"decay_after": share}}}
         )
         setup = feddetect_eval.instruments(COHORT, p, params.validate(tree), scenario)
+        epochs._LEFT.clear()  # who waits trains alike in both
         feddetect_eval.run_variant(setup, *feddetect_eval.warm_up(setup, SEED, scenario), scenario, "none")
     faded, full = sent[:4], sent[4:]
     assert len(full) == 4

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments import instruments
+from experiments.backdoor_fedgan import epochs
 from experiments.params import Params
 from medsec import data
 from medsec.backdoor import gan as fedgan
@@ -90,9 +92,13 @@ def _prepare(cohort_name: str, params_json: str, size: int | None) -> GANSetup:
     )
     public, labels = splits["public"]
     threshold = triggers.calibrate(trigger, public, p.measure.threshold_fpr)
-    seed = derive_seed(params.seeds.tuning[0], "extractor")
-    model = classifier.fit(
-        public, labels, cohort.n_classes, params.classifier, epochs=p.measure.extractor_epochs, seed=seed
+    seed, epochs_ = derive_seed(params.seeds.tuning[0], "extractor"), p.measure.extractor_epochs
+    model = instruments.trained(
+        cohort,
+        "extractor",
+        {"classifier": params.classifier.model_dump(), "epochs": epochs_, "seed": seed, "device": params.device},
+        lambda: SmallResNet(cohort.channels, cohort.n_classes).to(device),
+        lambda: classifier.fit(public, labels, cohort.n_classes, params.classifier, epochs=epochs_, seed=seed),
     )
     reference = classifier.features(model, splits["reference"][0]).cpu().double().numpy()
     scale = reference.std(0) + 1e-6
@@ -315,7 +321,9 @@ def run_cell(
     images, labels = deal(setup, seed)
     trigger = None if arm == "clean" else setup.trigger
     federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
-    trained = functools.partial(fedgan.run, after_round=functools.partial(measure_round, setup), strict=True)
+    trained = functools.partial(
+        fedgan.run, train=epochs.train_client, after_round=functools.partial(measure_round, setup), strict=True
+    )
     if arm == "clean":
         finished = {"clean": trained(federation)}
     else:
@@ -442,7 +450,12 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     return table.assign(**{key: str(value) for key, value in cell.keys.items()}), pictures
 
 
-EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run, lacks=lacks)
+def family(cell: cells.Cell) -> str:
+    """Cells of the same are federations that begin alike, also in notebook 02 (`medsec.evidence.cells.Experiment`)."""
+    return "" if cell.arm == "controls" else f"{cell.arm} {cell.seed} {cell.keys}"
+
+
+EXPERIMENT = cells.Experiment("01_backdoor_fedgan", 1, ("fedgan", "classifier"), run, lacks=lacks, family=family)
 
 
 def quick(p: Params) -> list[cells.Cell]:

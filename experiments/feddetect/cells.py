@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan import epochs
 from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from experiments.params import Params
 from medsec import data
@@ -187,7 +188,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, fe
         watcher(updates, round)
         return uniform_mean(updates)
 
-    fedgan.run(federation, warm_up_rounds(p), aggregate=look_on, strict=True)
+    fedgan.run(federation, warm_up_rounds(p), train=epochs.train_client, aggregate=look_on, strict=True)
     return federation, watcher
 
 
@@ -221,7 +222,7 @@ def run_variant(
 
     def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
-        return fedgan.train_client(client, state, constant if faithless else federation, round)
+        return epochs.train_client(client, state, constant if faithless else federation, round)
 
     fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
     return federation, log
@@ -445,7 +446,15 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     return fedgan_eval.lacks(cohort, p, cell) + ([few] if least < real else [])
 
 
-EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run, lacks=lacks)
+LIKE = {"no_attack": "clean", "boost_liar": "attack"}  # scenarios that begin as an arm of notebook 01
+
+
+def family(cell: cells.Cell) -> str:
+    """Cells of the same are federations that begin alike (`experiments.backdoor_fedgan.cells.family`)."""
+    return f"{LIKE[cell.arm]} {cell.seed} {cell.keys}" if cell.arm in LIKE else ""
+
+
+EXPERIMENT = cells.Experiment("02_feddetect", 1, ("fedgan", "classifier", "feddetect"), run, lacks=lacks, family=family)
 
 
 def quick(p: Params) -> list[cells.Cell]:

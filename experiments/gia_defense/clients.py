@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments import instruments
 from experiments.params import Params
 from medsec import data
 from medsec.core.errors import InputError
@@ -17,7 +18,7 @@ from medsec.data.cohort import setting
 from medsec.inversion import defences, perturbation, shadow, substitution
 from medsec.inversion.defences import DEFENCES, Defence, Perturbation
 from medsec.nets import convnet
-from medsec.nets.autoencoder import Autoencoder, Prior, train_autoencoder
+from medsec.nets.autoencoder import Autoencoder, Prior, new_autoencoder, train_autoencoder
 
 BASELINES = ("gradient_noise", "dp_sgd", "topk", "soteria", "image_noise")
 CHANGES = {  # defences of images, and what they change them by
@@ -79,13 +80,23 @@ def _prepare(name: str, seed: int, cohorts_json: str, autoencoder_json: str) -> 
         split: (torch.from_numpy(part.float()), torch.from_numpy(part.labels)) for split, part in cohort.splits.items()
     }
     public = splits["public"][0]
-    seeds = [derive_seed(seed, who) for who in ("defender", "attacker")]
-    options = {"epochs": coders.epochs, "lr": coders.lr, "batch": coders.batch}
     own, other = (
-        train_autoencoder(public, latent=latent, seed=each, **options)
-        for latent, each in zip((coders.latent, coders.latent_prior), seeds, strict=True)
+        autoencoder(cohort, public, coders, latent, derive_seed(seed, who))
+        for latent, who in ((coders.latent, "defender"), (coders.latent_prior, "attacker"))
     )
     return cohort, splits, own, Prior(other, public)
+
+
+def autoencoder(cohort: data.Cohort, public: Tensor, p: AutoencoderParams, latent: int, seed: int) -> Autoencoder:
+    """An autoencoder of public images (`experiments.instruments`)."""
+    how = {"epochs": p.epochs, "lr": p.lr, "batch": p.batch, "seed": seed}
+    return instruments.trained(
+        cohort,
+        "autoencoder",
+        {"latent": latent, **how},
+        lambda: new_autoencoder(cohort.size, cohort.channels, latent=latent, seed=seed).requires_grad_(False),
+        lambda: train_autoencoder(public, latent=latent, **how),
+    )
 
 
 def places(setup: Setup, seed: int) -> list:

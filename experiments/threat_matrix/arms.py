@@ -31,7 +31,6 @@ from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import Aggregator, State, rounds_until
-from medsec.nets.autoencoder import train_autoencoder
 from medsec.nets.cbam import CBAM
 
 
@@ -136,9 +135,8 @@ def _instruments(name: str, seed: int, cohorts_json: str, autoencoder_json: str)
     p = AutoencoderParams.model_validate_json(autoencoder_json)
     cohort = data.load(name, Cohorts.model_validate_json(cohorts_json))
     splits = data.tensors(cohort)
-    own = derive_seed(seed, "defender")
-    trained = train_autoencoder(splits["public"][0], latent=p.latent, seed=own, epochs=p.epochs, lr=p.lr, batch=p.batch)
-    return cohort, splits, trained, nn.Identity()
+    own = inversion_clients.autoencoder(cohort, splits["public"][0], p, p.latent, derive_seed(seed, "defender"))
+    return cohort, splits, own, nn.Identity()
 
 
 # Places of a defence -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from medsec.core.errors import InputError
 from medsec.core.params import Section
 from medsec.evidence import tables
 
-__all__ = ["Cell", "Experiment", "identity", "run", "table"]
+__all__ = ["Cell", "Experiment", "finish", "identity", "run", "table"]
 
 NOTE = ("cell", "identity", "seconds", "peak_mb")  # columns of a record beside the rows' own
 TIMES = ("ms",)  # units of times, which belong to records only
@@ -79,6 +79,8 @@ class Experiment:
             a new method leaves every finished cell valid.
         shared: methods whose parameters in ``own`` others use as well.
         lacks: ``lacks(cohort, params, cell)``, what a loaded cohort is too small for, a line each with what mends it.
+        family: cells with the same, also of another experiment, run one after the other in one process, which remembers
+            what they share; "" for a cell of its own.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Experiment:
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     lacks: Callable[[data.Cohort, Section, Cell], list[str]] | None = None
+    family: Callable[[Cell], str] = lambda cell: ""
 
 
 def resolved(p: Section, cell: Cell) -> Section:
@@ -169,7 +172,7 @@ def read(file: Path) -> tuple[Finished, dict] | None:
         return None
 
 
-def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: str, file: Path) -> str:
+def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: str, file: Path) -> None:
     """Run one cell and write it, with what it cost, to ``file``: the caller's place, whatever this process's environment says."""
     start = time.perf_counter()
     finished = experiment.run(cohort, resolved(p, cell), cell)
@@ -180,7 +183,11 @@ def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: 
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     write(file, finished, cost)
-    return cell.name
+
+
+def _run_family(calls: Sequence[tuple]) -> None:
+    for call in calls:
+        _run_one(*call)
 
 
 def run(
@@ -196,15 +203,50 @@ def run(
         processes: see `medsec.core.parallel.run_cells`.
 
     Raises:
+        InputError, OSError: see `finish`.
+    """
+    places = finish(cohort, p, [(experiment, plan)], processes=processes)
+    found = [read(place) for place in places]
+    if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
+        raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
+    return [finished for finished, _ in found]
+
+
+def finish(
+    cohort: str, p: Section, plans: Sequence[tuple[Experiment, Sequence[Cell]]], *, processes: int | None = None
+) -> list[Path]:
+    """Run what is not finished of the plans of several experiments, in one go over all processes; the cells' files.
+
+    Raises:
         InputError: a cohort that cannot be loaded or is too small, with all that it lacks; or parameters that a cell
             cannot run with. Before any cell runs.
         OSError: finished cells could not be written; nothing was run.
     """
-    loaded = data.load(cohort, p.cohorts)
-    names = names_of(experiment, loaded.fingerprint, p, plan)
-    place_of = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
-    fresh = paths.flag("MEDSEC_FRESH")
-    todo = [cell for cell in plan if fresh or read(place_of[cell.name]) is None]
+    loaded, fresh = data.load(cohort, p.cohorts), paths.flag("MEDSEC_FRESH")
+    places, calls, lacking = [], [], {}
+    for experiment, plan in plans:
+        names = names_of(experiment, loaded.fingerprint, p, plan)
+        place_of = {cell.name: place(experiment, cohort, cell, names[cell.name]) for cell in plan}
+        todo = [cell for cell in plan if fresh or read(place_of[cell.name]) is None]
+        _tell(plan, todo, place_of, fresh)
+        asked = todo if experiment.lacks else []
+        lacking |= dict.fromkeys(why for cell in asked for why in experiment.lacks(loaded, resolved(p, cell), cell))
+        places += [place_of[cell.name] for cell in plan]
+        calls += [(experiment, cohort, p, cell, names[cell.name], place_of[cell.name]) for cell in todo]
+    if lacking:
+        raise InputError(f"cohort {cohort} is too small: {'; '.join(lacking)}")
+    for folder in {file.parent for *_, file in calls}:
+        files.check_writable(folder)
+    families: dict[str, list[tuple]] = {}
+    for number, call in enumerate(calls):
+        experiment, *_, cell, _, _ = call
+        families.setdefault(experiment.family(cell) or str(number), []).append(call)
+    parallel.run_cells(_run_family, [(each,) for each in families.values()], processes=processes)
+    return places
+
+
+def _tell(plan: Sequence[Cell], todo: Sequence[Cell], place_of: dict[str, Path], fresh: bool) -> None:
+    """Say on stderr what is not run again, and what is although something like it lies there."""
     if done := len(plan) - len(todo):
         print(f"{done} of {len(plan)} cells were finished before (MEDSEC_FRESH=1 runs them anew)", file=sys.stderr)
     if others := [
@@ -215,17 +257,6 @@ def run(
             "they stay as they are, and are run again beside",
             file=sys.stderr,
         )
-    asked = todo if experiment.lacks else []
-    if lacking := dict.fromkeys(why for cell in asked for why in experiment.lacks(loaded, resolved(p, cell), cell)):
-        raise InputError(f"cohort {cohort} is too small: {'; '.join(lacking)}")
-    if todo:
-        files.check_writable(paths.cells(cohort) / experiment.name)
-    calls = [(experiment, cohort, p, cell, names[cell.name], place_of[cell.name]) for cell in todo]
-    parallel.run_cells(_run_one, calls, processes=processes)
-    found = [read(place_of[cell.name]) for cell in plan]
-    if lost := [cell.name for cell, each in zip(plan, found, strict=True) if each is None]:
-        raise InputError(f"{lost[0]}: its file vanished from {paths.cells(cohort)} while it was needed; run again")
-    return [finished for finished, _ in found]
 
 
 def names_of(experiment: Experiment, fingerprint: str, p: Section, plan: Sequence[Cell]) -> dict[str, str]:
