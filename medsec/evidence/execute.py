@@ -44,6 +44,8 @@ from medsec.show import png
 __all__ = ["execute"]
 
 PIPELINES = paths.ROOT / "pipelines"
+# Not: a warning at every start that the local connection is plain, errors when a failed run ends its kernel.
+KERNEL = "import logging\nlogging.getLogger('tornado').setLevel(60)\nc.IPKernelApp.log_level = 50\n"
 VOLATILE = [
     "metadata.papermill",  # paths, times
     "metadata.language_info.version",
@@ -185,8 +187,7 @@ def run(job: Job) -> nbformat.NotebookNode:
     try:
         config = job.temporary / "ipython" / "profile_default" / "ipython_kernel_config.py"
         config.parent.mkdir(parents=True)
-        # Not: a warning at every start that the local connection is plain, an error when a failed run ends its kernel.
-        config.write_text("c.IPKernelApp.log_level = 50\n", encoding="utf-8")
+        config.write_text(KERNEL, encoding="utf-8")
         with environment(kernel_environment(job)):
             return papermill.execute_notebook(
                 _literal(job.notebook.resolve()),
