@@ -7,6 +7,8 @@ PY := .venv/bin/python
 BOOT := .venv/.medsec-boot
 READY := .venv/.medsec-ready
 PIPELINE := $(if $(filter phantom,$(COHORT)),dvc.yaml,pipelines/$(COHORT)/dvc.yaml)
+# All but the records: `dvc repro -f` of the whole file would call them up to date without running them.
+STAGES = $(addprefix $(PIPELINE):,$(shell sed -n 's/^  \([0-9a-z_]*\):$$/\1/p' $(PIPELINE) | grep -v '^record_'))
 SOURCES := $(wildcard notebooks/*.ipynb exercises/*.ipynb exercises/solutions/*.ipynb)
 EXECUTED := $(sort $(wildcard executed/phantom/*.ipynb))
 
@@ -16,6 +18,8 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export DVC_NO_ANALYTICS := 1
+# Without the cache of compiled modules every process of the pipeline would compile some thousand files again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help checkout setup data repro test fuzz bench record lab book lock clean
 
@@ -53,7 +57,8 @@ data: $(READY) ## fetch the default cohort (from this repository)
 repro: checkout $(READY) ## really rerun a cohort's pipeline and compare its tables with the committed ones
 	@test -f "$(PIPELINE)" || { echo "error: no pipeline for COHORT=$(COHORT): $(PIPELINE) does not exist" >&2; exit 1; }
 	$(PY) -m dvc pull
-	MEDSEC_FRESH=1 $(PY) -m dvc repro -f $(PIPELINE)
+	MEDSEC_FRESH=1 $(PY) -m experiments cells --cohort $(COHORT)
+	$(PY) -m dvc repro -f -s $(STAGES)
 	$(PY) -m experiments check --cohort $(COHORT)
 
 test: $(READY) ## everything that CI runs: style, tests, and a replay of the executed notebooks
@@ -62,7 +67,7 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 	$(if $(SOURCES),$(PY) -m nbstripout --verify $(SOURCES))
 	$(PY) -m experiments params >/dev/null
 	$(PY) -m dvc pull --quiet
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --dist loadfile
 	$(PY) -m pytest --quiet --doctest-modules medsec
 	$(if $(EXECUTED),$(REPLAY))
 
@@ -70,7 +75,8 @@ test: $(READY) ## everything that CI runs: style, tests, and a replay of the exe
 define REPLAY
 @scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && unset MPLBACKEND && \
 MEDSEC_OUT="$$scratch" MEDSEC_CELLS="$$scratch/cells" IPYTHONDIR="$$scratch/ipython" PYTHONHASHSEED=0 PYTHONUTF8=1 TQDM_DISABLE=1 \
-MEDSEC_LIVE=0 \
+MEDSEC_LIVE=0 && export MEDSEC_OUT MEDSEC_CELLS IPYTHONDIR PYTHONHASHSEED PYTHONUTF8 TQDM_DISABLE MEDSEC_LIVE && \
+$(PY) -m experiments cells --cohort phantom && \
 $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
@@ -79,10 +85,14 @@ fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (abo
 	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest -m "fuzz or kills" --hypothesis-profile=fuzz
 
-bench: $(READY) ## measure our server rules beside those of other libraries, in an environment of its own
+# torchattacks and byzpy ask for exact old versions of these: all libraries are measured on the same new ones.
+bench: $(READY) ## measure our rules, attacks and rounds beside those of other libraries, in an environment of its own
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	$(PY) -m uv pip install --python .venv-bench/bin/python -e . -r benchmarks/requirements.txt
-	.venv-bench/bin/python benchmarks/aggregators.py
+	printf 'numpy>=2.3\nrequests>=2.31\ntorch>=2.6\ntorchvision>=0.21\n' > .venv-bench/overrides.txt
+	$(PY) -m uv pip install --python .venv-bench/bin/python -e ".[evasion]" -r benchmarks/requirements.txt \
+	  --override .venv-bench/overrides.txt
+	$(PY) -m dvc pull --quiet
+	for each in aggregators evasion inversion others; do .venv-bench/bin/python benchmarks/$$each.py || exit 1; done
 
 record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only says what it would do)
 	$(PY) -m experiments record 01_backdoor_fedgan --cohort $(COHORT) $(if $(PLAN),--plan)
