@@ -1,8 +1,7 @@
 """How long the companion takes and how much memory it needs, on this machine.
 
-``python benchmarks/speed.py`` reruns the default pipeline's notebooks into a temporary folder, draws phantoms, and
-writes what it measured to ``benchmarks/speed.json`` and into docs/cohorts-and-times.md. Nothing fails: it is no test.
-``python benchmarks/speed.py NAME …`` measures these notebooks only and keeps the others, on the same machine;
+``python benchmarks/speed.py`` does what `make repro` does, into a temporary folder: all cells, then every notebook. It also
+draws phantoms, and writes what it measured to ``benchmarks/speed.json`` and into docs/cohorts-and-times.md. It is no test.
 ``python benchmarks/speed.py --write`` measures nothing and only writes the page's table.
 """
 
@@ -41,17 +40,17 @@ def phantom_rate(size: int = 64, n: int = 256, repeats: int = 7) -> float:
     return statistics.median(rates)
 
 
-def notebook(file: Path, out: Path) -> dict[str, float]:
-    """Wall seconds of a notebook and the peak memory of all its processes (sum of resident sets, GB)."""
+def timed(arguments: list[str], out: Path) -> dict[str, float]:
+    """Wall seconds of a command and the peak memory of all its processes (sum of resident sets, GB)."""
     start, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "experiments", "run", file.stem, "--cohort", "phantom"]
-    environment = os.environ | {"MEDSEC_OUT": str(out)}
+    command = [sys.executable, "-m", "experiments", *arguments, "--cohort", "phantom"]
+    environment = os.environ | {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
             peak = max(peak, memory(running.pid))
             time.sleep(2)  # the proportional memory is slow to read, and would take time from what is timed
     if running.returncode:
-        raise SystemExit(f"{file.name} failed; run: {' '.join(command[1:])}")
+        raise SystemExit(f"it failed: {' '.join(command[1:])}")
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(peak / 1e9, 2)}
 
 
@@ -80,38 +79,28 @@ def tracked_megabytes() -> float:
 
 
 def block(result: dict) -> str:
-    """The page's paragraph, marks included, from a result: a line for every notebook that there is, measured or not."""
-    books = {file.stem: result["notebooks"].get(file.stem) for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))}
-    lines = [f"| {name} | {_minutes(book)} | {_memory(book)} |" for name, book in books.items()]
-    timed = [book["seconds"] for book in books.values() if book]
-    total = f"Together {sum(timed) / 60:.0f} minutes" + (
-        "" if len(timed) == len(books) else ", without those not measured"
-    )
+    """The page's paragraph, marks included, from a result."""
+    lines = [
+        f"| {name} | {step['seconds'] / 60:.1f} min | {step['peak_gb']:.1f} GB |"
+        for name, step in result["steps"].items()
+    ]
+    total = sum(step["seconds"] for step in result["steps"].values())
     return "\n".join(
         [
             BEGIN,
-            f"Measured on {result['cores']} cores ({result['processor']}), without a GPU, PyTorch {result['torch']}:",
+            f"Measured on {result['cores']} cores ({result['processor']}), without a GPU, PyTorch {result['torch']}, "
+            "with nothing finished before:",
             "",
-            "| notebook | wall time | peak memory |",
+            "| step of `make repro` | wall time | peak memory |",
             "| --- | --- | --- |",
             *lines,
             "",
-            f"{total}. Phantoms: {result['phantoms_per_second_64px']:.0f} images/s at 64 px on "
-            f"one core. Tracked files: {result['tracked_mb']:.0f} MB, besides git's history. "
-            "(`python benchmarks/speed.py` measures yours.)",
+            f"Together {total / 60:.0f} minutes; DVC itself adds some seconds a notebook. Phantoms: "
+            f"{result['phantoms_per_second_64px']:.0f} images/s at 64 px on one core. Tracked files: "
+            f"{result['tracked_mb']:.0f} MB, besides git's history. (`python benchmarks/speed.py` measures yours.)",
             END,
         ]
     )
-
-
-def _minutes(book: dict | None) -> str:
-    if book is None:
-        return "not measured"
-    return f"{'about ' if book.get('rough') else ''}{book['seconds'] / 60:.1f} min"
-
-
-def _memory(book: dict | None) -> str:
-    return "not measured" if book is None or book["peak_gb"] is None else f"{book['peak_gb']:.1f} GB"
 
 
 def write(result: dict) -> None:
@@ -132,30 +121,24 @@ def machine() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description=__doc__.splitlines()[0])
-    known = [file.stem for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
-    parser.add_argument("notebooks", nargs="*", choices=[*known, []], metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument(
         "--write", action="store_true", help="measure nothing, write the table of docs/cohorts-and-times.md"
     )
-    args = parser.parse_args()
-    before = json.loads(RESULT.read_text(encoding="utf-8"))
-    if args.write:
-        write(before)
+    if parser.parse_args().write:
+        write(json.loads(RESULT.read_text(encoding="utf-8")))
         return
     torch.set_num_threads(1)
-    here = machine()
-    if args.notebooks and here != {key: before[key] for key in here}:
-        parser.error("the other notebooks were measured on another machine or PyTorch: measure all, without a NAME")
-    result = here | {
+    result = machine() | {
         "phantoms_per_second_64px": round(phantom_rate()),
         "tracked_mb": round(tracked_megabytes(), 1),
-        "notebooks": before["notebooks"] if args.notebooks else {},
+        "steps": {},
     }
+    steps = {"all cells of all notebooks": ["cells"]}
+    steps |= {file.stem: ["run", file.stem] for file in sorted(paths.NOTEBOOKS.glob("*.ipynb"))}
     with tempfile.TemporaryDirectory() as out:
-        for name in args.notebooks or known:
-            result["notebooks"][name] = notebook(paths.NOTEBOOKS / f"{name}.ipynb", Path(out))
-            print(name, result["notebooks"][name], flush=True)
-    result["notebooks"] = dict(sorted(result["notebooks"].items()))
+        for name, arguments in steps.items():
+            result["steps"][name] = timed(arguments, Path(out))
+            print(name, result["steps"][name], flush=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write(result)
 
