@@ -268,6 +268,12 @@ def test_a_damaged_cell_counts_as_unfinished_or_says_the_same(cell, data):
     same_cell(data.draw(damaged(cell)), cell)
 
 
+def test_a_picture_whose_name_is_damaged_is_missed(cell):
+    """The name stands twice in the file; that in its table of contents is what readers go by."""
+    at = cell.rindex(b"picture noise")
+    assert not same_cell(cell[:at] + b"q" + cell[at + 1 :], cell)
+
+
 def test_a_cell_under_the_name_of_another_is_set_aside(cell, capsys):
     assert same_cell(cell, cell)
     file = stored("a-seed0.1111111111111111.npz", cell)

@@ -243,6 +243,7 @@ WRONG_TAGS = [  # what is changed in a good 12-bit grey file, and a part of the 
     ({"PhotometricInterpretation": "RGB"}, "SamplesPerPixel 1 with PhotometricInterpretation RGB"),
     ({"PhotometricInterpretation": "YBR_PARTIAL_420"}, "pixels of the kind YBR_PARTIAL_420"),
     ({"PhotometricInterpretation": "CMYK"}, "pixels of the kind CMYK"),
+    ({"PhotometricInterpretation": "\0\x1bMONO"}, "pixels of the kind"),
     ({"PhotometricInterpretation": ""}, "pixels of the kind"),
     ({"PixelRepresentation": 2}, "PixelRepresentation 2"),
     ({"PresentationLUTShape": "INVERSE"}, "PresentationLUTShape INVERSE"),

@@ -57,6 +57,11 @@ def is_dicom(file: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
+def _printable(text: str) -> str:
+    """A text that may repeat what a damaged file holds, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def read(file: Path, size: int, where: str) -> Picture:
     """``file``'s central square, resampled to ``size`` pixels a side: area averages, bilinear if it is smaller.
 
@@ -74,10 +79,10 @@ def read(file: Path, size: int, where: str) -> Picture:
                 raise _RefusedError("has values that are no numbers; correct its header or save it anew")
             pixels = _square(values, size)
     except _RefusedError as refused:
-        raise InputError(f"{where} {refused}") from None
+        raise InputError(f"{where} {_printable(str(refused))}") from None
     except Exception as error:  # the decoders meet damaged files with almost anything
         what = (str(error).splitlines() or [""])[0][:160]
-        why = f"{type(error).__name__}: {what}".rstrip(": ")
+        why = _printable(f"{type(error).__name__}: {what}".rstrip(": "))
         raise InputError(f"{where} cannot be read ({why}); replace it, or take it out of the folder") from None
     if remarks:
         notes.append("their reader warned about the header")

@@ -157,8 +157,11 @@ def read(file: Path) -> tuple[Finished, dict] | None:
     """
     try:
         with np.load(file, allow_pickle=False) as stored:
-            rows, note = (stored[name].tobytes().decode() for name in ("rows", "note"))
-            pictures = {name.removeprefix("picture "): stored[name] for name in stored if name.startswith("picture ")}
+            found = dict(stored)  # all of it: what nobody opens, nobody checks
+        rows, note = (found.pop(name).tobytes().decode() for name in ("rows", "note"))
+        if strange := [name for name in found if not name.startswith("picture ")]:
+            raise ValueError(f"it holds {strange[0]!r}")
+        pictures = {name.removeprefix("picture "): picture for name, picture in found.items()}
         note = {key: json.loads(note)[key] for key in NOTE}
         if file.stem.rpartition(".")[2] != note["identity"]:
             raise ValueError("it is another cell's")
