@@ -21,6 +21,7 @@ from experiments.adversarial_pruning_defense import arms
 from medsec.evasion import attacks, libraries
 from medsec.nets import fit
 
+IMAGES = 24  # the toolbox attacks one after the other
 STEPS, STEP = 20, 0.25
 SEARCHES, ITERATIONS, LR = 6, 100, 1e-2
 
@@ -96,7 +97,8 @@ def main() -> None:
     one_thread()
     p = params.load()
     setup = arms.prepare("phantom", p)
-    model, (x, y), eps = arms.network(setup, "base", 0), setup.splits["test"], p.evasion.eps / 255
+    model, eps = arms.network(setup, "base", 0), p.evasion.eps / 255
+    x, y = (part[:IMAGES] for part in setup.splits["test"])
     how, lines = p.evasion.attacks, []
     for attack, libraries_ in calls(model, x, y, eps, how.overshoot, how.deepfool_steps).items():
         found = {name: achieved(model, x, y, call()) for name, call in libraries_.items()}
