@@ -88,12 +88,22 @@ def write(benchmark: str, lines: list[dict], packages: tuple[str, ...] = ()) -> 
 
 
 def block() -> str:
-    """The page's tables, marks included, from the committed results."""
+    """The page's tables, marks included, from the committed results: a line for every task, a column for every library."""
     found, parts = pd.read_csv(RESULTS, dtype=str, keep_default_na=False), [BEGIN]
     for benchmark, lines in found.groupby("benchmark"):
-        shown = lines.drop(columns=["benchmark", "made with"])
-        shown = shown.loc[:, (shown != "").any()]
-        parts += [f"**{benchmark}** ({lines['made with'].iloc[0]})", tables.markdown(shown)]
+        shown = []
+        for what, each in lines.groupby("what", sort=False):
+            line = {"": what}
+            for row in each.to_dict("records"):
+                line[row["library"]] = "; ".join(
+                    filter(None, [row["seconds"] and f"{row['seconds']} s", row["result"]])
+                )
+                if row["library"] == OURS:
+                    line["ours / fastest other"] = row["of the fastest other"]
+            shown.append(line)
+        table = pd.DataFrame(shown).fillna("")
+        table["ours / fastest other"] = table.pop("ours / fastest other")  # the last column
+        parts += [f"**{benchmark}** ({lines['made with'].iloc[0]})", tables.markdown(table)]
     return "\n\n".join([*parts, END])
 
 

@@ -23,8 +23,10 @@ from medphantom import chest as phantom
 from medsec import data
 from medsec.backdoor import gan, triggers
 from medsec.backdoor.frechet import frechet_distance
+from medsec.data import folder as folder_source
 
-CLIENTS, OF_CLIENT, IMAGES, SIDE, FEATURES = (4, 16, 64), 64, 600, 64, 64
+ROUNDS = ((4, 32), (16, 32), (64, 32), (4, 64), (4, 128))  # clients, pixels a side
+OF_CLIENT, IMAGES, SIDE, FEATURES = 64, 600, 64, 64
 
 
 def drawn(n: int, size: int) -> np.ndarray:
@@ -34,10 +36,10 @@ def drawn(n: int, size: int) -> np.ndarray:
     ).images
 
 
-def federation(n: int) -> gan.FederatedGAN:
+def federation(n: int, size: int) -> gan.FederatedGAN:
     """n clients with `OF_CLIENT` images each."""
     p = params.load()
-    x = torch.from_numpy(drawn(OF_CLIENT, p.cohorts.phantom.size)).float()[:, None] / 255
+    x = torch.from_numpy(drawn(OF_CLIENT, size)).float()[:, None] / 255
     y = torch.arange(OF_CLIENT) % 2
     settings = p.fedgan.model_copy(update={"n_clients": n, "malicious": []})
     return gan.new_federation([x] * n, [y] * n, 2, settings, seed=0)
@@ -55,9 +57,14 @@ def folder(place: Path, images: np.ndarray) -> Callable:
     for i, image in enumerate(images):
         (place / f"class{i % 2}").mkdir(exist_ok=True)
         Image.fromarray(image).save(place / f"class{i % 2}" / f"p{i // 6}_{i}.png")
-    cohorts = params.load().cohorts.model_copy(deep=True)
-    cohorts.folder.path = str(place)
-    return lambda: data.load("folder", cohorts)
+    given = params.merge(params.load().model_dump(), {"cohorts": {"folder": {"path": str(place)}}})
+    cohorts = params.validate(given).cohorts
+
+    def load():
+        folder_source._read.cache_clear()  # pixels are kept for a process that loads them again
+        return data.load("folder", cohorts)
+
+    return load
 
 
 def pillow(place: Path, size: int) -> np.ndarray:
@@ -74,10 +81,10 @@ def plain_frechet(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> None:
     one_thread()
     lines = []
-    for n in CLIENTS:
-        start = federation(n)
+    for n, size in ROUNDS:
+        start = federation(n, size)
         calls = {OURS: lambda s=start: gan.run(copy.deepcopy(s), 1), "bare loop": lambda s=start: bare_round(s)}
-        lines += compared(f"FedGAN round, {n} clients with {OF_CLIENT} images", calls)
+        lines += compared(f"FedGAN round, {n} clients with {OF_CLIENT} images of {size} px", calls)
     images = drawn(IMAGES, SIDE)
     with tempfile.TemporaryDirectory() as place:
         size = params.load().cohorts.folder.size
@@ -89,8 +96,9 @@ def main() -> None:
         OURS: lambda: triggers.score(trigger, x),
         "scikit-image": lambda: [match_template(image, template).max() for image in x[:, 0].numpy()],
     }
-    apart = float(np.abs(np.array(calls["scikit-image"]()) - calls[OURS]().numpy()).max())
-    lines += compared(f"trigger scores of {IMAGES} images of {SIDE} px", calls, {OURS: f"at most {apart:.1e} apart"})
+    apart = np.abs(np.array(calls["scikit-image"]()) - calls[OURS]().numpy())
+    said = f"median {np.median(apart):.0e}, at most {apart.max():.0e} apart"  # the latter in regions without contrast
+    lines += compared(f"trigger scores of {IMAGES} images of {SIDE} px", calls, {OURS: said})
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((1000, FEATURES)), rng.standard_normal((1000, FEATURES)) + 0.1
     calls = {OURS: lambda: frechet_distance(a, b), "scipy.linalg.sqrtm": lambda: plain_frechet(a, b)}
