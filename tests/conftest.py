@@ -24,6 +24,7 @@ import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
 from medsec.core import paths, settings
+from medsec.evidence import cells
 
 # `make test` generates few examples, always the same; `make fuzz` many, other ones at every run.
 hypothesis.settings.register_profile("medsec", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -56,10 +57,9 @@ def _cells_of_its_own(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _no_epoch_is_remembered():
-    """No test is spared the training of another."""
-    if "experiments.backdoor_fedgan.epochs" in sys.modules:
-        sys.modules["experiments.backdoor_fedgan.epochs"]._LEFT.clear()
+def _nothing_is_shared():
+    """No test is spared the work of another."""
+    cells.SHARED.clear()
 
 
 @pytest.fixture

@@ -232,7 +232,9 @@ def test_cells_of_one_family_run_one_after_the_other_whatever_the_experiment(p):
     """What they share is remembered by a process, and `finish` takes several experiments at a time."""
     other = dataclasses.replace(TOY, name="07_toy", family=lambda cell: f"seed {cell.seed}")
     mine = dataclasses.replace(TOY, family=lambda cell: f"seed {cell.seed}" if cell is PLAIN else "")
+    cells.SHARED["left"] = "by somebody else"
     places = cells.finish(COHORT, p, [(mine, PLAN[:3]), (other, PLAN[:2])], processes=1)
+    assert not cells.SHARED
     assert RAN == ["a-seed0", "a-seed1", "b-seed0", "a-seed0", "a-seed1"]
     assert [place.parent.name for place in places] == [TOY.name] * 3 + ["07_toy"] * 2
     assert all(cells.read(place) is not None for place in places)

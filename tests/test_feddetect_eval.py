@@ -23,7 +23,7 @@ from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
-from medsec.evidence import tables
+from medsec.evidence import cells, tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import Update
 from medsec.nets import fit as classifier
@@ -442,8 +442,8 @@ def test_federations_that_begin_alike_train_once_and_nothing_changes(p, monkeypa
         trained.clear()
         return first, second, n
 
-    *apart, all_of_them = run(epochs._LEFT.clear)
-    epochs._LEFT.clear()
+    *apart, all_of_them = run(cells.SHARED.clear)
+    cells.SHARED.clear()
     *together, fewer = run(lambda: None)
     assert fewer == all_of_them - p.fedgan.n_clients * ROUNDS, "all rounds of the undefended federation"
     for a, b in zip(apart, together, strict=True):
@@ -473,7 +473,7 @@ def test_the_learning_rate_of_one_who_waits_does_not_fade(p, monkeypatch, scenar
             feddetect_eval.settings(p, scenario).model_dump(), {"fedgan": {"gan": {"decay_after": share}}}
         )
         setup = feddetect_eval.instruments(COHORT, p, params.validate(tree), scenario)
-        epochs._LEFT.clear()  # who waits trains alike in both
+        cells.SHARED.clear()  # who waits trains alike in both
         feddetect_eval.run_variant(setup, *feddetect_eval.warm_up(setup, SEED, scenario), scenario, "none")
     faded, full = sent[:4], sent[4:]
     assert len(full) == 4

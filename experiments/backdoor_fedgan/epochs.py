@@ -1,7 +1,8 @@
-"""Local epochs of a federated GAN, remembered: federations that begin alike train what they have in common once a process.
+"""Local epochs of a federated GAN, remembered: federations that begin alike train what they have in common once.
 
-Notebook 02 continues the federations of notebook 01 with other server rules. What a client's epoch leaves behind is kept under a
-hash of all that decides it, so that the result is the same to the bit, whoever asks first.
+Notebook 02 continues the federations of notebook 01 with other server rules. What a client's epoch leaves behind is kept
+under a hash of all that decides it, so that the result is the same to the bit, whoever asks first. It is kept as long as
+cells of one family run (`medsec.evidence.cells.SHARED`).
 """
 
 import copy
@@ -12,26 +13,28 @@ from torch import Tensor
 
 from medsec.backdoor import gan
 from medsec.backdoor.gan import FederatedGAN, GANClient
+from medsec.evidence import cells
 from medsec.federated.rounds import State, Update
 
 KEPT = 160  # epochs: two federations of four clients and twenty rounds, about 200 MB
-_LEFT: OrderedDict[str, tuple] = OrderedDict()
+PLACE = "epochs of federated GANs"  # in SHARED
 
 
 def train_client(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
     """`medsec.backdoor.gan.train_client`, once for all federations of this process in which it would be the same."""
+    kept: OrderedDict[str, tuple] = cells.SHARED.setdefault(PLACE, OrderedDict())
     key = _key(client, state, federation, round)
     owned = (client.generator, client.discriminator, client.optimizer_g, client.optimizer_d)
-    if key in _LEFT:
-        _LEFT.move_to_end(key)
-        states, update = copy.deepcopy(_LEFT[key])
+    if key in kept:
+        kept.move_to_end(key)
+        states, update = copy.deepcopy(kept[key])
         for each, left in zip(owned, states, strict=True):
             each.load_state_dict(left)
         return update
     update = gan.train_client(client, state, federation, round)
-    _LEFT[key] = copy.deepcopy(([each.state_dict() for each in owned], update))
-    if len(_LEFT) > KEPT:
-        _LEFT.popitem(last=False)
+    kept[key] = copy.deepcopy(([each.state_dict() for each in owned], update))
+    if len(kept) > KEPT:
+        kept.popitem(last=False)
     return update
 
 

@@ -79,8 +79,8 @@ class Experiment:
             a new method leaves every finished cell valid.
         shared: methods whose parameters in ``own`` others use as well.
         lacks: ``lacks(cohort, params, cell)``, what a loaded cohort is too small for, a line each with what mends it.
-        family: cells with the same, also of another experiment, run one after the other in one process, which remembers
-            what they share; "" for a cell of its own.
+        family: cells with the same, also of another experiment, run one after the other in one process, and find in `SHARED`
+            what they left one another; "" for a cell of its own.
     """
 
     name: str
@@ -188,9 +188,16 @@ def _run_one(experiment: Experiment, cohort: str, p: Section, cell: Cell, name: 
     write(file, finished, cost)
 
 
+# What cells of one family leave one another in this process, by a name of their own.
+SHARED: dict[str, object] = {}
+
+
 def _run_family(calls: Sequence[tuple]) -> None:
-    for call in calls:
-        _run_one(*call)
+    try:
+        for call in calls:
+            _run_one(*call)
+    finally:
+        SHARED.clear()
 
 
 def run(
