@@ -27,10 +27,10 @@ BEGIN, END = "<!-- benchmarks: made by `make bench`, do not edit -->", "<!-- end
 COLUMNS = ("benchmark", "what", "library", "seconds", "of the fastest other", "peak MB", "result", "made with")
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of every call, by its name: after one round to warm up they take turns."""
+def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of every call, by its name: after one round to warm up they take `REPEATS` turns."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
+    for repeat in range(REPEATS + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()

@@ -675,9 +675,8 @@ def test_a_federated_gan_on_a_colour_folder(tmp_path, pointed, monkeypatch):
     monkeypatch.setattr(fedgan, "train_client", lambda *a: trained.append(1) or original(*a))
     table, pictures = fedgan_eval.run_cell("folder", params.validate(tree), 0, "attack")
     fedgan_eval._prepare.cache_clear()
-    assert (
-        len(trained) == 2 * 2 + 1
-    )  # two rounds of poison, and the boosted attacker's: the honest client's is the same
+    # Two rounds of poison, and the boosted attacker's: the honest client's is the same.
+    assert len(trained) == 2 * 2 + 1
     assert isinstance(table, pd.DataFrame)
     assert set(table["variant"]) == {"poison", "boost"}
     assert all(math.isfinite(value) for value in table["value"])

@@ -138,9 +138,8 @@ def test_sources_hold_no_outputs():
 
 
 def test_make_alone_lists_the_targets():
-    inner = {
-        key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")
-    }  # as not from make test
+    # As if it were not called by `make test`.
+    inner = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(["make"], cwd=ROOT, env=inner, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Usage: make TARGET")
 
