@@ -4,8 +4,6 @@ Worker processes and notebooks find it below ``.cells/<cohort>/instruments/``, b
 ``MEDSEC_FRESH=1`` trains it anew.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable
 
@@ -17,6 +15,7 @@ from torch import nn
 
 from medsec import data
 from medsec.core import files, paths
+from medsec.evidence import cells
 
 GENERATION = 1  # raised by hand when an instrument's training changes
 
@@ -34,8 +33,7 @@ def trained(
         train: trains it.
     """
     what = {"generation": GENERATION, "cohort": cohort.fingerprint, "size": cohort.size, "name": name, **decides}
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    file = paths.cells(cohort.name) / "instruments" / f"{name}.{key}.safetensors"
+    file = paths.cells(cohort.name) / "instruments" / f"{name}.{cells.digest(what)}.safetensors"
     if file.is_file() and not paths.flag("MEDSEC_FRESH"):
         try:
             with torch.random.fork_rng(devices=[]):  # untrained weights are drawn from the global stream

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from medsec.core.seeds import derive_seed
 from medsec.core.settings import Recipe
 from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
+from medsec.evidence import cells
 from medsec.nets import fit
 
 
@@ -192,7 +192,7 @@ def identity(setup: Setup, variant: str) -> str:
         "train": p.train,
         "cohort": setup.cohort.fingerprint,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return cells.digest(what)
 
 
 def save(model: nn.Module, setup: Setup, variant: str, seed: int) -> Path:

@@ -132,6 +132,11 @@ def identity(experiment: Experiment, fingerprint: str, p: Section, cell: Cell) -
         "parameters": decides,
         "cell": [cell.arm, cell.seed, cell.keys, cell.size, list(cell.variants), cell.given],
     }
+    return digest(what)
+
+
+def digest(what: dict) -> str:
+    """16 hexadecimal digits that stand for nested dictionaries, lists, strings and numbers."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
