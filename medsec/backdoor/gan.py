@@ -124,6 +124,7 @@ def new_federation(
     params: FedGANParams,
     seed: int,
     trigger: Trigger | None = None,
+    indices: Sequence[int] | None = None,
 ) -> FederatedGAN:
     """A federation before its first round.
 
@@ -133,6 +134,7 @@ def new_federation(
         params: section ``fedgan`` of the parameters.
         seed: of the run; two federations with the same seed start from the same networks.
         trigger: what the malicious clients of ``params`` stamp; None for a federation without an attack.
+        indices: which clients of the federation these are, where it is spread over several hosts; default: all, in order.
 
     Raises:
         InputError: a client without images for two in a batch, or a poisoned class that is missing.
@@ -147,7 +149,7 @@ def new_federation(
         )
     shared = [net.to(images[0].device) for net in networks]
     clients = []
-    for i, (x, y) in enumerate(zip(images, labels, strict=True)):
+    for i, x, y in zip(range(len(images)) if indices is None else indices, images, labels, strict=True):
         if len(x) < 2:
             raise InputError(f"client {i} holds {len(x)} images; batch normalisation needs at least 2")
         mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -78,6 +78,11 @@ def cells(cohort: str) -> Path:
     return Path(os.environ.get("MEDSEC_CELLS") or ROOT / ".cells") / cohort
 
 
+def federation() -> Path:
+    """What a federation over several hosts keeps on this one: ``$MEDSEC_FEDERATION``, or ``.federation``; never in git."""
+    return Path(os.environ.get("MEDSEC_FEDERATION") or ROOT / ".federation")
+
+
 def networks(cohort: str) -> Path:
     """Trained networks of a cohort that notebooks attack; a DVC output."""
     return ROOT / "networks" / cohort

@@ -51,21 +51,36 @@ def train(
     states = [{k: v.clone() for k, v in model.state_dict().items()}]
     local = copy.deepcopy(model).eval()  # of whichever client's turn it is
 
-    def local_epoch(i: int, state: State, round: int) -> Update:
-        local.load_state_dict(state)
-        optimizer = torch.optim.SGD(local.parameters(), lr=params.lr, momentum=params.momentum)
-        order = torch.randperm(len(images[i]), generator=torch_generator(seed, "local", i, round))
-        for batch in order.split(params.batch):
-            gradients = defences[i](local, images[i][batch], labels[i][batch], round)
-            for parameter, gradient in zip(local.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-        return Update(i, {k: v.detach().clone() for k, v in local.state_dict().items()}, len(images[i]))
+    def train_local(i: int, state: State, round: int) -> Update:
+        return local_epoch(local, state, images[i], labels[i], defences[i], params, seed, i, round)
 
     for t in range(params.rounds):
-        state, _, _ = run_round(states[-1], range(len(images)), local_epoch, fedavg, t, strict=True)
+        state, _, _ = run_round(states[-1], range(len(images)), train_local, fedavg, t, strict=True)
         states.append(state)
     return states
+
+
+def local_epoch(
+    model: nn.Module,
+    state: State,
+    images: Tensor,
+    labels: Tensor,
+    defend: Defend,
+    params: FedClsParams,
+    seed: int,
+    client: int,
+    round: int,
+) -> Update:
+    """What one client of `train` does in a round: one epoch of SGD from the server's state. ``model`` is overwritten."""
+    model.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=params.lr, momentum=params.momentum)
+    order = torch.randperm(len(images), generator=torch_generator(seed, "local", client, round))
+    for batch in order.split(params.batch):
+        gradients = defend(model, images[batch], labels[batch], round)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return Update(client, {k: v.detach().clone() for k, v in model.state_dict().items()}, len(images))
 
 
 def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -1,0 +1,291 @@
+"""The loop of rounds on Flower (extra ``medsec[flower]``): the same clients, rules and screening, on one machine or many.
+
+Nothing here trains or aggregates. A client is a `Participant`; the server's side of a round is `run_round`, which gets
+the answers that Flower collected. Flower starts a new process for every message, so whatever a client or the server must
+remember lies on disk, written whole or not at all: after a fault, each starts from where the other knows it to be.
+"""
+
+import io
+import json
+import re
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from medsec.core import files
+from medsec.core.errors import InputError
+from medsec.federated.rounds import Aggregator, State, Update, run_round
+
+__all__ = ["InProcessGrid", "Participant", "client_app", "serve"]
+
+RUN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}")  # a client makes a folder of this name, and the server chooses it
+NEVER = -1  # in ``since``: no answer of this client has arrived yet
+POLL = 0.5  # seconds
+
+
+class Participant(Protocol):
+    """One client: built anew for every message from its own data, with what it remembers from the last one."""
+
+    index: int
+
+    def train(self, state: State, round: int) -> Update:
+        """One round's training from the server's state; rounds count from 0."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs in the next round and never sends (discriminator, optimisers): tensors and plain containers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+# A client's side -----------------------------------------------------------------------------------------------------
+
+
+def client_app(
+    build: Callable[[dict, Mapping], Participant], folder: Callable[[], Path], mods: Sequence[Callable] = ()
+) -> ClientApp:
+    """The Flower app of a client.
+
+    A client keeps two memories: after the last round whose answer the server has, and after the latest that it trained.
+    The server says in every message from which of them to start. So an answer that was lost, a message that comes twice
+    and a server that went back to its last checkpoint all lead to the same update.
+
+    Args:
+        build: ``(settings, node_config) -> participant``. The settings come from the server, the node's configuration from
+            whoever runs the node: where its data lies may only be read from the latter.
+        folder: where memories are kept, below the name of the run.
+        mods: Flower's, such as those of secure aggregation.
+    """
+    app = ClientApp()
+
+    @app.train(mods=list(mods))
+    def train(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)  # one and two threads give different bits
+        order = message.content["order"]
+        run, round = order["run"], order["round"]
+        if type(run) is not str or not RUN.fullmatch(run) or type(round) is not int:
+            raise InputError("the server's message names no run or no round")
+        participant = build(json.loads(order["settings"]), context.node_config)
+        place, since = folder() / run / f"client-{participant.index}", order["since"][participant.index]
+        if since != NEVER:
+            participant.load_state_dict(_remembered(place / f"{since}.pt"))
+        update = participant.train(message.content["state"].to_torch_state_dict(), round)
+        _keep(place, round, participant.state_dict(), (since, round))
+        return Message(_packed(update), reply_to=message)
+
+    return app
+
+
+def _remembered(file: Path) -> dict:
+    try:
+        return torch.load(file, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(
+            f"what this client knew after round {int(file.stem) + 1} is lost ({file.name} is missing): it can take no further "
+            "part in this run; restore its folder, or start a new run"
+        ) from None
+
+
+def _keep(folder: Path, round: int, memory: dict, needed: Iterable[int]) -> None:
+    files.write(folder / f"{round}.pt", _bytes(memory))
+    for old in folder.glob("*.pt"):
+        if old.stem not in {str(each) for each in needed}:
+            old.unlink()
+
+
+def _bytes(content: dict) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _packed(update: Update) -> RecordDict:
+    sender = ConfigRecord({"client": update.client, "n_samples": update.n_samples})
+    return RecordDict({"state": ArrayRecord(update.state), "metrics": MetricRecord(update.metrics), "sender": sender})
+
+
+def _unpacked(content: RecordDict, client: int) -> Update:
+    """What a client sent; `screen` looks at it next, so that nothing is checked here but that it can be read."""
+    state, metrics = content["state"].to_torch_state_dict(), dict(content["metrics"])
+    return Update(client, state, content["sender"]["n_samples"], metrics)
+
+
+# The server's side ---------------------------------------------------------------------------------------------------
+
+
+def serve(
+    grid: "Grid | InProcessGrid",
+    state: State,
+    aggregate: Aggregator,
+    *,
+    rounds: int,
+    n_clients: int,
+    settings: dict,
+    folder: Path,
+    timeout: float,
+    wait: float = 60.0,
+    quorum: int | None = None,
+) -> tuple[State, list[dict]]:
+    """Run a federation to its end, from its last finished round if it was interrupted.
+
+    Args:
+        grid: Flower's, or `InProcessGrid`.
+        state: the server's before the first round.
+        aggregate: the rule. Its memory is what its attributes hold besides functions; it is kept with the checkpoint.
+        rounds, n_clients: of the whole federation.
+        settings: sent to every client; plain values only.
+        folder: of this run: its last name is the run's. ``server.pt`` in it is the checkpoint, replaced every round.
+        timeout: seconds to wait for a round's answers. It decides who takes part: too short a time changes the result.
+        wait: seconds to wait for ``n_clients`` nodes at the start, and for a quorum of them in any later round.
+        quorum: of `run_round`.
+
+    Returns:
+        The last state, and for every round what the rule said of it, who was rejected or absent and why, and what the
+        clients reported.
+
+    Raises:
+        InputError: the folder holds a run with other settings.
+        NoQuorum: too few usable answers; after the fault is mended, the same call goes on from the round before.
+    """
+    at = _resumed(folder, state, aggregate, settings, n_clients)
+    least = n_clients
+    while at["round"] < rounds:
+        t, began = at["round"], time.monotonic()
+        order = {"run": at["run"], "round": t, "since": at["since"], "settings": json.dumps(settings)}
+        nodes = _online(grid, least, wait)
+        arrived, reasons = _answers(grid, nodes, at["state"], order, timeout, n_clients, at["seats"])
+
+        def collected(client: int, state: State, round: int, arrived=arrived, reasons=reasons) -> Update:
+            if client not in arrived:
+                raise InputError(reasons.get(client, f"no answer within {timeout:g} s"))
+            return _unpacked(arrived[client], client)
+
+        at["state"], updates, diagnostics = run_round(
+            at["state"], range(n_clients), collected, aggregate, t, quorum=quorum
+        )
+        for client in arrived:
+            at["since"][client] = t
+        at["round"], least = t + 1, n_clients // 2 + 1 if quorum is None else quorum
+        line = {"round": t + 1, "seconds": round(time.monotonic() - began, 3), **diagnostics}
+        line["metrics"] = {u.client: u.metrics for u in updates}
+        at["history"].append(json.dumps(line, default=float))
+        files.write(folder / "server.pt", _bytes({**at, "memory": _memory(aggregate)}))
+        print(at["history"][-1], flush=True)  # what `flwr log` shows
+    return at["state"], [json.loads(line) for line in at["history"]]
+
+
+def _resumed(folder: Path, state: State, aggregate: Aggregator, settings: dict, n_clients: int) -> dict:
+    """Where the run in a folder stands; its memory is given back to the rule."""
+    if not RUN.fullmatch(folder.name):
+        raise InputError(f"a run cannot be called {folder.name!r}: use up to 40 small letters, digits and dashes")
+    given = json.dumps(settings, sort_keys=True)
+    if not (folder / "server.pt").exists():
+        files.check_writable(folder)
+        # The token tells this run's memories at the clients from those of an earlier one with the same name.
+        run = f"{folder.name[:40]}-{secrets.token_hex(4)}"
+        fresh = {"run": run, "round": 0, "state": state, "since": [NEVER] * n_clients, "seats": {}, "history": []}
+        return {**fresh, "settings": given}
+    at = torch.load(folder / "server.pt", weights_only=True)
+    if at["settings"] != given:
+        raise InputError(f"{folder.name} holds a run with other settings: choose another name, or remove that folder")
+    for name, value in at.pop("memory").items():
+        now = getattr(aggregate, name)
+        setattr(aggregate, name, deque(value, now.maxlen) if isinstance(now, deque) else value)
+    return at
+
+
+def _memory(aggregate: Aggregator) -> dict[str, Any]:
+    kept = {name: value for name, value in getattr(aggregate, "__dict__", {}).items() if not callable(value)}
+    return {name: list(value) if isinstance(value, deque) else value for name, value in kept.items()}
+
+
+def _online(grid: Grid, least: int, wait: float) -> list[int]:
+    end = time.monotonic() + wait
+    while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
+        time.sleep(POLL)
+    return nodes
+
+
+def _answers(
+    grid: Grid, nodes: Sequence[int], state: State, order: dict, timeout: float, n_clients: int, seats: dict[int, int]
+) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """One round's answers by client, and why others cannot be used.
+
+    ``seats`` says as which client a node has answered before. A node keeps that seat: it cannot change it, and a newcomer
+    cannot take it while its holder answers. Of two newcomers on one seat neither is believed.
+    """
+    content = RecordDict({"state": ArrayRecord(state), "order": ConfigRecord(order)})
+    messages = [Message(content, node, "train", ttl=timeout, group_id=str(order["round"])) for node in nodes]
+    reasons, claims, heard = {}, defaultdict(list), set()
+    for answer in grid.send_and_receive(messages, timeout=timeout):
+        node = answer.metadata.src_node_id
+        if answer.has_error():
+            if node in seats:
+                reasons[seats[node]] = f"its node failed: {answer.error.reason}"[:200]
+            continue
+        client = _claim(answer.content, n_clients)
+        if client is None or seats.get(node, client) != client or node in heard:
+            continue
+        heard.add(node)
+        claims[client].append((node, answer.content))
+    arrived = {}
+    for client, claim in claims.items():
+        chosen = [each for each in claim if seats.get(each[0]) == client] or claim
+        if len(chosen) > 1:
+            reasons[client] = f"{len(chosen)} nodes call themselves client {client}"
+            continue
+        seats[chosen[0][0]], arrived[client] = client, chosen[0][1]
+    return arrived, reasons
+
+
+def _claim(content: RecordDict, n_clients: int) -> int | None:
+    """As which client an answer comes."""
+    try:
+        client = content["sender"]["client"]
+    except Exception:  # whatever a hostile node sent
+        return None
+    return client if type(client) is int and 0 <= client < n_clients else None
+
+
+# Without a network ---------------------------------------------------------------------------------------------------
+
+
+class InProcessGrid:
+    """All nodes in this process, one after another: for notebooks and tests. Messages pass as they are, not as bytes.
+
+    It has what a server app needs of Flower's ``Grid``: the nodes, and a way to ask them.
+
+    Args:
+        app: what a node does with a message; an error that it raises becomes an error reply, as in a deployment.
+        nodes: the configuration of every node.
+    """
+
+    def __init__(self, app: Callable[[Message, Context], Message], nodes: Sequence[Mapping]):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+            1,
+            1,
+            1,
+        )  # Flower's messages ask who sends them
+        self.app = app
+        self.contexts = {100 + i: Context(1, 100 + i, dict(node), RecordDict(), {}) for i, node in enumerate(nodes)}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self._answer(message) for message in messages]
+
+    def _answer(self, message: Message) -> Message:
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
