@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,11 +24,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medsec.core import files
 from medsec.core.errors import InputError
-from medsec.federated.rounds import Aggregator, State, Update, run_round
+from medsec.federated.rounds import Aggregator, State, Update, in_a_line, run_round
 
 __all__ = ["InProcessGrid", "Participant", "client_app", "serve"]
 
 RUN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}")  # a client makes a folder of this name, and the server chooses it
+NOBODY = -1  # client of a node that has not answered yet
 NEVER = -1  # in ``since``: no answer of this client has arrived yet
 POLL = 0.5  # seconds
 
@@ -109,8 +111,14 @@ def _bytes(content: dict) -> bytes:
 
 
 def _packed(update: Update) -> RecordDict:
-    sender = ConfigRecord({"client": update.client, "n_samples": update.n_samples})
-    return RecordDict({"state": ArrayRecord(update.state), "metrics": MetricRecord(update.metrics), "sender": sender})
+    def plain(value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else value  # Flower takes no numbers of numpy
+
+    metrics = {name: plain(value) for name, value in update.metrics.items()}
+    sender = {"client": plain(update.client), "n_samples": plain(update.n_samples)}
+    return RecordDict(
+        {"state": ArrayRecord(update.state), "metrics": MetricRecord(metrics), "sender": ConfigRecord(sender)}
+    )
 
 
 def _unpacked(content: RecordDict, client: int) -> Update:
@@ -166,7 +174,7 @@ def serve(
 
         def collected(client: int, state: State, round: int, arrived=arrived, reasons=reasons) -> Update:
             if client not in arrived:
-                raise InputError(reasons.get(client, f"no answer within {timeout:g} s"))
+                raise InputError(reasons.get(client) or reasons.get(NOBODY) or f"no answer within {timeout:g} s")
             return _unpacked(arrived[client], client)
 
         at["state"], updates, diagnostics = run_round(
@@ -229,8 +237,7 @@ def _answers(
     for answer in grid.send_and_receive(messages, timeout=timeout):
         node = answer.metadata.src_node_id
         if answer.has_error():
-            if node in seats:
-                reasons[seats[node]] = f"its node failed: {answer.error.reason}"[:200]
+            reasons[seats.get(node, NOBODY)] = f"its node failed: {answer.error.reason}"
             continue
         client = _claim(answer.content, n_clients)
         if client is None or seats.get(node, client) != client or node in heard:
@@ -287,5 +294,5 @@ class InProcessGrid:
     def _answer(self, message: Message) -> Message:
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:
-            return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
+        except (Exception, SystemExit) as error:
+            return Message(Error(code=0, reason=in_a_line(error)), reply_to=message)

@@ -80,7 +80,7 @@ def screen(
                 raise InputError(f"{times[sender]} updates came from it")
             accepted.append(_usable(update, sender, template))
         except Exception as error:  # whatever a hostile object does when it is read
-            rejected[sender] = _in_a_line(error)
+            rejected[sender] = in_a_line(error)
     return accepted, rejected
 
 
@@ -145,7 +145,7 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error's name and text, at most 200 characters; of an `InputError` the text alone."""
     name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     try:
@@ -189,7 +189,7 @@ def run_round(
         except (Exception, SystemExit) as error:
             if strict:
                 raise
-            absent[client] = _in_a_line(error)
+            absent[client] = in_a_line(error)
             causes.append(error)
     accepted, rejected = screen(list(sent.values()), state, list(sent))
     needed = len(clients) // 2 + 1 if quorum is None else quorum

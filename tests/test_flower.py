@@ -1,0 +1,484 @@
+"""Flower in one process: the same bits as the loop, and faults that end no run and change no result."""
+
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from test_fedgan import BASE
+from test_hostile_updates import KINDS, SERVERS, START, _small_forests, honest  # noqa: F401
+
+from experiments import flower as app
+from experiments import params as parameters
+from medsec.core import paths
+from medsec.core.errors import InputError
+from medsec.federated import flower
+from medsec.federated.aggregators import fedavg
+from medsec.federated.rounds import NoQuorum, Update, run_round
+
+CLIENTS, ROUNDS = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDSEC_FEDERATION", str(tmp_path))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------- a toy client with a memory
+
+
+class Walker:
+    """What it sends depends on all that it did before: a lost or doubled round shows in every later bit."""
+
+    def __init__(self, index, change=None):
+        self.index, self.steps, self.change = index, 0.0, change
+
+    def train(self, state, round):
+        self.steps = 0.5 * self.steps + round + self.index + 1
+        sent = honest(self.index, state)
+        moved = {k: v + 1e-3 * self.steps if v.is_floating_point() else v for k, v in sent.state.items()}
+        update = Update(self.index, moved, sent.n_samples, sent.metrics)
+        return update if self.change is None else self.change(update, state)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def toy_app(changes=None):
+    return flower.client_app(
+        lambda _, node: Walker(node["client"], (changes or {}).get(node["client"])), paths.federation
+    )
+
+
+def nodes(n=CLIENTS):
+    return [{"client": i} for i in range(n)]
+
+
+def serve(grid, aggregate=fedavg, name="run", rounds=ROUNDS, n_clients=CLIENTS, **more):
+    more = {"settings": {"seed": 0}, "timeout": 5, "wait": 0} | more
+    folder = paths.federation() / name
+    return flower.serve(grid, START, aggregate, rounds=rounds, n_clients=n_clients, folder=folder, **more)
+
+
+def undisturbed(aggregate=fedavg, away=(), rounds=ROUNDS):
+    """The plain loop; ``away``: pairs of client and round from 0, in which it takes no part."""
+    state, walkers = START, [Walker(i) for i in range(CLIENTS)]
+
+    def train(client, state, round):
+        if (client, round) in away:
+            raise InputError("away")
+        return walkers[client].train(state, round)
+
+    for t in range(rounds):
+        state, _, _ = run_round(state, range(CLIENTS), train, aggregate, t)
+    return state
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+class Disturbed(flower.InProcessGrid):
+    """``answered(round, message, answer) -> answers``: what becomes of each answer on its way."""
+
+    def __init__(self, answered, app=None, configs=None):
+        super().__init__(app or toy_app(), configs or nodes())
+        self.answered = answered
+
+    def send_and_receive(self, messages, *, timeout=None):
+        found = []
+        for message in messages:
+            answer = self._answer(message)
+            found += self.answered(message.content["order"]["round"], message, answer)
+        return found
+
+
+def client_of(message):
+    return message.metadata.dst_node_id - 100
+
+
+# ------------------------------------------------------------------------------------------------------------ same bits
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_every_rule_gives_the_bits_of_the_loop(name):
+    state, history = serve(flower.InProcessGrid(toy_app(), nodes()), SERVERS[name]())
+    assert same(state, undisturbed(SERVERS[name]()))
+    assert [line["round"] for line in history] == list(range(1, ROUNDS + 1))
+    assert not any(line["rejected"] or line["absent"] for line in history)
+
+
+def small(kind="gan", **config):
+    """A real federation small enough for a test."""
+    images = {"client": 96, "public": 48, "reference": 96, "val": 24, "test": 24}
+    change = {
+        "cohorts": {"fundus": {"size": 28, "images": images}},
+        "fedgan": BASE | {"images_per_client": 24},
+        "inversion": {
+            "federation": {"n_clients": 3, "images_per_client": 24, "rounds": 3},
+            "autoencoder": {"epochs": 1},
+        },
+        "feddetect": {"hardened": {"draws": 32}},
+    }
+    params = parameters.validate(parameters.merge(parameters.load().model_dump(), change))
+    plain = {"cohort": "fundus", "seed": 3, "rule": "none", "defence": "none", "attack": False}
+    shape = {"size": 28, "channels": 3, "classes": 2}
+    return app.Federation(kind=kind, **plain | shape | config, params=params.model_dump(mode="json"))
+
+
+REAL = {
+    "hardened rule, attacked": {"rule": "feddetect_hardened", "attack": True},
+    "released rule": {"rule": "feddetect_released"},
+    "norm clipping": {"rule": "norm_clip"},
+    "multi-Krum": {"rule": "multi_krum"},
+    "classifier": {"kind": "classifier"},
+    "classifier, private": {"kind": "classifier", "defence": "dp_sgd"},
+    "classifier, shadow": {"kind": "classifier", "defence": "shadow_described"},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_notebooks_federations_give_the_bits_of_the_loop(name, folder):
+    it = small(**REAL[name])
+    state, rule = app.server_side(it)
+    grid = flower.InProcessGrid(app.client_app, [{"partition-id": i} for i in range(3)])
+    found, _ = serve_app(grid, it, state, rule)
+    assert same(found, app.loop(it))
+
+
+def serve_app(grid, it, state, rule, rounds=3):
+    options = {"rounds": rounds, "n_clients": 3, "settings": it.model_dump(), "timeout": 5, "wait": 0}
+    return flower.serve(grid, state, rule, folder=paths.federation() / "run", **options)
+
+
+def test_a_hospitals_own_file_gives_the_bits_of_the_dealt_images_and_is_never_poisoned(folder):
+    it = small()
+    app.deal(it, folder / "hospitals")
+    own = [{"client": i, "images": str(folder / "hospitals" / f"client-{i}.npz")} for i in range(3)]
+    attacked = it.model_copy(update={"attack": True})  # the server may say what it likes
+    found, _ = serve_app(flower.InProcessGrid(app.client_app, own), attacked, *app.server_side(it))
+    assert same(found, app.loop(it))
+    assert not same(found, app.loop(attacked))
+    with pytest.raises(InputError, match=r"client-0.npz.* exist in hospitals"):
+        app.deal(it, folder / "hospitals")
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_an_answer_that_is_lost_leaves_the_client_where_it_was():
+    """It trained, and the server does not know: the next round starts from what the server knows."""
+    lost = {(2, 1), (2, 2), (4, 0)}
+    grid = Disturbed(lambda t, message, answer: [] if (client_of(message), t) in lost else [answer])
+    state, history = serve(grid)
+    assert same(state, undisturbed(away=lost))
+    assert [sorted(map(int, line["absent"])) for line in history] == [[4], [2], [2], []]
+    assert history[1]["absent"] == {"2": "no answer within 5 s"}
+
+
+def test_a_client_that_dies_in_mid_round_comes_back_as_it_was(folder):
+    died = (3, 1)
+    plain = toy_app()
+
+    def dying(message, context):
+        round = message.content["order"]["round"]
+        answer = plain(message, context)
+        if (context.node_config["client"], round) == died:
+            raise MemoryError("killed")
+        return answer
+
+    state, history = serve(flower.InProcessGrid(dying, nodes()))
+    assert same(state, undisturbed(away={died}))
+    assert history[1]["absent"] == {"3": "its node failed: MemoryError: killed"}
+
+
+def test_a_message_or_an_answer_that_comes_twice_changes_nothing():
+    plain, answers = toy_app(), []
+
+    def twice(message, context):
+        answers.append([plain(message, context), plain(message, context)])
+        return answers[-1][1]
+
+    state, _ = serve(Disturbed(lambda t, message, answer: [answer, answer], twice))
+    assert same(state, undisturbed())
+    for first, second in answers:
+        assert same(first.content["state"].to_torch_state_dict(), second.content["state"].to_torch_state_dict())
+
+
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("point", ["before an answer", "after all answers", "in the rule"])
+def test_a_server_that_is_killed_goes_on_from_its_last_round(name, point, folder):
+    def killed(t, message, answer):
+        if t == 2 and client_of(message) == (0 if point == "before an answer" else CLIENTS - 1):
+            raise KeyboardInterrupt
+        return [answer]
+
+    rule, grid = SERVERS[name](), Disturbed(killed)
+    if point == "in the rule":
+        grid = flower.InProcessGrid(toy_app(), nodes())
+
+        def dying(updates, round, whole=rule):
+            if round == 2:
+                whole(updates, round)
+                raise KeyboardInterrupt
+            return whole(updates, round)
+
+        dying.__dict__ = rule.__dict__ if hasattr(rule, "__dict__") else {}
+        rule = dying
+    with pytest.raises(KeyboardInterrupt):
+        serve(grid, rule)
+    before = (folder / "run" / "server.pt").read_bytes()
+    state, history = serve(flower.InProcessGrid(toy_app(), nodes()), SERVERS[name]())
+    assert same(state, undisturbed(SERVERS[name]()))
+    assert len(history) == ROUNDS
+    assert (folder / "run" / "server.pt").read_bytes() != before
+
+
+def test_a_finished_run_is_not_run_again():
+    first, _ = serve(flower.InProcessGrid(toy_app(), nodes()))
+
+    def nobody(message, context):
+        raise AssertionError("asked")
+
+    again, history = serve(flower.InProcessGrid(nobody, nodes()))
+    assert same(first, again)
+    assert len(history) == ROUNDS
+
+
+def test_without_a_quorum_it_stops_and_goes_on_when_that_is_mended():
+    grid = Disturbed(lambda t, message, answer: [] if t == 1 and client_of(message) > 1 else [answer])
+    with pytest.raises(NoQuorum, match="round 1: 2 of 5 updates usable, need 3; client 2: no answer within 5 s"):
+        serve(grid)
+    state, _ = serve(flower.InProcessGrid(toy_app(), nodes()))
+    assert same(state, undisturbed())
+
+
+def test_a_client_whose_memory_is_lost_says_so_and_the_others_go_on(folder):
+    def forgets(t, message, answer):
+        if t == 1:
+            for file in folder.glob("run-*/client-3/*.pt"):
+                file.unlink()
+        return [answer]
+
+    _, history = serve(Disturbed(forgets))
+    assert "what this client knew after round 1 is lost" in history[1]["absent"]["3"]
+    assert history[3]["weights"].keys() == {"0", "1", "2", "4"}
+
+
+def test_what_lies_on_disk_does_not_grow(folder):
+    sizes = []
+
+    def look(t, message, answer):
+        kept = list(folder.rglob("*.pt"))
+        assert len(kept) <= 1 + 2 * CLIENTS
+        if t and client_of(message) == 0:
+            sizes.append((folder / "run" / "server.pt").stat().st_size)
+        return [answer]
+
+    _, history = serve(Disturbed(look), rounds=8)
+    assert max(sizes) - min(sizes) < 8 * (2 + len(str(history[0])))  # the lines of the history
+
+
+# -------------------------------------------------------------------------------------------------------------- hostile
+
+
+DEADLY = "without memory"  # only to the client's own process, which reads it in order to send it
+DROPPED = ("with a gradient", "parameter")  # what Flower's arrays do not carry: it arrives as a plain tensor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hostile_update_ends_a_run(kind):
+    """Those of `test_hostile_updates`; what cannot even be sent is an error of its client."""
+    for i, (name, change) in enumerate(KINDS[kind].items()):
+        if name.startswith(DEADLY):
+            continue
+        grid = flower.InProcessGrid(toy_app({2: change}), nodes())
+        state, (line,) = serve(grid, name=f"run-{i}", rounds=1)
+        taken = kind == "taken" or name.startswith(DROPPED)
+        assert list({**line["rejected"], **line["absent"]}) == ([] if taken else ["2"]), name
+        assert line["weights"].keys() == {"0", "1", "3", "4"} | ({"2"} if taken else set())
+        assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def damaged(name, **parts):
+    """An answer of which some records are replaced."""
+
+    def change(content):
+        for key, part in parts.items():
+            del content[key]
+            if part is not None:
+                content[key] = part
+
+    return pytest.param(change, id=name)
+
+
+def array(shape=(2,), header=None, data=None):
+    stream = io.BytesIO()
+    np.save(stream, np.ones(shape, np.float32))
+    raw = stream.getvalue() if data is None else data
+    if header:
+        raw = raw.replace(str(shape).encode(), header.encode().ljust(len(str(shape)))[: len(str(shape))])
+    return ArrayRecord({name: Array("float32", shape, "numpy.ndarray", raw) for name in START})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        damaged("no state", state=None),
+        damaged("no metrics", metrics=None),
+        damaged("no sender", sender=None),
+        damaged("empty state", state=ArrayRecord()),
+        damaged("no numpy file", state=array(data=b"\x00" * 50)),
+        damaged("empty bytes", state=array(data=b"")),
+        damaged("pickle", state=array(data=b"\x80\x04K\x01.")),
+        damaged("a size that is not there", state=array((10**6,), header="(10**9,)")),
+        damaged("another shape", state=array((3, 3))),
+        damaged("lists for numbers", metrics=MetricRecord({"loss_g": [1.0, 2.0]})),
+        damaged("NaN reported", metrics=MetricRecord({"loss_g": math.nan})),
+        damaged("no samples", sender=ConfigRecord({"client": 2})),
+        damaged("text for samples", sender=ConfigRecord({"client": 2, "n_samples": "8"})),
+        damaged("negative samples", sender=ConfigRecord({"client": 2, "n_samples": -8})),
+        damaged("text for the client", sender=ConfigRecord({"client": "2", "n_samples": 8})),
+        damaged("no such client", sender=ConfigRecord({"client": 99, "n_samples": 8})),
+        damaged("list for the client", sender=ConfigRecord({"client": [2], "n_samples": 8})),
+        damaged("record of another kind", sender=MetricRecord({"client": 2})),
+    ],
+)
+def test_no_damaged_answer_ends_a_run(change):
+    def answered(t, message, answer):
+        if client_of(message) == 2:
+            change(answer.content)
+        return [answer]
+
+    state, history = serve(Disturbed(answered))
+    assert all({**line["rejected"], **line["absent"]}.keys() == {"2"} for line in history)
+    assert same(state, undisturbed(away={(2, t) for t in range(ROUNDS)}))
+
+
+def test_nobody_takes_the_seat_of_one_who_is_there():
+    """A sixth node calls itself client 1 from the second round on; then client 1 goes, and a new node takes its place."""
+    grid = Disturbed(lambda t, message, answer: [answer], configs=[*nodes(), {"client": 1}])
+    grid.answered = lambda t, message, answer: [answer] if t or client_of(message) != 5 else []
+    state, history = serve(grid)
+    assert same(state, undisturbed())
+    assert not any(line["absent"] for line in history)
+
+
+def test_of_two_newcomers_on_one_seat_neither_is_believed():
+    _, history = serve(flower.InProcessGrid(toy_app(), [*nodes(), {"client": 1}]), rounds=1)
+    assert history[0]["absent"] == {"1": "2 nodes call themselves client 1"}
+
+
+def test_a_node_that_changes_its_client_is_not_heard():
+    def answered(t, message, answer):
+        if t == 2 and client_of(message) == 4:
+            answer.content["sender"] = ConfigRecord({"client": 0, "n_samples": 8})
+        return [answer]
+
+    state, history = serve(Disturbed(answered))
+    assert history[2]["absent"].keys() == {"4"}
+    assert same(state, undisturbed(away={(4, 2)}))
+
+
+def test_a_restarted_node_takes_its_seat_again():
+    """Without a key Flower gives it another number."""
+    grid = flower.InProcessGrid(toy_app(), nodes())
+    with pytest.raises(KeyboardInterrupt):
+        serve(Disturbed(lambda t, m, a: (_ for _ in ()).throw(KeyboardInterrupt) if t == 2 else [a]))
+    grid.contexts[777] = grid.contexts.pop(103)
+    grid.contexts[777].node_id = 777
+    state, history = serve(grid)
+    assert same(state, undisturbed())
+    assert not history[2]["absent"]
+
+
+@pytest.mark.parametrize("run", ["../elsewhere", "/tmp/x", "", "A", "a" * 70, "a/b", 3])
+def test_a_server_cannot_choose_where_a_client_writes(run, folder):
+    order = {"run": run, "round": 0, "since": [-1] * CLIENTS, "settings": "{}"}
+    grid = flower.InProcessGrid(toy_app(), nodes(1))
+    content = RecordDict({"state": ArrayRecord(START), "order": ConfigRecord(order)})
+    (answer,) = grid.send_and_receive([Message(content, 100, "train")])
+    assert "names no run or no round" in answer.error.reason
+    assert not list(folder.rglob("*"))
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_cannot_be_run_is_told_before_anybody_is_asked(folder):
+    grid = flower.InProcessGrid(toy_app(), nodes())
+    serve(grid, rounds=1)
+    with pytest.raises(InputError, match="run holds a run with other settings"):
+        serve(grid, settings={"seed": 1})
+    with pytest.raises(InputError, match="a run cannot be called 'My run'"):
+        serve(grid, name="My run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (['rule="fedavgg"'], "server rule 'fedavgg': choose one of none, "),
+        (['kind="classifier"', 'rule="feddetect_hardened"'], "looks at generators; use one of none"),
+        (['kind="classifier"', 'rule="none"', 'defence="magic"'], "defence 'magic': choose one of"),
+        (["clients=0"], "n_clients"),
+        (["rounds=-1"], "rounds"),
+        (['kind="segmentation"'], "kind"),
+        (["round=3"], "unknown setting round: choose from name"),
+        (["rule=median"], "write each as in TOML"),
+        (['profile="fast"'], "unknown profile 'fast'"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line(changes, message, capsys):
+    assert app.main(["loop", "--set", *changes]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "own.npz is missing"),
+        ({"images": np.zeros((4, 28, 28), np.uint8)}, "holds no images and labels"),
+        ({"images": np.zeros((4, 28, 28)), "labels": np.zeros(4, int)}, "images must be uint8"),
+        ({"images": np.zeros((4, 28, 28), np.uint8), "labels": np.zeros(3, int)}, "labels n whole numbers"),
+        ({"images": np.zeros((0, 28, 28), np.uint8), "labels": np.zeros(0, int)}, "labels n whole numbers"),
+        ({"images": np.zeros((4, 28, 28), np.uint8), "labels": np.array([0, 1, -1, 0])}, "whole numbers from 0"),
+        (
+            {"images": np.zeros((4, 32, 32), np.uint8), "labels": np.zeros(4, int)},
+            r"\(1, 32, 32\) .*the run has \(3, 28",
+        ),
+        ({"images": np.zeros((4, 28, 28), np.uint8), "labels": np.full(4, 7)}, "classes to 7; .*with 2 classes"),
+        ({"images": np.array([{}] * 4), "labels": np.zeros(4, int)}, r"holds no images and labels \(ValueError\)"),
+    ],
+)
+def test_a_hospitals_wrong_file_is_told(arrays, message, folder):
+    file = folder / "own.npz"
+    if arrays is not None:
+        np.savez(file, **arrays)
+    with pytest.raises(InputError, match=message):
+        app.build(small().model_dump(), {"client": 0, "images": str(file)})
+
+
+def test_a_node_that_is_no_client_is_told():
+    with pytest.raises(InputError, match="client 3 in the node's configuration: the run has clients 0 to 2"):
+        app.build(small().model_dump(), {"partition-id": 3})
+    with pytest.raises(InputError, match="control of notebook 03"):
+        app.build(small("classifier", defence="offset").model_dump(), {"partition-id": 0})
+
+
+def test_nothing_else_imports_flower():
+    """It is an extra."""
+    importing = re.compile(
+        r"^\s*(from|import) (flwr|medsec\.federated\.flower|experiments\.flower)|import .*\bflower\b", re.M
+    )
+    files = [file for package in ("medsec", "experiments") for file in (paths.ROOT / package).rglob("*.py")]
+    found = {file.relative_to(paths.ROOT).as_posix() for file in files if importing.search(file.read_text("utf-8"))}
+    assert found == {"medsec/federated/flower.py", "experiments/flower.py"}
