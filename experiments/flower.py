@@ -268,18 +268,23 @@ def digest(state: State) -> str:
 # In one process ------------------------------------------------------------------------------------------------------
 
 
+def whole(it: Federation) -> gan.FederatedGAN:
+    """All clients of a federated GAN, as the notebooks have them."""
+    params = _params(it.model_dump_json())
+    images, labels = zip(*_dealt(it, params), strict=True)
+    trigger = _trigger(it, params) if it.attack else None
+    return gan.new_federation(images, labels, it.classes, params.fedgan, it.seed, trigger)
+
+
 def loop(it: Federation) -> State:
     """The last state of the same federation as the notebooks run it: the reference."""
+    if it.kind == "gan":
+        return gan.run(whole(it), aggregate=server_side(it)[1], strict=True).state
+    if it.rule != "none":
+        raise InputError(f"rule {it.rule}: the notebooks' federation of classifiers averages; use rule none")
     params = _params(it.model_dump_json())
     held = _dealt(it, params)
     images, labels = zip(*held, strict=True)
-    _, rule = server_side(it)
-    if it.kind == "gan":
-        trigger = _trigger(it, params) if it.attack else None
-        whole = gan.new_federation(images, labels, it.classes, params.fedgan, it.seed, trigger)
-        return gan.run(whole, aggregate=rule, strict=True).state
-    if it.rule != "none":
-        raise InputError(f"rule {it.rule}: the notebooks' federation of classifiers averages; use rule none")
     defences = [ClassifierHospital(i, *own, it, params).client.defend for i, own in enumerate(held)]
     model = _network(it, params)
     return classifier.train(model, images, labels, defences, params.inversion.federation, it.seed)[-1]

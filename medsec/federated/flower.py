@@ -5,6 +5,7 @@ the answers that Flower collected. Flower starts a new process for every message
 remember lies on disk, written whole or not at all: after a fault, each starts from where the other knows it to be.
 """
 
+import copy
 import io
 import json
 import re
@@ -267,7 +268,7 @@ def _claim(content: RecordDict, n_clients: int) -> int | None:
 
 
 class InProcessGrid:
-    """All nodes in this process, one after another: for notebooks and tests. Messages pass as they are, not as bytes.
+    """All nodes in this process, one after another: for notebooks and tests.
 
     It has what a server app needs of Flower's ``Grid``: the nodes, and a way to ask them.
 
@@ -293,6 +294,6 @@ class InProcessGrid:
 
     def _answer(self, message: Message) -> Message:
         try:
-            return self.app(message, self.contexts[message.metadata.dst_node_id])
+            return self.app(copy.deepcopy(message), self.contexts[message.metadata.dst_node_id])
         except (Exception, SystemExit) as error:
             return Message(Error(code=0, reason=in_a_line(error)), reply_to=message)
