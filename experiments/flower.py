@@ -35,7 +35,7 @@ from medsec.core import files, paths
 from medsec.core.errors import InputError, command
 from medsec.core.params import Count, Section, Seed, validated
 from medsec.core.seeds import derive_seed, fingerprint
-from medsec.federated import aggregators, classifier, flower
+from medsec.federated import aggregators, classifier, flower, secagg
 from medsec.federated.rounds import Aggregator, State, Update
 from medsec.nets import convnet
 
@@ -80,6 +80,8 @@ def federation(config: Mapping, profile: str = "quick") -> Federation:
         raise InputError(f"defence {found.defence!r}: choose one of {', '.join(gia_clients.VARIANTS)}")
     if found.rule not in feddetect_eval.VARIANTS:
         raise InputError(f"server rule {found.rule!r}: choose one of {', '.join(feddetect_eval.VARIANTS)}")
+    if config["masked"] and found.rule != "none":
+        raise InputError(f"server rule {found.rule!r} needs each client's update, which masks hide; use rule none")
     if found.kind == "classifier" and found.rule not in aggregators.RULES:
         raise InputError(f"server rule {found.rule!r} looks at generators; use one of {', '.join(aggregators.RULES)}")
     return found
@@ -219,6 +221,7 @@ def _network(it: Federation, params: Params) -> convnet.ConvNet:
 
 
 client_app = flower.client_app(build, paths.federation)
+secagg.answer_masked(client_app, build, paths.federation)
 
 
 # The server ----------------------------------------------------------------------------------------------------------
@@ -256,6 +259,7 @@ def main_of_server(grid: Grid, context: Context) -> None:
         folder=paths.federation() / config["name"],
         timeout=config["timeout"],
         wait=config["wait"],
+        masked=secagg.masked_round if config["masked"] else None,
     )
     print(json.dumps({"fingerprint": digest(state)}), flush=True)
 

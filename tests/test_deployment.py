@@ -3,6 +3,7 @@
 Every process that a test starts is in a group of its own, which is killed at the test's end, whatever happened.
 """
 
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.deployment
 BIN = Path(sys.executable).parent
 PATIENCE = 300  # seconds, on a busy machine
 CLIENTS = 3
-SETTINGS = ["clients=3", 'rule="feddetect_hardened"', "rounds=4"]
+SETTINGS = {"clients": "3", "rule": '"feddetect_hardened"', "rounds": "4"}  # as in TOML
 
 
 def until(what, met, patience=PATIENCE):
@@ -99,10 +100,8 @@ class Hosts:
         if psutil.pid_exists(process.pid):
             family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         for pid in family:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait(30)
 
     def flwr(self, *command):
@@ -124,9 +123,9 @@ class Hosts:
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
-    def run(self, *settings, options=()):
+    def run(self, options=(), **changes):
         """Submit a run; its number."""
-        text = " ".join([*SETTINGS, "timeout=45.0", "wait=120.0", *settings])
+        text = " ".join(written({"timeout": "45.0", "wait": "120.0"} | changes))
         found = self.flwr("run", str(self.app), "here", *options, "--run-config", text)
         assert found["success"], found
         return found["run-id"]
@@ -164,10 +163,12 @@ def free_port():
 def hosts(tmp_path):
     """Nothing that was started is left running, not even what a killed process left behind."""
     found = Hosts(tmp_path)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends the tests ends what they started
     try:
         yield found
     finally:
         found.end()
+        signal.signal(signal.SIGTERM, before)
     here = str(tmp_path)
     left = [
         p.info["pid"]
@@ -179,11 +180,15 @@ def hosts(tmp_path):
 
 @pytest.fixture
 def it():
-    return app.federation(config(), "quick")
+    return federation()
 
 
-def config(*settings):
-    return app.run_config([*SETTINGS, *settings])
+def written(changes):
+    return [f"{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+
+
+def federation(**changes):
+    return app.federation(app.run_config(written(changes)), "quick")
 
 
 @pytest.fixture
@@ -214,11 +219,10 @@ def same(a, b):
 def test_the_simulation_gives_the_bits_of_the_loop(hosts):
     pytest.importorskip("ray")
     hosts.server("--simulation")
-    settings = ["rounds=3", "attack=true"]
-    run = hosts.run(*settings, options=["--federation-config", f"num-supernodes={CLIENTS}"])
+    changes = {"rounds": "3", "attack": "true"}
+    run = hosts.run(["--federation-config", f"num-supernodes={CLIENTS}"], **changes)
     state, history = hosts.finished(run)
-    it = app.federation(config(*settings), "quick")
-    assert same(state, app.loop(it))
+    assert same(state, app.loop(federation(**changes)))
     assert [line["absent"] for line in history] == [{}] * 3
 
 

@@ -406,7 +406,7 @@ def test_a_server_cannot_choose_where_a_client_writes(run, folder):
     order = {"run": run, "round": 0, "since": [-1] * CLIENTS, "settings": "{}"}
     grid = flower.InProcessGrid(toy_app(), nodes(1))
     content = RecordDict({"state": ArrayRecord(START), "order": ConfigRecord(order)})
-    (answer,) = grid.send_and_receive([Message(content, 100, "train")])
+    (answer,) = grid.send_and_receive([Message(content, 100, flower.PLAIN)])
     assert "names no run or no round" in answer.error.reason
     assert not list(folder.rglob("*"))
 

@@ -6,6 +6,7 @@ remember lies on disk, written whole or not at all: after a fault, each starts f
 """
 
 import copy
+import functools
 import io
 import json
 import re
@@ -29,14 +30,14 @@ from medsec.federated.rounds import Aggregator, State, Update, in_a_line, run_ro
 
 __all__ = ["InProcessGrid", "Participant", "client_app", "serve"]
 
+PLAIN = "train.plain"  # type of a message that asks for an update without masks
 RUN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}")  # a client makes a folder of this name, and the server chooses it
-NOBODY = -1  # client of a node that has not answered yet
-NEVER = -1  # in ``since``: no answer of this client has arrived yet
+NOBODY = NEVER = -1  # client of a node that has not answered yet; round of a client's last answer, before there is one
 POLL = 0.5  # seconds
 
 
 class Participant(Protocol):
-    """One client: built anew for every message from its own data, with what it remembers from the last one."""
+    """One client: built anew for every message from its own data and what it remembers."""
 
     index: int
 
@@ -50,51 +51,57 @@ class Participant(Protocol):
         """Take up what `state_dict` gave."""
 
 
+Build = Callable[[dict, Mapping], Participant]  # from the server's settings and the node's own configuration
+
+
 # A client's side -----------------------------------------------------------------------------------------------------
 
 
-def client_app(
-    build: Callable[[dict, Mapping], Participant], folder: Callable[[], Path], mods: Sequence[Callable] = ()
-) -> ClientApp:
+def client_app(build: Build, folder: Callable[[], Path]) -> ClientApp:
     """The Flower app of a client.
 
     A client keeps two memories: after the last round whose answer the server has, and after the latest that it trained.
-    The server says in every message from which of them to start. So an answer that was lost, a message that comes twice
-    and a server that went back to its last checkpoint all lead to the same update.
+    Every message says from which to start. So an answer that was lost, a message that comes twice and a server that went
+    back to its last checkpoint all lead to the same update.
 
     Args:
-        build: ``(settings, node_config) -> participant``. The settings come from the server, the node's configuration from
-            whoever runs the node: where its data lies may only be read from the latter.
+        build: ``(settings, node_config) -> participant``; where a hospital's data lies may only be read from the latter.
         folder: where memories are kept, below the name of the run.
-        mods: Flower's, such as those of secure aggregation.
     """
     app = ClientApp()
 
-    @app.train(mods=list(mods))
+    @app.train(PLAIN.split(".")[1])
     def train(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)  # one and two threads give different bits
-        order = message.content["order"]
-        run, round = order["run"], order["round"]
-        if type(run) is not str or not RUN.fullmatch(run) or type(round) is not int:
-            raise InputError("the server's message names no run or no round")
-        participant = build(json.loads(order["settings"]), context.node_config)
-        place, since = folder() / run / f"client-{participant.index}", order["since"][participant.index]
-        if since != NEVER:
-            participant.load_state_dict(_remembered(place / f"{since}.pt"))
-        update = participant.train(message.content["state"].to_torch_state_dict(), round)
-        _keep(place, round, participant.state_dict(), (since, round))
-        return Message(_packed(update), reply_to=message)
+        if context.node_config.get("masked"):
+            raise InputError("this hospital sends its updates under masks only; the server asked for a plain one")
+        state, order = message.content["state"].to_torch_state_dict(), message.content["order"]
+        return Message(_packed(trained(build, folder, state, order, context.node_config)), reply_to=message)
 
     return app
+
+
+def trained(build: Build, folder: Callable[[], Path], state: State, order: Mapping, node: Mapping) -> Update:
+    """What a client does with the server's state and order: the update that it sends. Its memory is on disk before."""
+    torch.set_num_threads(1)  # one and two threads give different bits
+    run, round = order["run"], order["round"]
+    if type(run) is not str or not RUN.fullmatch(run) or type(round) is not int:
+        raise InputError("the server's message names no run or no round")
+    participant = build(json.loads(order["settings"]), node)
+    place, since = folder() / run / f"client-{participant.index}", order["since"][participant.index]
+    if since != NEVER:
+        participant.load_state_dict(_remembered(place / f"{since}.pt"))
+    update = participant.train(state, round)
+    _keep(place, round, participant.state_dict(), (since, round))
+    return update
 
 
 def _remembered(file: Path) -> dict:
     try:
         return torch.load(file, weights_only=True)
     except FileNotFoundError:
+        lost = f"what this client knew after round {int(file.stem) + 1} is lost ({file.name} is missing)"
         raise InputError(
-            f"what this client knew after round {int(file.stem) + 1} is lost ({file.name} is missing): it can take no further "
-            "part in this run; restore its folder, or start a new run"
+            f"{lost}: restore its folder; without it this client can take no further part in the run"
         ) from None
 
 
@@ -117,15 +124,19 @@ def _packed(update: Update) -> RecordDict:
 
     metrics = {name: plain(value) for name, value in update.metrics.items()}
     sender = {"client": plain(update.client), "n_samples": plain(update.n_samples)}
-    return RecordDict(
-        {"state": ArrayRecord(update.state), "metrics": MetricRecord(metrics), "sender": ConfigRecord(sender)}
-    )
+    records = {"metrics": MetricRecord(metrics), "sender": ConfigRecord(sender)}
+    return RecordDict({"state": ArrayRecord(update.state), **records})
 
 
-def _unpacked(content: RecordDict, client: int) -> Update:
-    """What a client sent; `screen` looks at it next, so that nothing is checked here but that it can be read."""
-    state, metrics = content["state"].to_torch_state_dict(), dict(content["metrics"])
-    return Update(client, state, content["sender"]["n_samples"], metrics)
+def _collected(
+    arrived: dict[int, RecordDict], reasons: dict[int, str], timeout: float, client: int, state: State, round: int
+) -> Update:
+    """What a client sent. `screen` looks at it next, so that nothing is checked here but that it can be read."""
+    if client not in arrived:
+        raise InputError(reasons.get(client) or reasons.get(NOBODY) or f"no answer within {timeout:g} s")
+    content = arrived[client]
+    metrics, n_samples = dict(content["metrics"]), content["sender"]["n_samples"]
+    return Update(client, content["state"].to_torch_state_dict(), n_samples, metrics)
 
 
 # The server's side ---------------------------------------------------------------------------------------------------
@@ -143,6 +154,7 @@ def serve(
     timeout: float,
     wait: float = 60.0,
     quorum: int | None = None,
+    masked: Callable[..., tuple[State, dict[int, dict]]] | None = None,
 ) -> tuple[State, list[dict]]:
     """Run a federation to its end, from its last finished round if it was interrupted.
 
@@ -156,36 +168,33 @@ def serve(
         timeout: seconds to wait for a round's answers. It decides who takes part: too short a time changes the result.
         wait: seconds to wait for ``n_clients`` nodes at the start, and for a quorum of them in any later round.
         quorum: of `run_round`.
+        masked: `medsec.federated.secagg.masked_round`, so that the server sees the mean alone and asks no ``aggregate``.
 
     Returns:
-        The last state, and for every round what the rule said of it, who was rejected or absent and why, and what the
-        clients reported.
+        The last state, and a dictionary a round: what the rule said, who was rejected or absent and why, what they reported.
 
     Raises:
         InputError: the folder holds a run with other settings.
         NoQuorum: too few usable answers; after the fault is mended, the same call goes on from the round before.
     """
     at = _resumed(folder, state, aggregate, settings, n_clients)
-    least = n_clients
+    least, everybody = n_clients, range(n_clients)
     while at["round"] < rounds:
         t, began = at["round"], time.monotonic()
         order = {"run": at["run"], "round": t, "since": at["since"], "settings": json.dumps(settings)}
         nodes = _online(grid, least, wait)
-        arrived, reasons = _answers(grid, nodes, at["state"], order, timeout, n_clients, at["seats"])
-
-        def collected(client: int, state: State, round: int, arrived=arrived, reasons=reasons) -> Update:
-            if client not in arrived:
-                raise InputError(reasons.get(client) or reasons.get(NOBODY) or f"no answer within {timeout:g} s")
-            return _unpacked(arrived[client], client)
-
-        at["state"], updates, diagnostics = run_round(
-            at["state"], range(n_clients), collected, aggregate, t, quorum=quorum
-        )
-        for client in arrived:
+        if masked:
+            at["state"], metrics = masked(grid, nodes, at["state"], order, timeout)
+            said = {"rejected": {}, "absent": {c: "not in the sum" for c in everybody if c not in metrics}}
+        else:
+            arrived, reasons = _answers(grid, nodes, at["state"], order, timeout, n_clients, at["seats"])
+            train = functools.partial(_collected, arrived, reasons, timeout)
+            at["state"], updates, said = run_round(at["state"], everybody, train, aggregate, t, quorum=quorum)
+            metrics = {u.client: u.metrics for u in updates}
+        for client in metrics if masked else arrived:
             at["since"][client] = t
         at["round"], least = t + 1, n_clients // 2 + 1 if quorum is None else quorum
-        line = {"round": t + 1, "seconds": round(time.monotonic() - began, 3), **diagnostics}
-        line["metrics"] = {u.client: u.metrics for u in updates}
+        line = {"round": t + 1, "seconds": round(time.monotonic() - began, 3), **said, "metrics": metrics}
         at["history"].append(json.dumps(line, default=float))
         files.write(folder / "server.pt", _bytes({**at, "memory": _memory(aggregate)}))
         print(at["history"][-1], flush=True)  # what `flwr log` shows
@@ -233,8 +242,8 @@ def _answers(
     cannot take it while its holder answers. Of two newcomers on one seat neither is believed.
     """
     content = RecordDict({"state": ArrayRecord(state), "order": ConfigRecord(order)})
-    messages = [Message(content, node, "train", ttl=timeout, group_id=str(order["round"])) for node in nodes]
-    reasons, claims, heard = {}, defaultdict(list), set()
+    messages = [Message(content, node, PLAIN, ttl=timeout, group_id=str(order["round"])) for node in nodes]
+    arrived, reasons, claims, heard = {}, {}, defaultdict(list), set()
     for answer in grid.send_and_receive(messages, timeout=timeout):
         node = answer.metadata.src_node_id
         if answer.has_error():
@@ -245,7 +254,6 @@ def _answers(
             continue
         heard.add(node)
         claims[client].append((node, answer.content))
-    arrived = {}
     for client, claim in claims.items():
         chosen = [each for each in claim if seats.get(each[0]) == client] or claim
         if len(chosen) > 1:
@@ -268,21 +276,14 @@ def _claim(content: RecordDict, n_clients: int) -> int | None:
 
 
 class InProcessGrid:
-    """All nodes in this process, one after another: for notebooks and tests.
+    """What a server app needs of Flower's ``Grid``, with all nodes in this process: for notebooks and tests.
 
-    It has what a server app needs of Flower's ``Grid``: the nodes, and a way to ask them.
-
-    Args:
-        app: what a node does with a message; an error that it raises becomes an error reply, as in a deployment.
-        nodes: the configuration of every node.
+    ``nodes`` are their configurations. An error that ``app`` raises becomes an error reply, as in a deployment.
     """
 
     def __init__(self, app: Callable[[Message, Context], Message], nodes: Sequence[Mapping]):
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            1,
-            1,
-            1,
-        )  # Flower's messages ask who sends them
+        for name in ("run_id", "node_id", "task_id"):  # Flower's messages ask who sends them
+            setattr(TaskIdentity, name, 1)
         self.app = app
         self.contexts = {100 + i: Context(1, 100 + i, dict(node), RecordDict(), {}) for i, node in enumerate(nodes)}
 
