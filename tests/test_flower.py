@@ -15,8 +15,8 @@ from experiments import flower as app
 from experiments import params as parameters
 from medsec.core import paths
 from medsec.core.errors import InputError
-from medsec.federated import flower
-from medsec.federated.aggregators import fedavg
+from medsec.federated import flower, secagg
+from medsec.federated.aggregators import fedavg, uniform_mean
 from medsec.federated.rounds import NoQuorum, Update, run_round
 
 CLIENTS, ROUNDS = 5, 4
@@ -286,12 +286,108 @@ def test_what_lies_on_disk_does_not_grow(folder):
     assert max(sizes) - min(sizes) < 8 * (2 + len(str(history[0])))  # the lines of the history
 
 
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def masked_app(changes=None):
+    def build(_, node):
+        return Walker(node["client"], (changes or {}).get(node["client"]))
+
+    both = flower.client_app(build, paths.federation)
+    secagg.answer_masked(both, build, paths.federation)
+    return both
+
+
+def masked(grid, **more):
+    return serve(grid, masked=secagg.masked_round, **more)
+
+
+def differ(a, b):
+    return max(float((a[k] - b[k]).abs().max()) for k in a if a[k].is_floating_point())
+
+
+def test_under_masks_the_server_gets_the_mean_and_no_update():
+    seen = []
+
+    def answered(answer):
+        for record in answer.content.config_records.values():
+            seen.extend((answer.metadata.src_node_id - 100, value) for value in record.get("masked_params", []))
+        assert not any(len(array.data) for record in answer.content.array_records.values() for array in record.values())
+        return answer
+
+    class Seen(flower.InProcessGrid):
+        def _answer(self, message):
+            return answered(super()._answer(message))
+
+    state, history = masked(Seen(masked_app(), nodes()), rounds=1)
+    expected = undisturbed(uniform_mean, rounds=1)
+    assert 0 < differ(state, expected) < 2 * secagg.CLIP / secagg.LEVELS * 2
+    assert state["1.num_batches_tracked"] == START["1.num_batches_tracked"]
+    assert history[0]["metrics"]["3"]["loss_g"] == pytest.approx(1.3)  # what is reported stays in the clear
+    weights = [(c, np.load(io.BytesIO(v))) for c, v in seen if np.load(io.BytesIO(v)).shape == (2, 1, 3, 3)]
+    assert len(weights) == CLIENTS
+    for client, hidden in weights:  # uniform over the whole range, and unrelated to what was sent
+        sent = Walker(client).train(START, 0).state["0.weight"].numpy()
+        assert 0.25 < hidden.mean() / 2**32 < 0.75
+        assert hidden.std() / 2**32 > 0.15
+        assert not np.allclose(hidden, (sent + secagg.CLIP) * secagg.LEVELS / (2 * secagg.CLIP), rtol=0.01)
+
+
+def test_a_client_that_goes_away_under_masks_is_left_out_and_starts_where_it_was():
+    class Lossy(flower.InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            found = super().send_and_receive(messages, timeout=timeout)
+            stage = {m.content["secaggplus_configs"].get("stage") for m in messages}
+            gone = self.round == 1 and stage == {"collect_masked_vectors"}
+            self.round += stage == {"unmask"}
+            return [m for m in found if not (gone and m.metadata.src_node_id == 104)]
+
+    grid = Lossy(masked_app(), nodes())
+    grid.round = 0
+    state, history = masked(grid)
+    assert history[1]["absent"] == {"4": "not in the sum"}
+    assert differ(state, undisturbed(uniform_mean, away={(4, 1)})) < 1e-4
+
+
+def test_what_masks_cannot_do_is_told():
+    with pytest.raises(InputError, match="2 nodes are online: a masked mean needs 3"):
+        masked(flower.InProcessGrid(masked_app(), nodes(2)), n_clients=2)
+    large = {2: lambda u, _: Update(2, {k: v + 9 if v.is_floating_point() else v for k, v in u.state.items()}, 8)}
+    _, history = masked(flower.InProcessGrid(masked_app(large), nodes()), name="large", rounds=1)
+    assert history[0]["absent"] == {"2": "not in the sum"}
+    with pytest.raises(InputError, match="needs each client's update, which masks hide"):
+        app.federation(app.run_config(["masked=true"]))
+
+
+def test_a_client_can_stop_a_masked_round_and_the_run_can_go_on():
+    class Spoilt(flower.InProcessGrid):
+        def _answer(self, message):
+            answer = super()._answer(message)
+            record = answer.content["secaggplus_configs"]
+            if message.metadata.dst_node_id == 103 and "masked_params" in record:
+                record["masked_params"] = [b"not an array"]
+            return answer
+
+    with pytest.raises(InputError, match=r"round 0: no masked mean: .*; the same call tries it again"):
+        masked(Spoilt(masked_app(), nodes()))
+    state, _ = masked(flower.InProcessGrid(masked_app(), nodes()))
+    assert differ(state, undisturbed(uniform_mean)) < 1e-4
+
+
+def test_a_hospital_that_insists_on_masks_refuses_a_plain_question():
+    careful = [{"client": i, "masked": True} for i in range(CLIENTS)]
+    with pytest.raises(NoQuorum, match="under masks only"):
+        serve(flower.InProcessGrid(masked_app(), careful))
+    state, _ = masked(flower.InProcessGrid(masked_app(), careful), name="masked")
+    assert differ(state, undisturbed(uniform_mean)) < 1e-4
+
+
 # -------------------------------------------------------------------------------------------------------------- hostile
 
 
 DEADLY = "without memory"  # only to the client's own process, which reads it in order to send it
 # What Flower's messages do not carry: these arrive as plain tensors, dictionaries and updates.
-DROPPED = ("with a gradient", "parameter", "state 7", "metrics 5")
+DROPPED = ("with a gradient", "parameter", "state 7", "metrics 5", "subclass of Update")
 SEATS = "another's name"  # below
 
 
@@ -483,4 +579,4 @@ def test_nothing_else_imports_flower():
     )
     files = [file for package in ("medsec", "experiments") for file in (paths.ROOT / package).rglob("*.py")]
     found = {file.relative_to(paths.ROOT).as_posix() for file in files if importing.search(file.read_text("utf-8"))}
-    assert found == {"medsec/federated/flower.py", "experiments/flower.py"}
+    assert found == {"medsec/federated/flower.py", "medsec/federated/secagg.py", "experiments/flower.py"}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.federated.flower import Build, trained
-from medsec.federated.rounds import State
+from medsec.federated.rounds import State, in_a_line
 
 __all__ = ["answer_masked", "masked_round"]
 
@@ -66,7 +66,8 @@ def masked_round(
         The mean of the states, and what each client in it reported.
 
     Raises:
-        InputError: fewer than three nodes, or the protocol came to no end, as so many went away that masks are left.
+        InputError: fewer than three nodes; too many went away; or one sent what cannot be summed. Any client can so stop a
+            round, and the masks hide which.
     """
     if len(nodes) < LEAST:
         raise InputError(f"{len(nodes)} nodes are online: a masked mean needs {LEAST} clients")
@@ -75,13 +76,14 @@ def masked_round(
     context.state[MAIN_CONFIGS_RECORD] = compat.ConfigRecord({Key.CURRENT_ROUND: order["round"]})
     context.state[MAIN_PARAMS_RECORD] = compat.parameters_to_arrayrecord(asked.parameters, keep_input=True)
     # Shares for everybody, of which two thirds open a mask: so many must stay to the end of the round.
-    SecAggPlusWorkflow(1.0, 2 / 3, max_weight=1.0, clipping_range=CLIP, quantization_range=LEVELS, timeout=timeout)(
-        grid, context
-    )
+    options = {"clipping_range": CLIP, "quantization_range": LEVELS, "max_weight": 1.0, "timeout": timeout}
+    why = "fewer than two thirds of the clients stayed to the end"
+    try:
+        SecAggPlusWorkflow(1.0, 2 / 3, **options)(grid, context)
+    except Exception as error:  # of whatever a client sent: behind masks nobody can tell who
+        why = in_a_line(error)
     if asked.mean is None:
-        raise InputError(
-            f"round {order['round']}: no masked mean; fewer than two thirds of the clients stayed to the end"
-        )
+        raise InputError(f"round {order['round']}: no masked mean: {why}; the same call tries it again")
     return {**state, **asked.mean}, asked.reported
 
 
