@@ -1,5 +1,6 @@
-"""What a clone promises: it is whole, small and clean, its pages lead somewhere, and all that is made is up to date."""
+"""What a clone promises: whole, small and clean, its layers hold, its pages lead somewhere, what is made is up to date."""
 
+import ast
 import hashlib
 import importlib.util
 import itertools
@@ -15,13 +16,17 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from importlinter.cli import lint_imports
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from experiments import params
+from experiments.catalogue import DESIGNS
+from experiments.feddetect.record import BASELINES
+from experiments.gia_defense.clients import CONTROLS
 from medsec import data
 from medsec.core import paths
-from medsec.evidence import execute, ledger
+from medsec.evidence import cells, execute, ledger, tables
 
 ROOT = paths.ROOT
 LIMIT_FILES, LIMIT_MB, LIMIT_README = 450, 25, 8000
@@ -173,6 +178,44 @@ def test_the_three_ways_to_install_are_one(project):
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
+# Who may import whom (docs/architecture.md): the contracts in pyproject.toml hold, and nobody goes around them --------
+
+
+def test_the_contracts_of_the_layers_hold(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0, f"{capsys.readouterr().out}\nrun: lint-imports"
+
+
+def test_no_module_is_imported_by_a_string():
+    """Such an import is an arrow that no tool sees."""
+    for package in ("medsec", "medphantom"):
+        for file in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"\b(import_module|__import__)\(", file.read_text(encoding="utf-8")), file.name
+
+
+def test_few_names_are_public():
+    """``__all__`` says what readers may build on. The names that `medsec.data` passes on count once."""
+    total = 0
+    for file in sorted((ROOT / "medsec").rglob("*.py")):
+        if file.name in ("__init__.py", "__main__.py"):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        (names,) = [ast.literal_eval(node.value) for node in tree.body if _is_all(node)]
+        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        defined |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+        defined |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        assert set(names) <= defined, file.name
+        total += len(names)
+    assert total <= 200
+
+
+def _is_all(node):
+    target = (
+        node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+    )
+    return isinstance(target, ast.Name) and target.id == "__all__"
+
+
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +223,8 @@ def markdown(page):
     """The text of a page, of a notebook that of its Markdown cells; without code."""
     content = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
-        cells = nbformat.reads(content, as_version=4).cells
-        content = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        listed = nbformat.reads(content, as_version=4).cells
+        content = "\n".join(cell.source for cell in listed if cell.cell_type == "markdown")
     return re.sub(r"^```.*?^```", "", content, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -267,3 +310,64 @@ def test_executed_notebooks_are_normalised_and_of_this_source(file):
     source = nbformat.read(paths.NOTEBOOKS / file.name, as_version=4)
     own = [cell.source for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     assert own == [cell.source for cell in source.cells], "the source has changed since: run the pipeline"
+
+
+# Records: their designs, and those that are committed -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def p():
+    return params.load("full")
+
+
+@pytest.mark.parametrize("cohort", ["phantom", "fundus", "npz"])
+@pytest.mark.parametrize("notebook", DESIGNS)
+def test_a_plan_has_the_headline_on_every_seed_and_cells_that_can_be_run(notebook, cohort, p):
+    plan = DESIGNS[notebook].cells(cohort, p)
+    assert len({cell.name for cell in plan}) == len(plan)
+    headline = [cell for cell in plan if not cell.keys]
+    first = (headline[0].arm, headline[0].group)
+    assert {cell.seed for cell in headline if (cell.arm, cell.group) == first} >= set(p.seeds.evaluation)
+    for cell in plan:
+        cells.resolved(p, cell)
+        assert DESIGNS[notebook].cost(p, cell) > 0
+
+
+def test_a_sweep_changes_one_factor_at_a_time(p):
+    plan = DESIGNS["01_backdoor_fedgan"].cells("phantom", p)
+    sweeps = [cell for cell in plan if cell.keys]
+    assert all(len(cell.keys) == 1 for cell in sweeps)
+    few = set(p.seeds.evaluation[: p.record.fedgan.seeds])
+    assert {cell.seed for cell in sweeps} == few
+    own_control = {"trigger", "area", "m", "partition", "size"}
+    for factor in {next(iter(cell.keys)) for cell in sweeps}:
+        arms = {cell.arm for cell in sweeps if factor in cell.keys}
+        assert ("clean" in arms) == (factor in own_control), "what changes training or detector needs a clean run"
+
+
+def test_the_readers_own_images_have_headlines_only(p):
+    """Their record is that of a second modality, without what only drawn eyes can do."""
+    for notebook, design in DESIGNS.items():
+        own, eyes = (design.cells(cohort, p) for cohort in ("npz", "fundus"))
+        assert own == [cell for cell in eyes if "size" not in cell.keys]
+        assert not any(cell.keys for cell in own)
+        section = {"03_gia_defense": "inversion", "04_adversarial_pruning_defense": "evasion"}.get(notebook)
+        change = {section: p.record.other_modality.change[section]} if section else {}
+        assert all(cell.change == change for cell in own)
+
+
+def test_committed_records_have_unique_rows_and_enough_seeds():
+    files = sorted((ROOT / "records").glob("*/0?_*.json"))
+    assert files
+    for file in files:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        table = tables.read(file.with_suffix(".csv"))
+        assert not table.duplicated(tables.keys(table)).any(), file
+        assert {"profile", "generation", "params", "versions", "hardware", "cpu_seconds"} <= about.keys()
+        if about["cells_finished"] == about["cells_planned"]:
+            headline = table[(table[tables.keys(table)[3:]] == "").all(axis=1)]
+            fewer = headline["variant"].isin(BASELINES)  # robust aggregators, for comparison
+            fewer |= headline["scenario"].eq("utility") & file.stem.startswith("03")  # of defences that decide no bar
+            fewer |= headline["variant"].isin(CONTROLS)
+            assert headline["n"][~fewer].min() >= 5, file
+            assert headline["n"][headline["metric"] != "failed"].min() >= 3, file  # n of "failed": how many diverged
