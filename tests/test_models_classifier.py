@@ -1,17 +1,21 @@
-"""Networks of every size, and a classifier that learns, repeats itself and is scored as scikit-learn would."""
+"""Networks of every size; a classifier that learns, repeats itself and is scored as scikit-learn would; a federation of them."""
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from medsec.core.errors import InputError
-from medsec.core.settings import ClassifierParams
+from medsec.core.seeds import torch_generator
+from medsec.core.settings import ClassifierParams, FedClsParams
+from medsec.federated import classifier as fedcls
+from medsec.nets import convnet, models
 from medsec.nets import fit as classifier
-from medsec.nets import models
 from medsec.nets.models import Discriminator, Generator, SmallResNet, doublings
 
 PARAMS = ClassifierParams(lr=2e-3, weight_decay=5e-4, batch=32, shift=2)
@@ -255,3 +259,88 @@ def test_balanced_accuracy(classes):
     expected = sklearn.metrics.balanced_accuracy_score(y, p.argmax(1))
     assert classifier.balanced_accuracy(p, y) == pytest.approx(expected, abs=1e-6)
     assert classifier.balanced_accuracy(p, y) != pytest.approx(float((p.argmax(1) == y).float().mean()), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ a federation of classifiers
+
+SETTINGS = FedClsParams(width=4, n_clients=2, images_per_client=12, rounds=2, batch=4, lr=0.05, momentum=0.9)
+
+
+def plain(model, x, y, round):
+    return convnet.gradients(model, x, y)
+
+
+def clients(sizes=(12, 9)):
+    return [torch.rand(n, 1, 8, 8, generator=rng(n)) for n in sizes], [torch.arange(n) % 2 for n in sizes]
+
+
+def test_the_federation_is_plain_fedavg():
+    """Local SGD by autograd's own backward, and a mean weighted by the number of images."""
+    images, labels = clients()
+    model = convnet.new(8, 1, 2, width=4, seed=0)
+    found = fedcls.train(model, images, labels, [plain] * 2, SETTINGS, seed=3)
+    state = model.state_dict()
+    assert all(torch.equal(found[0][k], v) for k, v in state.items())
+    for round in range(2):
+        after = []
+        for i, (x, y) in enumerate(zip(images, labels, strict=True)):
+            local = copy.deepcopy(model)
+            local.load_state_dict(state)
+            optimizer = torch.optim.SGD(local.parameters(), lr=0.05, momentum=0.9)
+            for batch in torch.randperm(len(x), generator=torch_generator(3, "local", i, round)).split(4):
+                optimizer.zero_grad()
+                F.cross_entropy(local(x[batch]), y[batch]).backward()
+                optimizer.step()
+            after.append(local.state_dict())
+        state = {k: (12 * after[0][k] + 9 * after[1][k]) / 21 for k in state}
+        for k, v in state.items():
+            torch.testing.assert_close(found[round + 1][k], v, rtol=1e-4, atol=1e-6)
+
+
+def test_every_client_asks_its_own_defence_once_a_batch():
+    images, labels = clients()
+    asked = {0: [], 1: []}
+
+    def defence(i):
+        def defend(model, x, y, round):
+            asked[i].append((round, len(x)))
+            return [torch.zeros_like(p) for p in model.parameters()]
+
+        return defend
+
+    model = convnet.new(8, 1, 2, width=4, seed=0)
+    found = fedcls.train(model, images, labels, [defence(0), defence(1)], SETTINGS, seed=3)
+    assert asked == {0: [(t, n) for t in (0, 1) for n in (4, 4, 4)], 1: [(t, n) for t in (0, 1) for n in (4, 4, 1)]}
+    assert all(torch.equal(found[0][k], v) for k, v in found[-1].items()), "zero gradients change nothing"
+    with pytest.raises(InputError, match="one each"):
+        fedcls.train(model, images, labels, [plain], SETTINGS, seed=3)
+
+
+class Scores(torch.nn.Module):
+    """A model whose probability of class 1 is the image's first pixel."""
+
+    def forward(self, x):
+        p = x[:, 0, 0, 0].clamp(1e-6, 1 - 1e-6)
+        return torch.stack([(1 - p).log(), p.log()], 1)
+
+
+def test_utility_chooses_its_threshold_on_val():
+    """All scores lie below one half: a threshold of one half would call everybody healthy."""
+    labels = torch.arange(60) % 2
+    images = torch.zeros(60, 1, 2, 2)
+    images[:, 0, 0, 0] = 0.1 + 0.1 * labels + 0.04 * torch.rand(60, generator=rng())
+    noisy = images.clone()
+    noisy[::7, 0, 0, 0] += 0.1
+    found = fedcls.utility(Scores(), (images, labels), (noisy, labels))
+    score = noisy[:, 0, 0, 0].numpy()
+    threshold = fedcls.best_threshold(images[:, 0, 0, 0].numpy(), labels.numpy())
+    assert 0.14 < threshold < 0.2
+    called = score > threshold
+    assert found == pytest.approx(
+        {
+            "auc": sklearn.metrics.roc_auc_score(labels, score),
+            "macro_f1": sklearn.metrics.f1_score(labels, called, average="macro"),
+            "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(labels, called),
+        }
+    )
+    assert 0.8 < found["macro_f1"] < 1

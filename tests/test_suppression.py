@@ -1,4 +1,4 @@
-"""Suppression: groups against a loop, stand-ins against brute force, and what an attacker can tell at most."""
+"""Suppression against loops and brute force, what an attacker can tell at most, and purifiers against closed forms."""
 
 import copy
 import itertools
@@ -7,10 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 
 from medphantom import chest as phantom
 from medsec.core.errors import InputError
+from medsec.core.settings import PurifierParams
 from medsec.inversion import defences as gd
+from medsec.inversion import purifier
 from medsec.inversion import scores as reconstruction
 from medsec.inversion import substitution as suppression
 from medsec.nets import autoencoder as ae
@@ -273,3 +277,48 @@ def test_bad_input_is_named(autoencoder, public):
         broken.encode[0].weight[0] = math.nan
     with pytest.raises(InputError, match="NaN or infinite latents"):
         suppression.drawings(broken, x, y, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- what noise leaves
+
+
+def pairs(n=200, noise=0.1):
+    """Smooth images and the same with noise."""
+    coarse = torch.rand(n, 1, 3, 3, generator=rng(1))
+    clean = F.interpolate(coarse, (8, 8), mode="bilinear", align_corners=True)
+    return clean + noise * torch.randn(clean.shape, generator=rng(2)), clean
+
+
+def test_the_wiener_filter_is_ridge_regression():
+    changed, clean = pairs()
+    a, b = changed.flatten(1).double().numpy(), clean.flatten(1).double().numpy()
+    strength = 0.01 * ((a - a.mean(0)) ** 2).sum(0).mean()
+    expected = Ridge(alpha=strength).fit(a, b).predict(a).clip(0, 1)
+    np.testing.assert_allclose(purifier.wiener(changed, clean, 0.01)(changed).flatten(1), expected, atol=1e-5)
+
+
+def test_a_purifier_removes_what_can_be_removed():
+    """An offset goes entirely; noise goes in part; of an image that says nothing the mean is left."""
+    params = PurifierParams(images=64, width=8, epochs=20, batch=32, lr=3.0e-3)
+    changed, clean = pairs()
+    for made, bound in ((clean + 0.3, 1e-4), (changed, 0.3 * 0.1**2)):
+        purify, name = purifier.fit(made[:150], clean[:150], params, 0)
+        assert name in ("wiener", "network")
+        assert F.mse_loss(purify(made[150:]), clean[150:]) < bound
+    blind, _ = purifier.fit(torch.zeros_like(clean[:150]), clean[:150], params, 0)
+    assert F.mse_loss(blind(torch.zeros_like(clean[150:])), clean[150:]) < 1.1 * F.mse_loss(
+        clean.mean(0).expand(50, -1, -1, -1), clean[150:]
+    )
+    same, name = purifier.fit(clean[:150], clean[:150], params, 0)
+    assert F.mse_loss(same(clean[150:]), clean[150:]) < 1e-6
+    state = torch.get_rng_state()
+    again, _ = purifier.fit(changed[:150], clean[:150], params, 0)
+    assert torch.equal(again(changed), purifier.fit(changed[:150], clean[:150], params, 0)[0](changed))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_purifiers_need_pairs():
+    changed, clean = pairs()
+    for a, b in ((changed[:10], clean[:9]), (changed[:4], clean[:4]), (changed[:, 0], clean[:, 0])):
+        with pytest.raises(InputError, match="must be the same"):
+            purifier.fit(a, b, PurifierParams(images=64, width=2, epochs=1, batch=4, lr=1e-3), 0)

@@ -1,22 +1,30 @@
-"""Panels: the static figure where nobody can move a slider, the same drawing with sliders where somebody can."""
+"""Figures: static where nobody can move a slider, with sliders where somebody can, and in few bytes."""
 
+import base64
+import io
 import re
 
 import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from nbformat import v4
+from PIL import Image
 
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.gia_defense import clients as inversion_clients
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evasion import training as robust
-from medsec.show import panels
+from medsec.evidence import execute
+from medsec.show import panels, plots, png
 from medsec.show.panels import Choice, Slider
+
+# Panels: the same drawing with sliders or without ---------------------------------------------------------------------
 
 CONTROLS = {"size": Slider(2, 8, 1, 4), "eps": Slider(0, 1, 0.1, 0.5), "kind": Choice(("grid", "moving"))}
 
@@ -67,7 +75,7 @@ def test_a_slider_that_cannot_be(values):
         Slider(*values)
 
 
-# In the notebooks -----------------------------------------------------------------------------------------------------
+# Panels in the notebooks ----------------------------------------------------------------------------------------------
 
 NOTEBOOKS = {
     "01_backdoor_fedgan": {"kind", "size", "margin", "opacity"},
@@ -155,3 +163,68 @@ def test_a_panel_draws_wherever_its_controls_are(notebook, profile, monkeypatch)
             made["show"](**first | {name: value})
             plt.close("all")
     made["show"](**{n: getattr(w, "max", w.value) for n, w in made["widgets"].items()})  # all at their end, together
+
+
+# In few bytes, and the same to the eye --------------------------------------------------------------------------------
+
+
+def encoded(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def figure():
+    """What matplotlib writes of coloured lines: smooth edges, an alpha channel."""
+    plots.use_style()
+    fig, ax = plt.subplots(figsize=(4, 3))
+    for colour, line, _ in plots.LOOK.values():
+        ax.plot(np.random.default_rng(0).random(9), color=colour, linestyle=line)
+    file = io.BytesIO()
+    fig.savefig(file, format="png", metadata={"Software": None})
+    plt.close(fig)
+    return file.getvalue()
+
+
+def test_a_drawn_figure_halves_and_looks_the_same(figure):
+    small = png.compact(figure)
+    assert len(small) < 0.6 * len(figure)
+    assert Image.open(io.BytesIO(small)).mode == "P"
+    change = np.abs(pixels(small) - pixels(figure))
+    assert change.mean() < 0.1
+    assert np.quantile(change.max(-1), 0.999) <= 16
+
+
+def test_every_grey_is_kept():
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 16, axis=0)
+    grey = np.concatenate([np.repeat(ramp, 3, 2), np.full_like(ramp, 255)], 2)
+    assert np.array_equal(pixels(png.compact(encoded(grey))), grey[..., :3])
+
+
+def test_a_photograph_keeps_its_colours():
+    photograph = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(pixels(png.compact(encoded(photograph))), photograph)
+
+
+def test_what_is_transparent_becomes_the_page():
+    clear = np.zeros((4, 4, 4), np.uint8)
+    assert (pixels(png.compact(encoded(clear))) == 255).all()
+
+
+def test_twice_is_once(figure):
+    photograph = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8))
+    for data in (figure, photograph):
+        once = png.compact(data)
+        assert png.compact(once) == once
+
+
+def test_figures_inside_notebooks_are_made_small(figure):
+    shown = v4.new_output("display_data", {"image/png": base64.b64encode(figure).decode()})
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("fig", outputs=[shown])])
+    execute.normalise(notebook)
+    assert base64.b64decode(notebook.cells[0].outputs[0]["data"]["image/png"]) == png.compact(figure)
