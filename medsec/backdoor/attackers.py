@@ -26,7 +26,7 @@ from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import State, Update
 from medsec.nets.models import Generator
 
-__all__ = ["SCENARIOS", "Aware", "BackdoorAttack"]
+__all__ = ["SCENARIOS", "Aware"]
 
 
 @dataclass(frozen=True)

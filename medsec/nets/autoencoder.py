@@ -11,7 +11,7 @@ from medsec.core.guards import check_images
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.nets.fit import train
 
-__all__ = ["Autoencoder", "Prior", "train_autoencoder"]
+__all__ = ["Autoencoder", "Prior"]
 
 WIDTH = 16  # feature maps next to the image
 
