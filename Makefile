@@ -21,11 +21,11 @@ export DVC_NO_ANALYTICS := 1
 # Without the cache of compiled modules every process of the pipeline would compile some thousand files again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help checkout setup data repro test fuzz bench record lab book lock clean
+.PHONY: help checkout setup data repro test test-deployment fuzz bench record lab book lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Without a GPU, PyTorch's much smaller CPU build will do: make setup UV_TORCH_BACKEND=cpu"
 
 # DVC and the comparison with the committed tables need git; whoever unpacked an archive has none.
@@ -81,6 +81,11 @@ $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=3600 \
   --nbval-sanitize-with tests/nbval_sanitize.cfg $(EXECUTED)
 endef
 
+test-deployment: $(READY) ## Flower's own servers and nodes over loopback, one killed, with the simulation (minutes)
+	$(PY) -m uv pip install --python $(PY) -e ".[dev,flower-simulation]" -c requirements.lock
+	$(PY) -m dvc pull --quiet
+	$(PY) -m pytest -m deployment tests/test_deployment.py
+
 fuzz: $(READY) ## thousands of generated bad inputs, and twenty killed runs (about half an hour)
 	$(PY) -m dvc pull --quiet
 	$(PY) -m pytest -m "fuzz or kills" --hypothesis-profile=fuzz
@@ -107,7 +112,7 @@ book: $(READY) ## build this companion as a web site from the executed notebooks
 	$(PY) book/build.py
 
 lock: $(BOOT) ## pin versions anew after a change of pyproject.toml (UPGRADE=1: the newest of everything)
-	$(PY) -m uv pip compile --universal --python-version 3.11 --extra dev pyproject.toml -o requirements.lock \
+	$(PY) -m uv pip compile --universal --python-version 3.11 --extra dev --extra flower-simulation pyproject.toml -o requirements.lock \
 	  --no-emit-index-url --no-header --no-annotate --quiet $(if $(UPGRADE),--upgrade)
 
 clean: ## remove scratch folders and caches (.venv, data and results stay)
