@@ -184,6 +184,11 @@ def federation(**changes):
 
 
 @pytest.fixture
+def it():
+    return federation()
+
+
+@pytest.fixture
 def hospitals(it, tmp_path):
     app.deal(it, tmp_path / "hospitals")
     return [tmp_path / "hospitals" / f"client-{i}.npz" for i in range(CLIENTS)]
