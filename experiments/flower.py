@@ -102,6 +102,10 @@ def build(settings: dict, node: Mapping) -> flower.Participant:
     params = _params(it.model_dump_json())
     index = node["client"] if "client" in node else node["partition-id"]
     clients = params.fedgan.n_clients
+    if it.cohort in paths.OWN:
+        raise InputError(
+            f"cohort {it.cohort} lies where the server's settings say; a node takes images from its own configuration only"
+        )
     if type(index) is not int or not 0 <= index < clients:
         raise InputError(f"client {index} in the node's configuration: the run has clients 0 to {clients - 1}")
     images, labels = read_images(Path(node["images"])) if "images" in node else _dealt(it, params)[index]

@@ -565,6 +565,29 @@ def test_a_hospitals_wrong_file_is_told(arrays, message, folder):
         app.build(small().model_dump(), {"client": 0, "images": str(file)})
 
 
+@pytest.mark.parametrize("cohort", paths.OWN)
+def test_a_server_cannot_choose_what_a_client_reads(cohort, write_npz, folder):
+    """Else it could ask for the update on any folder of the hospital, as its public images."""
+    file = write_npz(folder)
+    it = small("classifier", cohort=cohort, defence="public_only")
+    it.params["cohorts"][cohort]["path"] = str(file if cohort == "npz" else folder)
+    for node in ({"partition-id": 0}, {"client": 0, "images": str(file)}):
+        with pytest.raises(InputError, match="a node takes images from its own configuration only"):
+            app.build(it.model_dump(), node)
+
+
+def test_a_memory_that_could_not_be_read_again_is_told_in_the_first_round():
+    class Forgetful:
+        def __init__(self):
+            self.seen = np.zeros(3)
+
+        def __call__(self, updates, round):
+            return fedavg(updates)
+
+    with pytest.raises(InputError, match=r"memory may hold tensors, numbers, .*; not this: "):
+        serve(flower.InProcessGrid(toy_app(), nodes()), Forgetful())
+
+
 def test_a_node_that_is_no_client_is_told():
     with pytest.raises(InputError, match="client 3 in the node's configuration: the run has clients 0 to 2"):
         app.build(small().model_dump(), {"partition-id": 3})

@@ -1,14 +1,14 @@
 """The loop of rounds on Flower (extra ``medsec[flower]``): the same clients, rules and screening, on one machine or many.
 
-Nothing here trains or aggregates. A client is a `Participant`; the server's side of a round is `run_round`, which gets
-the answers that Flower collected. Flower starts a new process for every message, so whatever a client or the server must
-remember lies on disk, written whole or not at all: after a fault, each starts from where the other knows it to be.
+Nothing here trains or aggregates: a client is a `Participant`, the server's side of a round `run_round`. Flower starts a new
+process for every message, so what either side must remember lies on disk, written whole or not at all.
 """
 
 import copy
 import functools
 import io
 import json
+import pickle
 import re
 import secrets
 import time
@@ -91,13 +91,16 @@ def trained(build: Build, folder: Callable[[], Path], state: State, order: Mappi
     if since != NEVER:
         participant.load_state_dict(_remembered(place / f"{since}.pt"))
     update = participant.train(state, round)
-    _keep(place, round, participant.state_dict(), (since, round))
+    files.write(place / f"{round}.pt", _bytes(participant.state_dict()))
+    for old in place.glob("*.pt"):
+        if old.stem not in (str(since), str(round)):
+            old.unlink()
     return update
 
 
 def _remembered(file: Path) -> dict:
     try:
-        return torch.load(file, weights_only=True)
+        return _read(file)
     except FileNotFoundError:
         lost = f"what this client knew after round {int(file.stem) + 1} is lost ({file.name} is missing)"
         raise InputError(
@@ -105,17 +108,19 @@ def _remembered(file: Path) -> dict:
         ) from None
 
 
-def _keep(folder: Path, round: int, memory: dict, needed: Iterable[int]) -> None:
-    files.write(folder / f"{round}.pt", _bytes(memory))
-    for old in folder.glob("*.pt"):
-        if old.stem not in {str(each) for each in needed}:
-            old.unlink()
-
-
 def _bytes(content: dict) -> bytes:
-    stream = io.BytesIO()
-    torch.save(content, stream)
+    """For `_read`; what that could not read is told now, not after a fault."""
+    torch.save(content, stream := io.BytesIO())
+    _read(io.BytesIO(stream.getvalue()))
     return stream.getvalue()
+
+
+def _read(file: Path | io.BytesIO) -> dict:
+    try:
+        return torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        kept = "a client's or rule's memory may hold tensors, numbers, texts, and lists, sets or dictionaries of them"
+        raise InputError(f"{kept}; not this: {in_a_line(error)}") from None
 
 
 def _packed(update: Update) -> RecordDict:
@@ -162,7 +167,6 @@ def serve(
         grid: Flower's, or `InProcessGrid`.
         state: the server's before the first round.
         aggregate: the rule. Its memory is what its attributes hold besides functions; it is kept with the checkpoint.
-        rounds, n_clients: of the whole federation.
         settings: sent to every client; plain values only.
         folder: of this run: its last name is the run's. ``server.pt`` in it is the checkpoint, replaced every round.
         timeout: seconds to wait for a round's answers. It decides who takes part: too short a time changes the result.
@@ -212,7 +216,7 @@ def _resumed(folder: Path, state: State, aggregate: Aggregator, settings: dict, 
         run = f"{folder.name[:40]}-{secrets.token_hex(4)}"
         fresh = {"run": run, "round": 0, "state": state, "since": [NEVER] * n_clients, "seats": {}, "history": []}
         return {**fresh, "settings": given}
-    at = torch.load(folder / "server.pt", weights_only=True)
+    at = _read(folder / "server.pt")
     if at["settings"] != given:
         raise InputError(f"{folder.name} holds a run with other settings: choose another name, or remove that folder")
     for name, value in at.pop("memory").items():
@@ -222,8 +226,8 @@ def _resumed(folder: Path, state: State, aggregate: Aggregator, settings: dict, 
 
 
 def _memory(aggregate: Aggregator) -> dict[str, Any]:
-    kept = {name: value for name, value in getattr(aggregate, "__dict__", {}).items() if not callable(value)}
-    return {name: list(value) if isinstance(value, deque) else value for name, value in kept.items()}
+    kept = [(name, value) for name, value in getattr(aggregate, "__dict__", {}).items() if not callable(value)]
+    return {name: list(value) if isinstance(value, deque) else value for name, value in kept}
 
 
 def _online(grid: Grid, least: int, wait: float) -> list[int]:
@@ -238,8 +242,8 @@ def _answers(
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """One round's answers by client, and why others cannot be used.
 
-    ``seats`` says as which client a node has answered before. A node keeps that seat: it cannot change it, and a newcomer
-    cannot take it while its holder answers. Of two newcomers on one seat neither is believed.
+    ``seats`` says as which client a node has answered before. It cannot change that seat, and a newcomer cannot take it while
+    its holder answers. Of two newcomers on one seat neither is believed.
     """
     content = RecordDict({"state": ArrayRecord(state), "order": ConfigRecord(order)})
     messages = [Message(content, node, PLAIN, ttl=timeout, group_id=str(order["round"])) for node in nodes]
@@ -264,15 +268,11 @@ def _answers(
 
 
 def _claim(content: RecordDict, n_clients: int) -> int | None:
-    """As which client an answer comes."""
     try:
         client = content["sender"]["client"]
     except Exception:  # whatever a hostile node sent
         return None
     return client if type(client) is int and 0 <= client < n_clients else None
-
-
-# Without a network ---------------------------------------------------------------------------------------------------
 
 
 class InProcessGrid:
