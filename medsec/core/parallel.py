@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from medsec.core.errors import InputError
 
-__all__ = ["device"]
+__all__: list[str] = []  # for the other modules of the package
 
 if TYPE_CHECKING:
     import torch

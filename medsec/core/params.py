@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from medsec.core import files, paths
 from medsec.core.errors import InputError
 
-__all__ = ["Section", "read"]
+__all__ = ["Section"]
 
 # The upper bounds are far above what can be computed here: they stop a slip of the pen before any training.
 MOST = 100_000

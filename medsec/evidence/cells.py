@@ -27,7 +27,7 @@ from medsec.core.errors import InputError
 from medsec.core.params import Section
 from medsec.evidence import tables
 
-__all__ = ["Cell", "Experiment", "identity", "run", "table"]
+__all__ = ["Cell", "Experiment", "run", "table"]
 
 NOTE = ("cell", "identity", "seconds", "peak_mb")  # columns of a record beside the rows' own
 TIMES = ("ms",)  # units of times, which belong to records only

@@ -24,7 +24,7 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence import claims, tables
 
-__all__ = ["against_reference", "compare", "run"]
+__all__ = ["against_reference", "run"]
 
 SHOWN = 10
 ITEMS = 0.2  # share by which ``n_items`` may differ, where it is itself measured: the images that a trained network gets right

@@ -41,7 +41,7 @@ from medsec.core.errors import InputError
 from medsec.core.settings import Cohorts
 from medsec.show import png
 
-__all__ = ["execute"]
+__all__: list[str] = []  # for the commands of `experiments`
 
 PIPELINES = paths.ROOT / "pipelines"
 # Not: a warning at every start that the local connection is plain, errors when a failed run ends its kernel.
