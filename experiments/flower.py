@@ -80,6 +80,8 @@ def federation(config: Mapping, profile: str = "quick") -> Federation:
         raise InputError(f"defence {found.defence!r}: choose one of {', '.join(gia_clients.VARIANTS)}")
     if found.rule not in feddetect_eval.VARIANTS:
         raise InputError(f"server rule {found.rule!r}: choose one of {', '.join(feddetect_eval.VARIANTS)}")
+    if not flower.NAME.fullmatch(config["name"]):
+        raise InputError(f"a run cannot be called {config['name']!r}: use up to 40 small letters, digits and dashes")
     if config["masked"] and found.rule != "none":
         raise InputError(f"server rule {found.rule!r} needs each client's update, which masks hide; use rule none")
     if found.kind == "classifier" and found.rule not in aggregators.RULES:
@@ -95,19 +97,18 @@ def build(settings: dict, node: Mapping) -> flower.Participant:
 
     Args:
         settings: a `Federation`, from the server.
-        node: ``client`` and ``images`` (an npz file, `read_images`) of a hospital; or ``partition-id``, as a simulation
-            sets it, of a client that is dealt its images from the cohort.
+        node: of a hospital ``client`` and ``images``, an npz file (`read_images`). It may also insist on a ``defence``, and
+            allow public images by a ``cohort``. Of a simulation ``partition-id``: the client is dealt images from the cohort.
+
+    Raises:
+        InputError: what the server asks does not fit the node.
     """
     it = validated(Federation, settings, "the server's settings")
     params = _params(it.model_dump_json())
-    index = node["client"] if "client" in node else node["partition-id"]
-    clients = params.fedgan.n_clients
-    if it.cohort in paths.OWN:
-        raise InputError(
-            f"cohort {it.cohort} lies where the server's settings say; a node takes images from its own configuration only"
-        )
+    index, clients = node["client"] if "client" in node else node["partition-id"], params.fedgan.n_clients
     if type(index) is not int or not 0 <= index < clients:
         raise InputError(f"client {index} in the node's configuration: the run has clients 0 to {clients - 1}")
+    _allowed(it, node)
     images, labels = read_images(Path(node["images"])) if "images" in node else _dealt(it, params)[index]
     shape = (it.channels, it.size, it.size)
     if images.shape[1:] != shape or labels.max() >= it.classes:
@@ -116,6 +117,19 @@ def build(settings: dict, node: Mapping) -> flower.Participant:
     if it.kind == "gan":
         return GANHospital(index, images, labels, it, params, attacks=it.attack and "images" not in node)
     return ClassifierHospital(index, images, labels, it, params)
+
+
+def _allowed(it: Federation, node: Mapping) -> None:
+    """Raises InputError where the server asks for more than whoever runs the node has allowed."""
+    if it.cohort in paths.OWN:
+        where = f"cohort {it.cohort} lies where the server's settings say"
+        raise InputError(f"{where}; a node takes images from its own configuration only")
+    if node.get("defence", it.defence) != it.defence:
+        raise InputError(f"this hospital sends gradients with defence {node['defence']} only, not {it.defence}")
+    needs_public = it.kind == "classifier" and it.defence not in gia_clients.DEFENCES
+    if "images" in node and needs_public and node.get("cohort") != it.cohort:
+        allow = f'cohort="{it.cohort}" in the node\'s configuration allows it'
+        raise InputError(f"defence {it.defence} reads public images of {it.cohort} and keeps networks of them: {allow}")
 
 
 @functools.lru_cache(maxsize=1)

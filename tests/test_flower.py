@@ -1,13 +1,19 @@
 """Flower in one process: the same bits as the loop, and faults that end no run and change no result."""
 
+import functools
 import io
 import math
 import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import ndarray_to_bytes
 from test_fedgan import BASE
 from test_hostile_updates import KINDS, SERVERS, START, _small_forests, honest  # noqa: F401
 
@@ -17,6 +23,7 @@ from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.federated import flower, secagg
 from medsec.federated.aggregators import fedavg, uniform_mean
+from medsec.federated.in_process import InProcessGrid
 from medsec.federated.rounds import NoQuorum, Update, run_round
 
 CLIENTS, ROUNDS = 5, 4
@@ -62,7 +69,7 @@ def nodes(n=CLIENTS):
 
 
 def serve(grid, aggregate=fedavg, name="run", rounds=ROUNDS, n_clients=CLIENTS, **more):
-    more = {"settings": {"seed": 0}, "timeout": 5, "wait": 0} | more
+    more = {"settings": {"seed": 0}, "timeout": 0.1, "wait": 0} | more
     folder = paths.federation() / name
     return flower.serve(grid, START, aggregate, rounds=rounds, n_clients=n_clients, folder=folder, **more)
 
@@ -85,19 +92,20 @@ def same(a, b):
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-class Disturbed(flower.InProcessGrid):
+class Disturbed(InProcessGrid):
     """``answered(round, message, answer) -> answers``: what becomes of each answer on its way."""
 
     def __init__(self, answered, app=None, configs=None):
         super().__init__(app or toy_app(), configs or nodes())
         self.answered = answered
 
-    def send_and_receive(self, messages, *, timeout=None):
-        found = []
-        for message in messages:
-            answer = self._answer(message)
-            found += self.answered(message.content["order"]["round"], message, answer)
-        return found
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        for each, message in zip(ids, messages, strict=True):
+            (answer,) = self.answers[each]
+            self.answers[each] = self.answered(message.content["order"]["round"], message, answer)
+        return ids
 
 
 def client_of(message):
@@ -109,7 +117,7 @@ def client_of(message):
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_every_rule_gives_the_bits_of_the_loop(name):
-    state, history = serve(flower.InProcessGrid(toy_app(), nodes()), SERVERS[name]())
+    state, history = serve(InProcessGrid(toy_app(), nodes()), SERVERS[name]())
     assert same(state, undisturbed(SERVERS[name]()))
     assert [line["round"] for line in history] == list(range(1, ROUNDS + 1))
     assert not any(line["rejected"] or line["absent"] for line in history)
@@ -148,13 +156,13 @@ REAL = {
 def test_the_notebooks_federations_give_the_bits_of_the_loop(name, folder):
     it = small(**REAL[name])
     state, rule = app.server_side(it)
-    grid = flower.InProcessGrid(app.client_app, [{"partition-id": i} for i in range(3)])
+    grid = InProcessGrid(app.client_app, [{"partition-id": i} for i in range(3)])
     found, _ = serve_app(grid, it, state, rule)
     assert same(found, app.loop(it))
 
 
 def serve_app(grid, it, state, rule, rounds=3):
-    options = {"rounds": rounds, "n_clients": 3, "settings": it.model_dump(), "timeout": 5, "wait": 0}
+    options = {"rounds": rounds, "n_clients": 3, "settings": it.model_dump(), "timeout": 0.1, "wait": 0}
     return flower.serve(grid, state, rule, folder=paths.federation() / "run", **options)
 
 
@@ -163,7 +171,7 @@ def test_a_hospitals_own_file_gives_the_bits_of_the_dealt_images_and_is_never_po
     app.deal(it, folder / "hospitals")
     own = [{"client": i, "images": str(folder / "hospitals" / f"client-{i}.npz")} for i in range(3)]
     attacked = it.model_copy(update={"attack": True})  # the server may say what it likes
-    found, _ = serve_app(flower.InProcessGrid(app.client_app, own), attacked, *app.server_side(it))
+    found, _ = serve_app(InProcessGrid(app.client_app, own), attacked, *app.server_side(it))
     assert same(found, app.loop(it))
     assert not same(found, app.loop(attacked))
     with pytest.raises(InputError, match=r"client-0.npz.* exist in hospitals"):
@@ -180,7 +188,7 @@ def test_an_answer_that_is_lost_leaves_the_client_where_it_was():
     state, history = serve(grid)
     assert same(state, undisturbed(away=lost))
     assert [sorted(map(int, line["absent"])) for line in history] == [[4], [2], [2], []]
-    assert history[1]["absent"] == {"2": "no answer within 5 s"}
+    assert history[1]["absent"] == {"2": "no answer within 0.1 s"}
 
 
 def test_a_client_that_dies_in_mid_round_comes_back_as_it_was(folder):
@@ -194,9 +202,30 @@ def test_a_client_that_dies_in_mid_round_comes_back_as_it_was(folder):
             raise MemoryError("killed")
         return answer
 
-    state, history = serve(flower.InProcessGrid(dying, nodes()))
+    state, history = serve(InProcessGrid(dying, nodes()))
     assert same(state, undisturbed(away={died}))
     assert history[1]["absent"] == {"3": "its node failed: MemoryError: killed"}
+
+
+def order_of(round, since, run="run-01234567"):
+    since = [since] * CLIENTS
+    content = {"run": run, "round": round, "since": since, "settings": "{}"}
+    return RecordDict({"state": ArrayRecord(START), "order": ConfigRecord(content)})
+
+
+def asked(content):
+    grid = InProcessGrid(toy_app(), nodes(1))
+    (answer,) = grid.send_and_receive([Message(content, 100, flower.PLAIN)])
+    return answer
+
+
+def test_a_message_that_comes_late_takes_nothing_away():
+    """It may be too late to train on (nobody waits for that answer), but what came after it goes on."""
+    for round, since in ((0, -1), (1, 0), (2, 1)):
+        assert not asked(order_of(round, since)).has_error()
+    assert not asked(order_of(0, -1)).has_error()
+    asked(order_of(1, 0))
+    assert not asked(order_of(3, 2)).has_error()
 
 
 def test_a_message_or_an_answer_that_comes_twice_changes_nothing():
@@ -214,7 +243,7 @@ def test_a_message_or_an_answer_that_comes_twice_changes_nothing():
 
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize("point", ["before an answer", "after all answers", "in the rule"])
-def test_a_server_that_is_killed_goes_on_from_its_last_round(name, point, folder):
+def test_a_server_that_is_killed_goes_on_from_its_last_round(name, point, folder, monkeypatch):
     def killed(t, message, answer):
         if t == 2 and client_of(message) == (0 if point == "before an answer" else CLIENTS - 1):
             raise KeyboardInterrupt
@@ -222,41 +251,41 @@ def test_a_server_that_is_killed_goes_on_from_its_last_round(name, point, folder
 
     rule, grid = SERVERS[name](), Disturbed(killed)
     if point == "in the rule":
-        grid = flower.InProcessGrid(toy_app(), nodes())
+        grid = InProcessGrid(toy_app(), nodes())
 
-        def dying(updates, round, whole=rule):
+        def dying(state, clients, train, aggregate, round, **more):
+            found = run_round(state, clients, train, aggregate, round, **more)
             if round == 2:
-                whole(updates, round)
                 raise KeyboardInterrupt
-            return whole(updates, round)
+            return found
 
-        dying.__dict__ = rule.__dict__ if hasattr(rule, "__dict__") else {}
-        rule = dying
+        monkeypatch.setattr(flower, "run_round", dying)
     with pytest.raises(KeyboardInterrupt):
         serve(grid, rule)
+    monkeypatch.setattr(flower, "run_round", run_round)
     before = (folder / "run" / "server.pt").read_bytes()
-    state, history = serve(flower.InProcessGrid(toy_app(), nodes()), SERVERS[name]())
+    state, history = serve(InProcessGrid(toy_app(), nodes()), SERVERS[name]())
     assert same(state, undisturbed(SERVERS[name]()))
     assert len(history) == ROUNDS
     assert (folder / "run" / "server.pt").read_bytes() != before
 
 
 def test_a_finished_run_is_not_run_again():
-    first, _ = serve(flower.InProcessGrid(toy_app(), nodes()))
+    first, _ = serve(InProcessGrid(toy_app(), nodes()))
 
     def nobody(message, context):
         raise AssertionError("asked")
 
-    again, history = serve(flower.InProcessGrid(nobody, nodes()))
+    again, history = serve(InProcessGrid(nobody, nodes()))
     assert same(first, again)
     assert len(history) == ROUNDS
 
 
 def test_without_a_quorum_it_stops_and_goes_on_when_that_is_mended():
     grid = Disturbed(lambda t, message, answer: [] if t == 1 and client_of(message) > 1 else [answer])
-    with pytest.raises(NoQuorum, match="round 1: 2 of 5 updates usable, need 3; client 2: no answer within 5 s"):
+    with pytest.raises(NoQuorum, match=r"round 1: 2 of 5 updates usable, need 3; client 2: no answer within 0\.1 s"):
         serve(grid)
-    state, _ = serve(flower.InProcessGrid(toy_app(), nodes()))
+    state, _ = serve(InProcessGrid(toy_app(), nodes()))
     assert same(state, undisturbed())
 
 
@@ -268,7 +297,7 @@ def test_a_client_whose_memory_is_lost_says_so_and_the_others_go_on(folder):
         return [answer]
 
     _, history = serve(Disturbed(forgets))
-    assert "what this client knew after round 1 is lost" in history[1]["absent"]["3"]
+    assert "what this client knew after round 2 is lost (1.pt is missing)" in history[2]["absent"]["3"]
     assert history[3]["weights"].keys() == {"0", "1", "2", "4"}
 
 
@@ -315,9 +344,9 @@ def test_under_masks_the_server_gets_the_mean_and_no_update():
         assert not any(len(array.data) for record in answer.content.array_records.values() for array in record.values())
         return answer
 
-    class Seen(flower.InProcessGrid):
-        def _answer(self, message):
-            return answered(super()._answer(message))
+    class Seen(InProcessGrid):
+        def answer(self, message):
+            return answered(super().answer(message))
 
     state, history = masked(Seen(masked_app(), nodes()), rounds=1)
     expected = undisturbed(uniform_mean, rounds=1)
@@ -334,7 +363,7 @@ def test_under_masks_the_server_gets_the_mean_and_no_update():
 
 
 def test_a_client_that_goes_away_under_masks_is_left_out_and_starts_where_it_was():
-    class Lossy(flower.InProcessGrid):
+    class Lossy(InProcessGrid):
         def send_and_receive(self, messages, *, timeout=None):
             found = super().send_and_receive(messages, timeout=timeout)
             stage = {m.content["secaggplus_configs"].get("stage") for m in messages}
@@ -351,34 +380,86 @@ def test_a_client_that_goes_away_under_masks_is_left_out_and_starts_where_it_was
 
 def test_what_masks_cannot_do_is_told():
     with pytest.raises(InputError, match="2 nodes are online: a masked mean needs 3"):
-        masked(flower.InProcessGrid(masked_app(), nodes(2)), n_clients=2)
+        masked(InProcessGrid(masked_app(), nodes(2)), n_clients=2)
     large = {2: lambda u, _: Update(2, {k: v + 9 if v.is_floating_point() else v for k, v in u.state.items()}, 8)}
-    _, history = masked(flower.InProcessGrid(masked_app(large), nodes()), name="large", rounds=1)
+    _, history = masked(InProcessGrid(masked_app(large), nodes()), name="large", rounds=1)
     assert history[0]["absent"] == {"2": "not in the sum"}
     with pytest.raises(InputError, match="needs each client's update, which masks hide"):
         app.federation(app.run_config(["masked=true"]))
 
 
-def test_a_client_can_stop_a_masked_round_and_the_run_can_go_on():
-    class Spoilt(flower.InProcessGrid):
-        def _answer(self, message):
-            answer = super()._answer(message)
+def no_array(values):
+    return [b"not an array"]
+
+
+def moved(weight, by):
+    def change(values):
+        first, second, *rest = [np.load(io.BytesIO(value)) for value in values]  # the weight, then the tensors
+        return [ndarray_to_bytes(array) for array in (first + weight, second + by, *rest)]
+
+    return change
+
+
+SPOILT = {
+    "no array": (no_array, {}),
+    "a weight that cancels the others'": (moved(-CLIENTS * secagg.LEVELS, 0), {}),
+    "far beyond the range": (moved(0, 2**28), {}),
+    "no such client": (None, {"client": 99}),
+    "a negative client": (None, {"client": -1}),
+    "another's name": (None, {"client": 1}),
+    "no name": (None, {"client": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_client_can_stop_a_masked_round_but_spoils_nothing_for_good(name):
+    change, reported = SPOILT[name]
+
+    class Spoilt(InProcessGrid):
+        def answer(self, message):
+            answer = super().answer(message)
             record = answer.content["secaggplus_configs"]
             if message.metadata.dst_node_id == 103 and "masked_params" in record:
-                record["masked_params"] = [b"not an array"]
+                if change:
+                    record["masked_params"] = change(record["masked_params"])
+                answer.content["fitres.metrics"].update(reported)
             return answer
 
-    with pytest.raises(InputError, match=r"round 0: no masked mean: .*; the same call tries it again"):
+    stopped = r"round 0: (no masked mean|somebody spoilt the sum): .*; the same call tries it again"
+    with pytest.raises(InputError, match=stopped):
         masked(Spoilt(masked_app(), nodes()))
-    state, _ = masked(flower.InProcessGrid(masked_app(), nodes()))
+    state, history = masked(InProcessGrid(masked_app(), nodes()))
     assert differ(state, undisturbed(uniform_mean)) < 1e-4
+    assert not any(line["absent"] for line in history)
+
+
+def test_a_text_that_is_reported_under_masks_is_not_kept():
+    long = {2: lambda u, _: replace(u, metrics={"text": "x" * 10**6, "loss_g": 1.0})}
+    _, history = masked(InProcessGrid(masked_app(long), nodes()), rounds=1)
+    assert history[0]["metrics"]["2"] == {"loss_g": 1.0}
+
+
+def test_no_mean_of_two_leaves_the_masks():
+    class Lossy(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            stage = {m.content["secaggplus_configs"].get("stage") for m in messages}
+            found = super().send_and_receive(messages, timeout=timeout)
+            return [m for m in found if not (stage == {"collect_masked_vectors"} and m.metadata.src_node_id == 102)]
+
+    with pytest.raises(InputError, match="round 0: no masked mean"):
+        masked(Lossy(masked_app(), nodes(3)), n_clients=3)
+
+
+def test_a_masked_round_needs_its_quorum():
+    with pytest.raises(NoQuorum, match="round 0: 5 clients in the masked sum, need 6"):
+        masked(InProcessGrid(masked_app(), nodes()), quorum=6)
 
 
 def test_a_hospital_that_insists_on_masks_refuses_a_plain_question():
     careful = [{"client": i, "masked": True} for i in range(CLIENTS)]
     with pytest.raises(NoQuorum, match="under masks only"):
-        serve(flower.InProcessGrid(masked_app(), careful))
-    state, _ = masked(flower.InProcessGrid(masked_app(), careful), name="masked")
+        serve(InProcessGrid(masked_app(), careful))
+    state, _ = masked(InProcessGrid(masked_app(), careful), name="masked")
     assert differ(state, undisturbed(uniform_mean)) < 1e-4
 
 
@@ -397,7 +478,7 @@ def test_no_hostile_update_ends_a_run(kind):
     for i, (name, change) in enumerate(KINDS[kind].items()):
         if name.startswith((DEADLY, SEATS)):
             continue
-        grid = flower.InProcessGrid(toy_app({2: change}), nodes())
+        grid = InProcessGrid(toy_app({2: change}), nodes())
         state, (line,) = serve(grid, name=f"run-{i}", rounds=1)
         taken = kind == "taken" or name.startswith(DROPPED)
         assert list({**line["rejected"], **line["absent"]}) == ([] if taken else ["2"]), name
@@ -460,17 +541,61 @@ def test_no_damaged_answer_ends_a_run(change):
     assert same(state, undisturbed(away={(2, t) for t in range(ROUNDS)}))
 
 
-def test_nobody_takes_the_seat_of_one_who_is_there():
-    """A sixth node calls itself client 1 from the second round on; then client 1 goes, and a new node takes its place."""
-    grid = Disturbed(lambda t, message, answer: [answer], configs=[*nodes(), {"client": 1}])
-    grid.answered = lambda t, message, answer: [answer] if t or client_of(message) != 5 else []
-    state, history = serve(grid)
+def stranger():
+    """An app in which the node with ``"stranger": True`` sends something else under the name of its client."""
+    plain = toy_app()
+
+    def answering(message, context):
+        answer = plain(message, context)
+        if context.node_config.get("stranger"):
+            forged = {k: v + 1 for k, v in answer.content["state"].to_torch_state_dict().items()}
+            answer.content["state"] = ArrayRecord(forged)
+        return answer
+
+    return answering
+
+
+def test_nobody_takes_the_seat_of_one_who_is_online():
+    """Not even in the rounds that its holder misses; the stranger is there from the second round on."""
+    configs = [*nodes(), {"client": 1, "stranger": True}]
+
+    def answered(t, message, answer):
+        late = t == 0 and client_of(message) == 5
+        return [] if late or (t == 2 and client_of(message) == 1) else [answer]
+
+    state, history = serve(Disturbed(answered, stranger(), configs))
+    assert same(state, undisturbed(away={(1, 2)}))
+    assert [list(line["absent"]) for line in history] == [[], [], ["1"], []]
+
+
+def test_what_an_answer_says_of_its_sender_is_not_believed():
+    """Its node uploads it, and can forge that: here node 101's number, whose seat is client 1's."""
+    configs = [*nodes(), {"client": 1, "stranger": True}]
+
+    def answered(t, message, answer):
+        if client_of(message) == 5:
+            answer.metadata.__dict__["_src_node_id"] = 101
+        return [answer] if t or client_of(message) != 5 else []
+
+    state, _ = serve(Disturbed(answered, stranger(), configs))
     assert same(state, undisturbed())
-    assert not any(line["absent"] for line in history)
+
+
+def test_bytes_that_are_no_message_are_their_nodes_failure():
+    class Undecodable(InProcessGrid):
+        def pull_messages(self, ids):
+            found = super().pull_messages(ids)
+            if any(message.content["sender"]["client"] == 3 for message in found):
+                raise ValueError("Error parsing message")
+            return found
+
+    state, history = serve(Undecodable(toy_app(), nodes()))
+    assert same(state, undisturbed(away={(3, t) for t in range(ROUNDS)}))
+    assert history[0]["unseated"] == ["its node failed: ValueError: Error parsing message"]
 
 
 def test_of_two_newcomers_on_one_seat_neither_is_believed():
-    _, history = serve(flower.InProcessGrid(toy_app(), [*nodes(), {"client": 1}]), rounds=1)
+    _, history = serve(InProcessGrid(toy_app(), [*nodes(), {"client": 1}]), rounds=1)
     assert history[0]["absent"] == {"1": "2 nodes call themselves client 1"}
 
 
@@ -487,7 +612,7 @@ def test_a_node_that_changes_its_client_is_not_heard():
 
 def test_a_restarted_node_takes_its_seat_again():
     """Without a key Flower gives it another number."""
-    grid = flower.InProcessGrid(toy_app(), nodes())
+    grid = InProcessGrid(toy_app(), nodes())
     with pytest.raises(KeyboardInterrupt):
         serve(Disturbed(lambda t, m, a: (_ for _ in ()).throw(KeyboardInterrupt) if t == 2 else [a]))
     grid.contexts[777] = grid.contexts.pop(103)
@@ -497,21 +622,29 @@ def test_a_restarted_node_takes_its_seat_again():
     assert not history[2]["absent"]
 
 
-@pytest.mark.parametrize("run", ["../elsewhere", "/elsewhere", "", "A", "a" * 70, "a/b", 3])
-def test_a_server_cannot_choose_where_a_client_writes(run, folder):
-    order = {"run": run, "round": 0, "since": [-1] * CLIENTS, "settings": "{}"}
-    grid = flower.InProcessGrid(toy_app(), nodes(1))
-    content = RecordDict({"state": ArrayRecord(START), "order": ConfigRecord(order)})
-    (answer,) = grid.send_and_receive([Message(content, 100, flower.PLAIN)])
+RUNS = ("../elsewhere", "/elsewhere-01234567", "", "A-01234567", "a" * 70, "run", "a/b-01234567", 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "round", "since"),
+    [
+        *((run, 0, -1) for run in RUNS),
+        *(("run-01234567", 1, since) for since in ("secret", 1, 5, -2, 0.0)),
+        *(("run-01234567", round, -1) for round in ("1", 1.0, -1)),
+    ],
+)
+def test_a_server_cannot_choose_where_a_client_reads_and_writes(run, round, since, folder):
+    torch.save({"steps": 9.0}, folder / "secret.pt")
+    answer = asked(order_of(round, since, run))
     assert "names no run or no round" in answer.error.reason
-    assert not list(folder.rglob("*"))
+    assert [file.name for file in folder.rglob("*")] == ["secret.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_what_cannot_be_run_is_told_before_anybody_is_asked(folder):
-    grid = flower.InProcessGrid(toy_app(), nodes())
+    grid = InProcessGrid(toy_app(), nodes())
     serve(grid, rounds=1)
     with pytest.raises(InputError, match="run holds a run with other settings"):
         serve(grid, settings={"seed": 1})
@@ -576,16 +709,125 @@ def test_a_server_cannot_choose_what_a_client_reads(cohort, write_npz, folder):
             app.build(it.model_dump(), node)
 
 
-def test_a_memory_that_could_not_be_read_again_is_told_in_the_first_round():
-    class Forgetful:
-        def __init__(self):
-            self.seen = np.zeros(3)
+class Counts:
+    """A rule that remembers from its first call on."""
 
-        def __call__(self, updates, round):
-            return fedavg(updates)
+    def __call__(self, updates, round):
+        self.calls = getattr(self, "calls", 0) + 1
+        state, said = fedavg(updates)
+        return {k: v + self.calls if v.is_floating_point() else v for k, v in state.items()}, said
 
-    with pytest.raises(InputError, match=r"memory may hold tensors, numbers, .*; not this: "):
-        serve(flower.InProcessGrid(toy_app(), nodes()), Forgetful())
+    def bound(self, updates, round):
+        return self(updates, round)
+
+
+class Slotted(Counts):
+    __slots__ = ("more",)
+
+
+class Arrays(Counts):
+    def __init__(self):
+        self.seen = np.zeros(3)
+
+
+class Locked(Counts):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+def closure(rule):
+    return lambda updates, round: rule(updates, round)
+
+
+def test_a_rule_that_remembers_from_its_first_call_goes_on():
+    def killed(t, message, answer):
+        if t == 2:
+            raise KeyboardInterrupt
+        return [answer]
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(Disturbed(killed), Counts())
+    state, _ = serve(InProcessGrid(toy_app(), nodes()), Counts())
+    assert same(state, undisturbed(Counts()))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Counts().bound, "a rule must be a plain function, or an object"),
+        (functools.partial(Counts()), "a rule must be a plain function, or an object"),
+        (Slotted(), "a rule must be a plain function, or an object"),
+        (closure(Counts()), "a rule must be a plain function, or an object"),
+        (Arrays(), r"may hold tensors, numbers, texts, .*; not this: "),
+        (Locked(), r"may hold tensors, numbers, texts, .*; not this: TypeError: cannot pickle"),
+    ],
+)
+def test_a_rule_whose_memory_cannot_be_kept_is_told_before_the_first_round(rule, message):
+    def nobody(message, context):
+        raise AssertionError("asked")
+
+    with pytest.raises(InputError, match=message):
+        serve(InProcessGrid(nobody, nodes()), rule)
+
+
+@pytest.mark.parametrize("change", [{"n_clients": 4}, {"aggregate": uniform_mean}, {"settings": {"seed": 1}}])
+def test_another_run_in_the_same_folder_is_told(change):
+    grid = InProcessGrid(toy_app(), nodes())
+    serve(grid, rounds=1)
+    with pytest.raises(InputError, match="run holds a run with other settings"):
+        serve(grid, **change)
+
+
+def test_two_servers_do_not_share_a_folder(folder):
+    program = "import sys, time; from pathlib import Path; from medsec.core import parallel\n"
+    program += "with parallel.locked(Path(sys.argv[1])): print(flush=True), time.sleep(60)"
+    command = [sys.executable, "-c", program, str(folder / "run" / "server.lock")]
+    with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            with pytest.raises(InputError, match=f"process {other.pid} is already running server"):
+                serve(InProcessGrid(toy_app(), nodes()))
+        finally:
+            other.kill()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x04K\x01."])
+def test_a_damaged_checkpoint_is_told(content, folder):
+    serve(InProcessGrid(toy_app(), nodes()), rounds=1)
+    (folder / "run" / "server.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"server\.pt is damaged"):
+        serve(InProcessGrid(toy_app(), nodes()))
+
+
+def test_a_server_that_is_killed_in_its_first_round_is_the_same_run_again(folder):
+    grid = Disturbed(lambda t, message, answer: (_ for _ in ()).throw(KeyboardInterrupt))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            serve(grid)
+    assert len(list(folder.glob("run-*"))) == 1
+
+
+def test_a_client_cannot_fill_the_servers_disk_with_what_it_reports():
+    many = {2: lambda u, _: replace(u, metrics={f"m{i}": 1.0 for i in range(100)})}
+    long = {2: lambda u, _: replace(u, metrics={"m" * 1000: 1.0})}
+    for i, change in enumerate((many, long)):
+        _, history = serve(InProcessGrid(toy_app(change), nodes()), name=f"run-{i}", rounds=1)
+        assert history[0]["rejected"].keys() == {"2"}
+
+
+def test_a_hospital_decides_on_its_defence_and_on_public_images(folder):
+    it = small("classifier", defence="gradient_noise")
+    app.deal(it, folder / "hospitals")
+    node = {"client": 0, "images": str(folder / "hospitals" / "client-0.npz")}
+    app.build(it.model_dump(), node | {"defence": "gradient_noise"})
+    with pytest.raises(InputError, match="this hospital sends gradients with defence dp_sgd only, not gradient_noise"):
+        app.build(it.model_dump(), node | {"defence": "dp_sgd"})
+    public = it.model_copy(update={"defence": "public_only"}).model_dump()
+    with pytest.raises(InputError, match="reads public images of fundus and keeps networks of them"):
+        app.build(public, node)
+    app.build(public, node | {"cohort": "fundus"})
+    with pytest.raises(InputError, match="a run cannot be called"):
+        app.federation(app.run_config(['name="../elsewhere"']))
 
 
 def test_a_node_that_is_no_client_is_told():
@@ -598,8 +840,9 @@ def test_a_node_that_is_no_client_is_told():
 def test_nothing_else_imports_flower():
     """It is an extra."""
     importing = re.compile(
-        r"^\s*(from|import) (flwr|medsec\.federated\.flower|experiments\.flower)|import .*\bflower\b", re.M
+        r"^\s*(from|import) (flwr|medsec\.federated\.(flower|in_process)|experiments\.flower)|import .*\bflower\b", re.M
     )
     files = [file for package in ("medsec", "experiments") for file in (paths.ROOT / package).rglob("*.py")]
     found = {file.relative_to(paths.ROOT).as_posix() for file in files if importing.search(file.read_text("utf-8"))}
-    assert found == {"medsec/federated/flower.py", "medsec/federated/secagg.py", "experiments/flower.py"}
+    own = {f"medsec/federated/{name}.py" for name in ("flower", "in_process", "secagg")}
+    assert found == {*own, "experiments/flower.py"}

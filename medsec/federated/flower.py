@@ -4,16 +4,12 @@ Nothing here trains or aggregates: a client is a `Participant`, the server's sid
 process for every message, so what either side must remember lies on disk, written whole or not at all.
 """
 
-import copy
-import functools
-import io
 import json
-import pickle
 import re
 import secrets
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +18,19 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
-from medsec.core import files
+from medsec.core import files, parallel
 from medsec.core.errors import InputError
-from medsec.federated.rounds import Aggregator, State, Update, in_a_line, run_round
+from medsec.federated import checkpoints
+from medsec.federated.in_process import InProcessGrid
+from medsec.federated.rounds import Aggregator, NoQuorum, State, Update, in_a_line, run_round
 
-__all__ = ["InProcessGrid", "Participant", "client_app", "serve"]
+__all__ = ["Participant", "client_app", "serve"]
 
 PLAIN = "train.plain"  # type of a message that asks for an update without masks
-RUN = re.compile(r"[a-z0-9][a-z0-9-]{0,59}")  # a client makes a folder of this name, and the server chooses it
-NOBODY = NEVER = -1  # client of a node that has not answered yet; round of a client's last answer, before there is one
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")  # of a run; a client makes a folder of it and a token
+TOKEN = re.compile(NAME.pattern + "-[0-9a-f]{8}")
+NEVER = -1  # round of a client's last answer, before there is one
 POLL = 0.5  # seconds
 
 
@@ -61,8 +59,8 @@ def client_app(build: Build, folder: Callable[[], Path]) -> ClientApp:
     """The Flower app of a client.
 
     A client keeps two memories: after the last round whose answer the server has, and after the latest that it trained.
-    Every message says from which to start. So an answer that was lost, a message that comes twice and a server that went
-    back to its last checkpoint all lead to the same update.
+    Every message says from which to start. So an answer that was lost, a message that comes twice or late and a server that
+    went back to its last checkpoint all lead to the same update.
 
     Args:
         build: ``(settings, node_config) -> participant``; where a hospital's data lies may only be read from the latter.
@@ -83,44 +81,26 @@ def client_app(build: Build, folder: Callable[[], Path]) -> ClientApp:
 def trained(build: Build, folder: Callable[[], Path], state: State, order: Mapping, node: Mapping) -> Update:
     """What a client does with the server's state and order: the update that it sends. Its memory is on disk before."""
     torch.set_num_threads(1)  # one and two threads give different bits
-    run, round = order["run"], order["round"]
-    if type(run) is not str or not RUN.fullmatch(run) or type(round) is not int:
-        raise InputError("the server's message names no run or no round")
     participant = build(json.loads(order["settings"]), node)
-    place, since = folder() / run / f"client-{participant.index}", order["since"][participant.index]
+    run, round, since = order["run"], order["round"], order["since"][participant.index]
+    rounds = type(round) is type(since) is int and NEVER <= since < round
+    if type(run) is not str or not TOKEN.fullmatch(run) or not rounds:
+        raise InputError("the server's message names no run or no round")
+    place = folder() / run / f"client-{participant.index}"
     if since != NEVER:
-        participant.load_state_dict(_remembered(place / f"{since}.pt"))
+        try:
+            participant.load_state_dict(checkpoints.read(place / f"{since}.pt"))
+        except InputError as error:
+            lost = f"what this client knew after round {since + 1} is lost ({error})"
+            raise InputError(
+                f"{lost}: without it, it can take no further part in the run; restore its folder"
+            ) from None
     update = participant.train(state, round)
-    files.write(place / f"{round}.pt", _bytes(participant.state_dict()))
+    files.write(place / f"{round}.pt", checkpoints.packed(participant.state_dict()))
     for old in place.glob("*.pt"):
-        if old.stem not in (str(since), str(round)):
+        if int(old.stem) != since and int(old.stem) < round:  # newer ones are of messages that overtook this one
             old.unlink()
     return update
-
-
-def _remembered(file: Path) -> dict:
-    try:
-        return _read(file)
-    except FileNotFoundError:
-        lost = f"what this client knew after round {int(file.stem) + 1} is lost ({file.name} is missing)"
-        raise InputError(
-            f"{lost}: restore its folder; without it this client can take no further part in the run"
-        ) from None
-
-
-def _bytes(content: dict) -> bytes:
-    """For `_read`; what that could not read is told now, not after a fault."""
-    torch.save(content, stream := io.BytesIO())
-    _read(io.BytesIO(stream.getvalue()))
-    return stream.getvalue()
-
-
-def _read(file: Path | io.BytesIO) -> dict:
-    try:
-        return torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        kept = "a client's or rule's memory may hold tensors, numbers, texts, and lists, sets or dictionaries of them"
-        raise InputError(f"{kept}; not this: {in_a_line(error)}") from None
 
 
 def _packed(update: Update) -> RecordDict:
@@ -133,22 +113,11 @@ def _packed(update: Update) -> RecordDict:
     return RecordDict({"state": ArrayRecord(update.state), **records})
 
 
-def _collected(
-    arrived: dict[int, RecordDict], reasons: dict[int, str], timeout: float, client: int, state: State, round: int
-) -> Update:
-    """What a client sent. `screen` looks at it next, so that nothing is checked here but that it can be read."""
-    if client not in arrived:
-        raise InputError(reasons.get(client) or reasons.get(NOBODY) or f"no answer within {timeout:g} s")
-    content = arrived[client]
-    metrics, n_samples = dict(content["metrics"]), content["sender"]["n_samples"]
-    return Update(client, content["state"].to_torch_state_dict(), n_samples, metrics)
-
-
 # The server's side ---------------------------------------------------------------------------------------------------
 
 
 def serve(
-    grid: "Grid | InProcessGrid",
+    grid: Grid | InProcessGrid,
     state: State,
     aggregate: Aggregator,
     *,
@@ -166,7 +135,7 @@ def serve(
     Args:
         grid: Flower's, or `InProcessGrid`.
         state: the server's before the first round.
-        aggregate: the rule. Its memory is what its attributes hold besides functions; it is kept with the checkpoint.
+        aggregate: the rule; what it remembers (`checkpoints.memory`) is kept with the checkpoint.
         settings: sent to every client; plain values only.
         folder: of this run: its last name is the run's. ``server.pt`` in it is the checkpoint, replaced every round.
         timeout: seconds to wait for a round's answers. It decides who takes part: too short a time changes the result.
@@ -178,123 +147,140 @@ def serve(
         The last state, and a dictionary a round: what the rule said, who was rejected or absent and why, what they reported.
 
     Raises:
-        InputError: the folder holds a run with other settings.
+        InputError: the folder holds another run, or another process serves it; or what a rule remembers cannot be kept.
         NoQuorum: too few usable answers; after the fault is mended, the same call goes on from the round before.
     """
-    at = _resumed(folder, state, aggregate, settings, n_clients)
-    least, everybody = n_clients, range(n_clients)
-    while at["round"] < rounds:
-        t, began = at["round"], time.monotonic()
-        order = {"run": at["run"], "round": t, "since": at["since"], "settings": json.dumps(settings)}
-        nodes = _online(grid, least, wait)
-        if masked:
-            at["state"], metrics = masked(grid, nodes, at["state"], order, timeout)
-            said = {"rejected": {}, "absent": {c: "not in the sum" for c in everybody if c not in metrics}}
-        else:
-            arrived, reasons = _answers(grid, nodes, at["state"], order, timeout, n_clients, at["seats"])
-            train = functools.partial(_collected, arrived, reasons, timeout)
-            at["state"], updates, said = run_round(at["state"], everybody, train, aggregate, t, quorum=quorum)
-            metrics = {u.client: u.metrics for u in updates}
-        for client in metrics if masked else arrived:
-            at["since"][client] = t
-        at["round"], least = t + 1, n_clients // 2 + 1 if quorum is None else quorum
-        line = {"round": t + 1, "seconds": round(time.monotonic() - began, 3), **said, "metrics": metrics}
-        at["history"].append(json.dumps(line, default=float))
-        files.write(folder / "server.pt", _bytes({**at, "memory": _memory(aggregate)}))
-        print(at["history"][-1], flush=True)  # what `flwr log` shows
+    if not NAME.fullmatch(folder.name):
+        raise InputError(f"a run cannot be called {folder.name!r}: use up to 40 small letters, digits and dashes")
+    checkpoint, needed = folder / "server.pt", n_clients // 2 + 1 if quorum is None else quorum
+    with parallel.locked(folder / "server.lock"):
+        at = _resumed(checkpoint, state, aggregate, settings, n_clients)
+        least = n_clients
+        while at["round"] < rounds:
+            began = time.monotonic()
+            order = {"run": at["run"], "round": at["round"], "since": at["since"], "settings": json.dumps(settings)}
+            nodes, least = _online(grid, least, wait), max(1, needed)
+            if masked:
+                line = _masked_round(masked, grid, nodes, at, order, timeout, needed)
+            else:
+                line = _plain_round(grid, nodes, at, order, timeout, aggregate, needed)
+            line = {"round": at["round"], "seconds": round(time.monotonic() - began, 3), **line}
+            at["history"].append(json.dumps(line, default=float))
+            files.write(checkpoint, checkpoints.packed({**at, "memory": checkpoints.memory(aggregate)}))
+            print(at["history"][-1], flush=True)  # what `flwr log` shows
     return at["state"], [json.loads(line) for line in at["history"]]
 
 
-def _resumed(folder: Path, state: State, aggregate: Aggregator, settings: dict, n_clients: int) -> dict:
+def _resumed(checkpoint: Path, state: State, aggregate: Aggregator, settings: dict, n_clients: int) -> dict:
     """Where the run in a folder stands; its memory is given back to the rule."""
-    if not RUN.fullmatch(folder.name):
-        raise InputError(f"a run cannot be called {folder.name!r}: use up to 40 small letters, digits and dashes")
-    given = json.dumps(settings, sort_keys=True)
-    if not (folder / "server.pt").exists():
-        files.check_writable(folder)
+    given = json.dumps([settings, n_clients, checkpoints.kind(aggregate)], sort_keys=True)
+    if not checkpoint.exists():
         # The token tells this run's memories at the clients from those of an earlier one with the same name.
-        run = f"{folder.name[:40]}-{secrets.token_hex(4)}"
-        fresh = {"run": run, "round": 0, "state": state, "since": [NEVER] * n_clients, "seats": {}, "history": []}
-        return {**fresh, "settings": given}
-    at = _read(folder / "server.pt")
+        at = {"run": f"{checkpoint.parent.name}-{secrets.token_hex(4)}", "round": 0, "state": state, "settings": given}
+        at |= {"since": [NEVER] * n_clients, "seats": {}, "history": []}
+        files.write(checkpoint, checkpoints.packed({**at, "memory": checkpoints.memory(aggregate)}))
+        return at
+    at = checkpoints.read(checkpoint)
     if at["settings"] != given:
-        raise InputError(f"{folder.name} holds a run with other settings: choose another name, or remove that folder")
-    for name, value in at.pop("memory").items():
-        now = getattr(aggregate, name)
-        setattr(aggregate, name, deque(value, now.maxlen) if isinstance(now, deque) else value)
+        name = checkpoint.parent.name
+        raise InputError(f"{name} holds a run with other settings: choose another name, or remove that folder")
+    checkpoints.recall(aggregate, at.pop("memory"))
     return at
 
 
-def _memory(aggregate: Aggregator) -> dict[str, Any]:
-    kept = [(name, value) for name, value in getattr(aggregate, "__dict__", {}).items() if not callable(value)]
-    return {name: list(value) if isinstance(value, deque) else value for name, value in kept}
-
-
-def _online(grid: Grid, least: int, wait: float) -> list[int]:
+def _online(grid: Grid | InProcessGrid, least: int, wait: float) -> list[int]:
     end = time.monotonic() + wait
     while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
         time.sleep(POLL)
     return nodes
 
 
-def _answers(
-    grid: Grid, nodes: Sequence[int], state: State, order: dict, timeout: float, n_clients: int, seats: dict[int, int]
-) -> tuple[dict[int, RecordDict], dict[int, str]]:
-    """One round's answers by client, and why others cannot be used.
+def _finished(at: dict, state: State, clients: Sequence[int]) -> None:
+    for client in clients:
+        at["since"][client] = at["round"]
+    at["state"], at["round"] = state, at["round"] + 1
 
-    ``seats`` says as which client a node has answered before. It cannot change that seat, and a newcomer cannot take it while
-    its holder answers. Of two newcomers on one seat neither is believed.
+
+def _masked_round(masked: Callable, grid, nodes, at: dict, order: dict, timeout: float, needed: int) -> dict:
+    state, metrics = masked(grid, nodes, at["state"], order, timeout)
+    if len(metrics) < needed:
+        raise NoQuorum(f"round {at['round']}: {len(metrics)} clients in the masked sum, need {needed}")
+    _finished(at, state, list(metrics))
+    absent = {client: "not in the sum" for client in range(len(at["since"])) if client not in metrics}
+    return {"rejected": {}, "absent": absent, "metrics": metrics}
+
+
+def _plain_round(grid, nodes, at: dict, order: dict, timeout: float, aggregate: Aggregator, needed: int) -> dict:
+    arrived, reasons, unseated = _answers(grid, nodes, at["state"], order, timeout, at["seats"])
+
+    def sent(client: int, state: State, round: int) -> Update:
+        """What a client sent. `screen` looks at it next, so that nothing is checked here but that it can be read."""
+        if client not in arrived:
+            raise InputError(reasons.get(client, f"no answer within {timeout:g} s"))
+        content = arrived[client]
+        metrics, n_samples = dict(content["metrics"]), content["sender"]["n_samples"]
+        return Update(client, content["state"].to_torch_state_dict(), n_samples, metrics)
+
+    clients = range(len(at["since"]))
+    try:
+        state, updates, said = run_round(at["state"], clients, sent, aggregate, at["round"], quorum=needed)
+    except NoQuorum as error:
+        error.args = ("; ".join([str(error), *unseated[:1]]),)
+        raise
+    _finished(at, state, list(arrived))
+    return {**said, "unseated": unseated, "metrics": {u.client: u.metrics for u in updates}}
+
+
+def _answers(
+    grid: Grid | InProcessGrid, nodes: Sequence[int], state: State, order: dict, timeout: float, seats: dict[int, int]
+) -> tuple[dict[int, RecordDict], dict[int, str], list[str]]:
+    """One round's answers by client, why others cannot be used, and what nodes without a seat complained of.
+
+    ``seats`` says as which client a node has answered before. It cannot change that seat, and no other node can have it as
+    long as its holder is online. Of two newcomers on one seat neither is believed.
     """
     content = RecordDict({"state": ArrayRecord(state), "order": ConfigRecord(order)})
     messages = [Message(content, node, PLAIN, ttl=timeout, group_id=str(order["round"])) for node in nodes]
-    arrived, reasons, claims, heard = {}, {}, defaultdict(list), set()
-    for answer in grid.send_and_receive(messages, timeout=timeout):
-        node = answer.metadata.src_node_id
+    reasons, unseated, claims = {}, [], defaultdict(list)
+    held = {seats[node] for node in nodes if node in seats}
+    for node, answer in _replies(grid, messages, timeout):
         if answer.has_error():
-            reasons[seats.get(node, NOBODY)] = f"its node failed: {answer.error.reason}"
+            why = f"its node failed: {answer.error.reason}"[:200]
+            if node in seats:
+                reasons[seats[node]] = why
+            else:
+                unseated.append(why)
             continue
-        client = _claim(answer.content, n_clients)
-        if client is None or seats.get(node, client) != client or node in heard:
-            continue
-        heard.add(node)
-        claims[client].append((node, answer.content))
-    for client, claim in claims.items():
-        chosen = [each for each in claim if seats.get(each[0]) == client] or claim
-        if len(chosen) > 1:
-            reasons[client] = f"{len(chosen)} nodes call themselves client {client}"
-            continue
-        seats[chosen[0][0]], arrived[client] = client, chosen[0][1]
-    return arrived, reasons
+        client = _claim(answer.content, len(order["since"]))
+        if client is not None and (seats[node] == client if node in seats else client not in held):
+            claims[client].append((node, answer.content))
+    reasons |= {c: f"{len(each)} nodes call themselves client {c}" for c, each in claims.items() if len(each) > 1}
+    arrived = {client: each[0][1] for client, each in claims.items() if len(each) == 1}
+    seats |= {claims[client][0][0]: client for client in arrived}
+    return arrived, reasons, unseated
+
+
+def _replies(grid: Grid | InProcessGrid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
+    """Every node's first answer. Whose it is says the question: what an answer says of itself, its node can forge."""
+    questions, end = dict(zip(grid.push_messages(messages), messages, strict=True)), time.monotonic() + timeout
+    while questions:
+        for question, message in list(questions.items()):
+            try:
+                found = list(grid.pull_messages([question]))[:1]
+            except Exception as error:  # of bytes that are no message
+                found = [Message(Error(code=0, reason=in_a_line(error)), reply_to=message)]
+            for answer in found:
+                del questions[question]
+                yield message.metadata.dst_node_id, answer
+        if time.monotonic() >= end:
+            return
+        time.sleep(POLL if questions else 0)
 
 
 def _claim(content: RecordDict, n_clients: int) -> int | None:
+    """As which client an answer comes."""
     try:
         client = content["sender"]["client"]
     except Exception:  # whatever a hostile node sent
         return None
     return client if type(client) is int and 0 <= client < n_clients else None
-
-
-class InProcessGrid:
-    """What a server app needs of Flower's ``Grid``, with all nodes in this process: for notebooks and tests.
-
-    ``nodes`` are their configurations. An error that ``app`` raises becomes an error reply, as in a deployment.
-    """
-
-    def __init__(self, app: Callable[[Message, Context], Message], nodes: Sequence[Mapping]):
-        for name in ("run_id", "node_id", "task_id"):  # Flower's messages ask who sends them
-            setattr(TaskIdentity, name, 1)
-        self.app = app
-        self.contexts = {100 + i: Context(1, 100 + i, dict(node), RecordDict(), {}) for i, node in enumerate(nodes)}
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [self._answer(message) for message in messages]
-
-    def _answer(self, message: Message) -> Message:
-        try:
-            return self.app(copy.deepcopy(message), self.contexts[message.metadata.dst_node_id])
-        except (Exception, SystemExit) as error:
-            return Message(Error(code=0, reason=in_a_line(error)), reply_to=message)

@@ -20,6 +20,7 @@ State = dict[str, Tensor]
 # values up to it and so lock out the others.
 LARGEST_VALUE = 1e6
 LARGEST_COUNT = 10**9
+MOST_METRICS, LONGEST_NAME = 32, 64  # that a client may report: the history is kept
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,14 @@ def _usable(update: Update, sender: int, template: State) -> Update:
     for name, given in (("state", update.state), ("metrics", update.metrics)):
         if type(given) not in (dict, OrderedDict):
             raise InputError(f"its {name} is of type {type(given).__name__}, expected a dict")
+    if len(update.metrics) > MOST_METRICS:
+        raise InputError(f"it reports {len(update.metrics)} metrics, at most {MOST_METRICS} are kept")
     metrics = {name: _number(value) for name, value in update.metrics.items()}
     for name, value in metrics.items():
         if type(name) is not str or not math.isfinite(value):
             raise InputError(f"metric {name} is no finite number")
+        if len(name) > LONGEST_NAME:
+            raise InputError(f"a metric's name has more than {LONGEST_NAME} signs")
     if update.state.keys() != template.keys():
         odd = sorted(map(str, update.state.keys() ^ template.keys()))
         raise InputError(f"parameter names differ: {', '.join(odd[:3])}")

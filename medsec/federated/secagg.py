@@ -24,12 +24,13 @@ from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.federated.flower import Build, trained
-from medsec.federated.rounds import State, in_a_line
+from medsec.federated.rounds import State, Update, in_a_line, screen
 
 __all__ = ["answer_masked", "masked_round"]
 
 LEVELS = 2**22  # steps of a summed number
 CLIP = 8.0  # largest number that can be summed
+STAY = 2 / 3  # share of the clients that must stay to the end of a round, so that masks can be opened
 LEAST = 3  # clients: of two, each knows the other's update from the mean
 
 
@@ -75,16 +76,21 @@ def masked_round(
     context = LegacyContext(Context(0, 0, {}, RecordDict(), {}), strategy=asked)
     context.state[MAIN_CONFIGS_RECORD] = compat.ConfigRecord({Key.CURRENT_ROUND: order["round"]})
     context.state[MAIN_PARAMS_RECORD] = compat.parameters_to_arrayrecord(asked.parameters, keep_input=True)
-    # Shares for everybody, of which two thirds open a mask: so many must stay to the end of the round.
     options = {"clipping_range": CLIP, "quantization_range": LEVELS, "max_weight": 1.0, "timeout": timeout}
     why = "fewer than two thirds of the clients stayed to the end"
     try:
-        SecAggPlusWorkflow(1.0, 2 / 3, **options)(grid, context)
+        SecAggPlusWorkflow(1.0, max(LEAST, round(len(nodes) * STAY)), **options)(grid, context)
     except Exception as error:  # of whatever a client sent: behind masks nobody can tell who
         why = in_a_line(error)
     if asked.mean is None:
         raise InputError(f"round {order['round']}: no masked mean: {why}; the same call tries it again")
-    return {**state, **asked.mean}, asked.reported
+    mean = {**state, **asked.mean}
+    flaw = screen([Update(0, mean, 1)], state)[1].get(0)
+    if flaw or any((mean[name].abs() > CLIP).any() for name in asked.mean):
+        raise InputError(
+            f"round {order['round']}: somebody spoilt the sum: it {flaw or 'is too large'}; the same call tries it again"
+        )
+    return mean, asked.reported
 
 
 class _Asked:
@@ -104,8 +110,12 @@ class _Asked:
         like = _summed(self.state)
         self.mean = {n: torch.from_numpy(v).to(like[n].dtype) for n, v in zip(like, values, strict=True)}
         for _, result in results:
-            metrics = dict(result.metrics)
-            self.reported[int(metrics.pop("client"))] = metrics
+            metrics = {name: value for name, value in result.metrics.items() if type(value) in (int, float)}
+            client = metrics.pop("client", None)
+            if type(client) is not int or not 0 <= client < len(self.order["since"]) or client in self.reported:
+                self.mean = None
+                raise InputError(f"one calls itself client {client}")
+            self.reported[client] = metrics
         return None, {}
 
 
