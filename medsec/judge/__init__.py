@@ -1,0 +1,214 @@
+"""Test something of your own. Each test gives a `Report`: a verdict, a table, figures, and what was *not* tested.
+
+`medsec.judge.classifier.audit` attacks a classifier, `medsec.judge.server.judge_server_rule` a server's rule.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor
+
+from medsec.evidence.intervals import wilson_interval
+from medsec.show import png
+
+__all__ = ["Report"]
+
+COLUMNS = ("part", "measure", "value", "low", "high", "n", "unit", "note")
+DPI = 130
+LOOKS = (("#666666", ":", "D"), ("#E69F00", "--", "s"), ("#D55E00", "-", "o"))  # of the curves: colour, line, marker
+# One page of A4: the table may be long, so that the type is small; figures stand side by side.
+STYLE = """
+@page { size: A4; margin: 11mm }
+body { font: 9.5pt/1.3 system-ui, sans-serif; max-width: 188mm; margin: 4mm auto; color: #111 }
+h1 { font-size: 15pt; margin: 0 0 2mm } h2 { font-size: 10.5pt; margin: 3mm 0 1mm }
+p.verdict { border-left: 1.2mm solid #0072B2; padding: 1mm 3mm; margin: 1mm 0; font-size: 11pt; font-weight: 600 }
+table { border-collapse: collapse; font-size: 8pt; line-height: 1.15; width: 100% }
+th, td { text-align: left; padding: .3mm 1.5mm; border-bottom: .1mm solid #bbb; vertical-align: top }
+td.number { text-align: right; white-space: nowrap }
+ul { margin: 0; padding-left: 5mm; font-size: 8.5pt }
+.figures { display: flex; gap: 4mm; align-items: flex-start } figure { flex: 1; margin: 0 } img { width: 100% }
+figcaption { font-size: 8pt }
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """The result of a test; ``print`` shows it as Markdown.
+
+    Attributes:
+        title: what was tested.
+        verdict: one sentence, made from the numbers of the table.
+        table: a row a number, columns ``part, measure, value, low, high, n, unit, note``: ``low`` and ``high`` are a 95 %
+            interval (NaN: none), ``n`` counts what it was measured on.
+        remarks: what helps to read the numbers.
+        not_tested: what this report does *not* say.
+        figures: (caption, PNG) each.
+        examples: a row an image, where images were attacked; else None.
+
+    >>> table = pd.DataFrame([row("clean", "accuracy", *share(3, 4))])
+    >>> report = Report("<b> & co", "Three of four.", table, not_tested=("everything else",))
+    >>> print(report.to_markdown().splitlines()[0], "&lt;b&gt; &amp; co" in report.to_html())
+    # \\<b\\> & co True
+    """
+
+    title: str
+    verdict: str
+    table: pd.DataFrame
+    remarks: Sequence[str] = ()
+    not_tested: Sequence[str] = ()
+    figures: Sequence[tuple[str, bytes]] = ()
+    examples: pd.DataFrame | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def to_markdown(self) -> str:
+        """The report as Markdown, without the figures."""
+        lines = [f"# {_plain(self.title)}", "", f"**{_plain(self.verdict)}**", ""]
+        header, rows = self._cells()
+        lines += [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+        lines += [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows]
+        for heading, sentences in self._lists():
+            lines += ["", f"## {heading}", "", *(f"- {_plain(sentence)}" for sentence in sentences)]
+        return "\n".join(lines) + "\n"
+
+    def to_csv(self) -> str:
+        """The table as CSV, numbers in full."""
+        return self.table.to_csv(index=False)
+
+    def to_html(self) -> str:
+        """One page that stands alone: nothing is loaded from elsewhere, and it prints on A4."""
+        header, rows = self._cells()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(
+            f"<tr>{''.join(_td(name, cell) for name, cell in zip(header, row, strict=True))}</tr>\n" for row in rows
+        )
+        pictures = "".join(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+            for caption, image in self.figures
+        )
+        lists = "".join(
+            f"<h2>{heading}</h2>\n<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>\n"
+            for heading, sentences in self._lists()
+        )
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body><h1>{html.escape(self.title)}</h1>\n"
+            f'<p class="verdict">{html.escape(self.verdict)}</p>\n<div class="figures">{pictures}</div>\n'
+            f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n{lists}</body></html>\n"
+        )
+
+    def _lists(self) -> list[tuple[str, Sequence[str]]]:
+        named = [("Remarks", self.remarks), ("What this report does not say", self.not_tested)]
+        return [(heading, sentences) for heading, sentences in named if sentences]
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table as they are read; a part is named once."""
+        rows, part = [], None
+        for at in self.table.to_dict("records"):
+            interval = "" if math.isnan(at["low"]) else f"[{shown(at['low'])}, {shown(at['high'])}]"
+            value = "" if math.isnan(at["value"]) else f"{shown(at['value'])} {at['unit']}".strip()
+            first = "" if at["part"] == part else at["part"]
+            rows.append([first, at["measure"], value, interval, str(at["n"] or ""), at["note"]])
+            part = at["part"]
+        return ["", "measure", "value", "95 % interval", "n", ""], rows
+
+
+def _td(name: str, cell: str) -> str:
+    kind = ' class="number"' if name in ("value", "95 % interval", "n") else ""
+    return f"<td{kind}>{html.escape(cell)}</td>"
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown shows as it is, in one line."""
+    line = " ".join(str(text).split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in line)
+
+
+def row(part: str, measure: str, value: float, low=math.nan, high=math.nan, n: int = 0, unit="", note="") -> dict:
+    """One row of a report's table."""
+    return dict(zip(COLUMNS, (part, measure, float(value), float(low), float(high), int(n), unit, note), strict=True))
+
+
+def share(successes: int, n: int) -> tuple[float, float, float, int]:
+    """A share with Wilson's interval, which knows how few there are, and n; NaN of nothing."""
+    if not n:
+        return math.nan, math.nan, math.nan, 0
+    return successes / n, *wilson_interval(int(successes), int(n)), int(n)
+
+
+def balanced(answers: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """Balanced accuracy; its interval is made of each class's Wilson interval (Zou & Donner 2008, MOVER).
+
+    >>> [round(v, 2) for v in balanced(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]))]
+    [0.83, 0.38, 0.97]
+    """
+    classes = np.unique(labels)
+    hits = [share(int((answers[labels == k] == k).sum()), int((labels == k).sum()))[:3] for k in classes]
+    value, low, high = np.array(hits).T
+    down, up = (float(np.sqrt(((end - value) ** 2).sum()) / len(classes)) for end in (low, high))
+    return float(value.mean()), float(value.mean()) - down, float(value.mean()) + up
+
+
+def median(values: np.ndarray) -> tuple[float, float, float]:
+    """The median, and its interval from the order of the values (NaN where there are fewer than six)."""
+    ranked, n = np.sort(values), len(values)
+    k = int(stats.binom.ppf(0.025, n, 0.5)) - 1
+    middle = float(np.quantile(ranked, 0.5, method="lower" if np.isinf(ranked).any() else "linear"))
+    return (middle, float(ranked[k]), float(ranked[n - 1 - k])) if k >= 0 else (middle, math.nan, math.nan)
+
+
+def shown(value: float) -> str:
+    """A number as reports print it; 1 and 0 only where they are meant."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    if 0 < value < 0.005 or 0.995 < value < 1:
+        return f"{value:.4f}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float, float, float]]], x: str, y: str) -> bytes:
+    """A drawing of shares with intervals, as PNG: name -> points (x, value, low, high)."""
+    fig = Figure(figsize=(3.6, 2.6))
+    axes = fig.subplots()
+    for k, (name, points) in enumerate(series.items()):
+        at, value, low, high = np.array(points).T
+        beside = at * (1 + 0.03 * (k - len(series) // 2))
+        colour, line, marker = LOOKS[k % len(LOOKS)]
+        bars = value - low, high - value
+        axes.errorbar(beside, value, bars, color=colour, ls=line, marker=marker, ms=4, capsize=2, label=name)
+    axes.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return _picture(fig)
+
+
+def gallery(pairs: Sequence[tuple[Tensor, Tensor]]) -> bytes:
+    """Images (C, H, W) in [0, 1], what became of each, and the difference, stretched, as PNG."""
+    fig = Figure(figsize=(3.6, 0.9 * len(pairs)))
+    for line, (x, changed) in zip(fig.subplots(len(pairs), 3, squeeze=False), pairs, strict=True):
+        change = changed - x
+        stretched = 0.5 + 0.5 * change / change.abs().max().clamp_min(1e-12)
+        for axes, image in zip(line, (x, changed, stretched), strict=True):
+            image = image[0] if len(image) == 1 else image.movedim(0, -1)
+            axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.axis("off")
+    fig.subplots_adjust(0, 0, 1, 1, 0.03, 0.03)
+    return _picture(fig)
+
+
+def _picture(fig: Figure) -> bytes:
+    """A figure as PNG in few bytes."""
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    return png.compact(drawn.getvalue())
