@@ -6,6 +6,7 @@ The attacks are those of `medsec.evasion.attacks`, the checks those that a revie
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from medsec.judge.probing import (
     ALIKE,
     LEAST_TRAINED,
     MOST_CLASSES,
+    SWEEP,
     Classifier,
     Run,
     checks_of,
@@ -47,7 +49,7 @@ NAMES = {  # attack -> how the table calls it
     "FGSM": "FGSM",
     "PGD": "PGD",
     "transfer": "transfer from another network",
-    "search": "search without a gradient",
+    "search": "search without a gradient, on what PGD left",
 }
 PASSES = {  # check -> what is true where it passes, what is true where it fails
     "random": ("asked twice, it answers the same", "asked twice, it answers differently, which misleads an attack"),
@@ -120,7 +122,13 @@ def audit(
     with untouched(model), untouched(surrogate), torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "audit"))
         run = Run(Classifier(model), x, y, eps, norm, batch, seed, attacked)
-        stages = [clean, get_surrogate(surrogate), noise_and_fgsm, pgd, transfer, search, distance, more_steps]
+        clean(run)
+        stages = [] if run.constant else [get_surrogate(surrogate), noise_and_fgsm]
+        stages += (
+            []
+            if run.constant
+            else [*(partial(pgd, factor=factor) for factor in SWEEP), transfer, search, distance, more_steps]
+        )
         for stage in tqdm(stages, desc="audit", unit="stage", disable=not progress):
             stage(run)
     return _report(run, name)
@@ -234,10 +242,10 @@ def _size(eps: float, norm: str) -> str:
 
 
 def _verdict(run: Run, failed: list[Check]) -> str:
-    only, guess, (skill, low, high) = np.unique(run.answers), 1 / run.classes, balanced(run.answers, run.y.numpy())
-    if len(only) == 1 and run.classes > 1:
-        same = f"It gives every image the same answer, class {only[0]}"
-        return f"{same}: there is nothing to attack, and its other rates say nothing."
+    if run.constant:
+        same = f"It gives every image the same answer, class {run.answers[0]}"
+        return f"{same}: it tells nothing apart, and so there is nothing to attack."
+    guess, (skill, low, high) = 1 / run.classes, balanced(run.answers, run.y.numpy())
     if not low > guess:
         found = f"balanced accuracy {shown(skill)} [{shown(low)}, {shown(high)}], guessing has {shown(guess)}"
         return f"It is not clearly better than guessing ({found}): its other rates say little."
@@ -299,6 +307,8 @@ def _rows(run: Run) -> list[dict]:
         for eps in sorted(e for a, e in run.right if a == attack):
             right = run.right[attack, eps]
             rows.append(row(part, f"{title}, eps {_size(eps, run.norm)}", *share(int(right.sum()), len(right))))
+    if run.constant:
+        return rows
     worst = worst_case(run)
     note = f"right under every attack above up to eps {_size(run.eps, run.norm)}"
     rows.append(row(part, "worst case", *share(int(worst.sum()), len(worst)), note=note))
@@ -325,6 +335,8 @@ def _check_rows(run: Run, checks: list[Check]) -> list[dict]:
 
 
 def _remarks(run: Run) -> list[str]:
+    if run.constant:
+        return []
     right, n = int((run.answers == run.y.numpy()).sum()), len(run.chosen)
     remarks = [
         f"{n} of the {right} rightly classified images were attacked ({len(run.y)} images in all, seed {run.seed})."
@@ -343,6 +355,8 @@ def _remarks(run: Run) -> list[str]:
 
 
 def _not_tested(run: Run) -> list[str]:
+    if run.constant:
+        return ["Any attack: a network with one answer cannot be attacked, and is of no use."]
     other = "L2" if run.norm == "Linf" else "Linf"
     sentences = [
         "Attacks that are stronger (AutoAttack, more restarts) or made for this very model: what is left here is an upper bound.",

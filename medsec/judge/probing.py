@@ -1,6 +1,7 @@
 """The attacks that `medsec.judge.classifier.audit` runs, stage by stage, and a reviewer's questions on what they found."""
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -174,7 +175,7 @@ class Run:
         np.ndarray, np.ndarray
     ] = ()  # (n,) its answers, and the labels, of images that it has not seen
     surrogate_right: tuple[int, int] = (0, 0)  # of its own examples: right, of how many
-    chosen: np.ndarray = field(init=False)  # indices of the attacked images
+    chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # indices of the attacked images
     right: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)
     tested: dict[str, np.ndarray] = field(default_factory=dict)  # attacks that were not run on all of them: on which
     flat: int = 0  # how many gradients are exactly 0
@@ -198,6 +199,11 @@ class Run:
         judge = judge or self.model
         parts = [(judge(made(x, y)).argmax(1) == y).cpu().numpy() for x, y in self.each(index)]
         return np.concatenate([np.empty(0, bool), *parts])
+
+    @property
+    def constant(self) -> bool:
+        """Whether every image gets the same answer."""
+        return len(np.unique(self.answers)) == 1
 
     @property
     def classes(self) -> int:
@@ -259,15 +265,13 @@ def noise_and_fgsm(run: Run) -> None:
         run.right["FGSM", eps] = run.holds(lambda x, y: _one_step(x, next(step), eps, run.norm), run.chosen)  # noqa: B023
 
 
-def pgd(run: Run) -> None:
+def pgd(run: Run, factor: float) -> None:
     """PGD on two losses, each from another random start; the second only where the first failed."""
-    for factor in SWEEP:
-        eps, rng = factor * run.eps, run.rng("pgd", str(factor))
-        right = np.ones(len(run.chosen), bool)
-        for loss in (margin, cross_entropy):
-            rest = np.flatnonzero(right)
-            right[rest] = run.holds(lambda x, y: _kept(run, x, y, eps, rng, loss), run.chosen[rest])  # noqa: B023
-        run.right["PGD", eps] = right
+    eps, rng, right = factor * run.eps, run.rng("pgd", str(factor)), np.ones(len(run.chosen), bool)
+    for loss in (margin, cross_entropy):
+        rest = np.flatnonzero(right)
+        right[rest] = run.holds(lambda x, y: _kept(run, x, y, eps, rng, loss), run.chosen[rest])  # noqa: B023
+    run.right["PGD", eps] = right
 
 
 def _kept(run: Run, x: Tensor, y: Tensor, eps: float, rng: torch.Generator, loss: Loss) -> Tensor:
@@ -298,9 +302,12 @@ def transfer(run: Run) -> None:
 
 
 def search(run: Run) -> None:
-    if run.norm == "Linf":
-        rng = run.rng("square")
-        run.right["search", run.eps] = run.holds(lambda x, y: _square(run.model, x, y, run.eps, rng), run.chosen)
+    """A search without a gradient on what PGD left: if it turns any of that, the gradient was to blame."""
+    left, rng = run.right["PGD", run.eps], run.rng("square")
+    if run.norm == "Linf" and left.any():
+        made = functools.partial(_square, run.model, eps=run.eps, rng=rng)
+        run.right["search", run.eps] = run.holds(made, run.chosen[left])
+        run.tested["search"] = left
 
 
 def distance(run: Run) -> None:
