@@ -98,7 +98,7 @@ def _server(args: argparse.Namespace) -> int:
 
     from medsec.judge.server import judge_server_rule
 
-    return _give(judge_server_rule(rule, name=args.rule, seed=args.seed, progress=True), file)
+    return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
 
 
 def _describe(args: argparse.Namespace) -> int:

@@ -4,23 +4,31 @@
 """
 
 import base64
+import copy
+import functools
 import html
+import inspect
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from medsec.core.errors import InputError
 from medsec.evidence.intervals import wilson_interval
+from medsec.federated.rounds import State, Update
 from medsec.show import png
 
 __all__ = ["Report"]
 
+Rule = Callable[[Sequence[Update], int], tuple[State, dict]]
 COLUMNS = ("part", "measure", "value", "low", "high", "n", "unit", "note")
 DPI = 130
 LOOKS = (("#666666", ":", "D"), ("#E69F00", "--", "s"), ("#D55E00", "-", "o"))  # of the curves: colour, line, marker
@@ -190,7 +198,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float, float, float]]], x:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    return _picture(fig)
+    return picture(fig)
 
 
 def gallery(pairs: Sequence[tuple[Tensor, Tensor]]) -> bytes:
@@ -204,11 +212,90 @@ def gallery(pairs: Sequence[tuple[Tensor, Tensor]]) -> bytes:
             axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.axis("off")
     fig.subplots_adjust(0, 0, 1, 1, 0.03, 0.03)
-    return _picture(fig)
+    return picture(fig)
 
 
-def _picture(fig: Figure) -> bytes:
+def picture(fig: Figure) -> bytes:
     """A figure as PNG in few bytes."""
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     return png.compact(drawn.getvalue())
+
+
+def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str) -> bytes:
+    """Shares with intervals side by side, as PNG: row -> name -> (value, low, high)."""
+    fig = Figure(figsize=(6.4, 0.7 + 0.2 * len(rows)), layout="constrained")
+    axes = fig.subplots()
+    for k, name in enumerate(next(iter(rows.values()))):
+        value, low, high = np.array([each[name] for each in rows.values()]).T
+        colour, _, marker = LOOKS[k % len(LOOKS)]
+        at = np.arange(len(rows)) + 0.22 * (k - 1)
+        axes.errorbar(
+            value, at, xerr=(value - low, high - value), fmt=marker, color=colour, ms=4, capsize=2, label=name
+        )
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(-0.03, 1.03), xlabel=x)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    return picture(fig)
+
+
+# The rule, which may do anything ---------------------------------------------------------------------------------------
+
+
+def fresh(rule: Rule | type, state: State) -> Rule:
+    """The rule for one run: of a class a new object, of an object a copy."""
+    made = rule.func if isinstance(rule, functools.partial) else rule
+    try:
+        if not inspect.isclass(made):
+            return copy.deepcopy(rule)
+        needs = [
+            p
+            for p in inspect.signature(rule).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        return rule({k: v.clone() for k, v in state.items()}) if needs else rule()
+    except Exception as error:  # whatever their code raises
+        raise InputError(f"the rule cannot be made anew for a run ({said(error)}); mend it") from error
+
+
+def called(rule: Rule, updates: Sequence[Update], round: int) -> tuple[State, dict, float]:
+    """What a rule returns, if a server can use it, and its seconds; it gets copies, so that it can change nothing."""
+    like = updates[0].state
+    sent = [replace(u, state={k: v.clone() for k, v in u.state.items()}, metrics=dict(u.metrics)) for u in updates]
+    begin = time.perf_counter()
+    try:
+        returned = rule(sent, round)
+    except Exception as error:  # whatever their code raises
+        raise InputError(
+            f"the rule raised {said(error)}, in round {round} with {len(sent)} updates; mend it"
+        ) from error
+    seconds = time.perf_counter() - begin
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        kind = f"a {type(returned).__name__}" if not isinstance(returned, tuple) else f"{len(returned)} things"
+        raise InputError(f"the rule returned {kind}; need (state, diagnostics), the latter {{}} if there are none")
+    state, diagnostics = returned[0], returned[1] or {}
+    if not isinstance(state, dict) or not isinstance(diagnostics, dict):
+        raise InputError("the rule must return two dictionaries: state, name -> tensor, and diagnostics")
+    if odd := sorted(map(str, state.keys() ^ like.keys())):
+        raise InputError(
+            f"the rule's state has other names than the updates': {', '.join(odd[:3])}; return all, and no more"
+        )
+    for key, value in state.items():
+        want = like[key]
+        if not isinstance(value, Tensor) or value.shape != want.shape or value.dtype != want.dtype:
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the rule's {key} is {got}, expected {tuple(want.shape)} {want.dtype}")
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"the rule's {key} holds NaN or infinite values, in round {round} with {len(sent)} updates"
+            )
+    weights = diagnostics.get("weights")
+    if weights is not None and not (isinstance(weights, dict) and all(math.isfinite(w) for w in weights.values())):
+        raise InputError("the rule's diagnostics['weights'] must be client -> share, finite numbers; or leave it out")
+    return {key: value.detach().clone() for key, value in state.items()}, diagnostics, seconds
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

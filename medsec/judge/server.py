@@ -1,0 +1,465 @@
+"""`judge_server_rule`: what a server's rule of your own does in a small federated GAN, attacked and not.
+
+Every attacker of `medsec.backdoor.attackers` is run, and one who knows the rule, each beside two controls: the plain mean,
+and the mean of the honest clients alone. The images are those of the phantom, nobody's patients.
+"""
+
+import copy
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from medsec import data
+from medsec.backdoor import gan, triggers
+from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack, Scenario, falsified
+from medsec.backdoor.feddetect import flag_threshold
+from medsec.backdoor.gan import FederatedGAN, GANClient
+from medsec.backdoor.triggers import Trigger
+from medsec.core import params
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed
+from medsec.core.settings import Cohorts, FedGANParams
+from medsec.evidence.intervals import bootstrap_interval
+from medsec.federated.aggregators import fedavg, flatten, uniform_mean
+from medsec.federated.rounds import State, Update, rounds_until, scale_update, screen
+from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, row, share, shown
+
+__all__ = ["judge_server_rule"]
+
+BOOST = 4.0  # on the update of a scaling attacker: in ten short rounds three would not do
+DRAWN = 200  # images of which a trigger rate is the share
+WORKS, STOPPED = 0.5, 0.1  # undefended, an attack works above the one; it is stopped below the other
+SHUT_OUT = 0.01  # a weight below this share of the equal one
+LABELS = {"mean": "the plain mean", "oracle": "without the attacker", "rule": "the rule"}
+LEAST_RUNS = 3  # for an interval over runs
+SAME = 1e-4  # a distance to the mean, in units of how far clients lie apart, that is rounding
+FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # what the attacker who knows the rule tries
+TRIED = 48  # images that it draws for each
+AWARE = {"steps": 10, "draws": 64, "lr": 2e-3, "measure": 128}  # fewer than in notebook 02, which has minutes for each
+KNOWS = "knows_the_rule"
+TEXT = "Tries its update at several lengths on a copy of the rule, and sends what plants most; lies about its loss."
+CLAIMED = 10**6  # images that a boaster says it has
+
+
+def judge_server_rule(
+    rule: Rule | type,
+    *,
+    attackers: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    rounds: int = 10,
+    images: int = 128,
+    name: str = "",
+    progress: bool = False,
+) -> Report:
+    """Run a server's rule when nobody attacks and against every attacker, beside the plain mean and an oracle.
+
+    Args:
+        rule: ``rule(updates, round) -> (state, diagnostics)``, as those of `medsec.federated.aggregators`. ``diagnostics`` may be
+            empty; ``weights`` in it, client -> share, says whom it leaves out, ``flagged``, client -> bool, whom it suspects.
+            A function is called as it is. An object with this call, which may remember clients, is copied for every run. A
+            class is called for every run: with the server's first state if its ``__init__`` needs an argument, else without.
+        attackers: some of `medsec.backdoor.attackers.SCENARIOS`, and ``knows_the_rule``; default: all.
+        seeds: one run of everything each. With one, intervals are over images and not over runs.
+        rounds, images: of the federation, and of each client, four (of the colluders' federation eight).
+        name: of the rule, for the title.
+        progress: show on stderr how far it is.
+
+    Returns:
+        A report; ``examples`` has a row a run: trigger rates of the rule, of the mean and of the oracle.
+
+    Raises:
+        InputError: the rule raises, or returns something else than is said above. One line.
+    """
+    known = [*(each for each, scenario in SCENARIOS.items() if scenario.attacks), KNOWS]
+    chosen = (
+        params.registered(list(known if attackers is None else attackers), known, "attacker") if attackers else known
+    )
+    setting = _Setting.load(rounds, images)
+    odd = _odd_input(rule, setting)
+    runs, plan = [], [("no_attack", "rule"), ("no_attack", "mean")]
+    for attacker in chosen:
+        plan += [(attacker, "mean"), (attacker, "oracle"), (attacker, "rule")]
+    bar = tqdm([(seed, *step) for seed in seeds for step in plan], desc="judge", unit="run", disable=not progress)
+    kept: dict[tuple, _Finished] = {}
+    for seed, attacker, defence in bar:
+        bar.set_postfix_str(f"{attacker}, {defence}")
+        key = _alike(attacker, defence, seed)
+        if key not in kept:
+            kept[key] = _Run(setting, rule, attacker, defence, seed).finish()
+        runs.append((seed, attacker, defence, kept[key]))
+    return _report(setting, runs, odd, chosen, name)
+
+
+# The small federation --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """The phantom's images and the settings of the federation: those of params.yaml, made small."""
+
+    cohort: data.Cohort
+    fedgan: FedGANParams
+    feddetect: dict
+
+    @classmethod
+    def load(cls, rounds: int, images: int) -> "_Setting":
+        tree, file = params.read()
+        cohorts = params.validated(Cohorts, tree.get("cohorts"), f"{file}, section cohorts")
+        change = {
+            "rounds": rounds,
+            "images_per_client": images,
+            "poison": {"boost": BOOST},
+            "malicious": [0],
+            "n_clients": 4,
+        }
+        fedgan = params.validated(FedGANParams, params.merge(tree["fedgan"], change), f"{file}, section fedgan")
+        return cls(data.load("phantom", cohorts), fedgan, tree["feddetect"])
+
+    def of(self, scenario: Scenario) -> FedGANParams:
+        """The federation that an attacker needs."""
+        change: dict = {}
+        if scenario.colluders:
+            n, of = self.feddetect["scenario"]["colluders"]
+            change = {"n_clients": of, "malicious": list(range(n))}
+        if scenario.stealthy:
+            change["poison"] = self.fedgan.poison.model_copy(
+                update={"ratio": self.feddetect["scenario"]["stealth_ratio"], "boost": BOOST}
+            )
+        return self.fedgan.model_copy(update=change)
+
+    def trigger(self, scenario: Scenario) -> tuple[Trigger, float]:
+        """What an attacker plants, and the threshold of its detector."""
+        p, kind = self.fedgan.trigger, scenario.trigger or self.fedgan.trigger.kind
+        opacity = self.feddetect["scenario"]["faint_opacity"]
+        size, channels = self.cohort.size, self.cohort.channels
+        trigger = triggers.make_trigger(kind, image_size=size, channels=channels, size=p.size, opacity=opacity)
+        clean = torch.from_numpy(self.cohort["public"].float())
+        return trigger, triggers.calibrate(trigger, clean, self.fedgan.measure.threshold_fpr)
+
+    def federation(self, scenario: Scenario, seed: int) -> FederatedGAN:
+        """Clients with disjoint images; the attackers' carry the trigger."""
+        p, split = self.of(scenario), self.cohort["client"]
+        parts = data.partition(
+            split.labels, p.n_clients, "iid", seed=derive_seed(seed, "partition"), per_client=p.images_per_client
+        )
+        images = [torch.from_numpy(split.take(part).float()) for part in parts]
+        labels = [torch.from_numpy(split.labels[part]) for part in parts]
+        stamped = self.trigger(scenario)[0] if scenario.attacks and not scenario.aware else None
+        start = gan.new_federation(images, labels, self.cohort.n_classes, p, seed, stamped)
+        return gan.branch(start, p.poison.boost if scenario.boosted else None, self.begin)
+
+    @property
+    def begin(self) -> int:
+        """Round from which attackers do more than to poison their images."""
+        return rounds_until(self.fedgan.poison.boost_after, self.fedgan.rounds)
+
+
+def _scenario(attacker: str) -> Scenario:
+    return Scenario(TEXT, report="median") if attacker == KNOWS else SCENARIOS[attacker]
+
+
+def _alike(attacker: str, defence: str, seed: int) -> tuple:
+    """Runs with the same key are the same: the mean reads no losses, and the oracle sees no attacker."""
+    if defence == "rule" or (attacker == KNOWS and defence == "mean"):
+        return attacker, defence, seed
+    scenario = dataclasses.replace(_scenario(attacker), text="", report="true")
+    if defence == "oracle":  # (the trigger decides what is measured)
+        scenario = Scenario("", colluders=scenario.colluders, trigger=scenario.trigger)
+    return scenario, defence, seed
+
+
+# One run --------------------------------------------------------------------------------------------------------------
+
+
+def _odd_input(rule: Rule | type, setting: _Setting) -> list[dict]:
+    """Rows on what a rule does with few updates, missing losses and boasting; first of all, whether it works."""
+    state = setting.federation(SCENARIOS["no_attack"], 0).state
+    rng = torch.Generator().manual_seed(0)
+
+    def moved(v: Tensor) -> Tensor:
+        return v + 0.01 * torch.rand(v.shape, generator=rng) if v.is_floating_point() else v.clone()
+
+    losses = {"loss_g": 1.0, "loss_d": 1.0, "last_loss_g": 1.0}
+    sent = [Update(i, {k: moved(v) for k, v in state.items()}, 100, losses) for i in range(4)]
+    usual = called(fresh(rule, state), sent, 0)[0]  # an error here is the caller's to mend
+    boasting = [dataclasses.replace(u, n_samples=CLAIMED if u.client == 0 else 100) for u in sent]
+    cases = {
+        "one client of four is away": sent[1:],
+        "two are away": sent[2:],
+        "only one is left": sent[:1],
+        "nobody reports a loss": [dataclasses.replace(u, metrics={}) for u in sent],
+        "a client sends a huge update": [
+            dataclasses.replace(sent[0], state=scale_update(sent[0].state, state, 1e4)),
+            *sent[1:],
+        ],
+    }
+    rows = []
+    for case, updates in cases.items():
+        try:
+            called(fresh(rule, state), updates, 0)
+            rows.append(row("odd input", case, math.nan, note="goes on"))
+        except InputError as error:
+            rows.append(row("odd input", case, math.nan, note=f"FAILS: {error}"))
+    try:
+        gained = flatten(called(fresh(rule, state), boasting, 0)[0]) - flatten(usual)
+        way = flatten(sent[0].state) - flatten(usual)
+        value = float(gained @ way / max(float(way @ way), 1e-12))
+        note = "0: nothing; 1: the aggregate becomes its update"
+        rows.append(row("odd input", "a client claims a million images: what it gains", value, note=note))
+    except InputError as error:
+        rows.append(row("odd input", "a client claims a million images", math.nan, note=f"FAILS: {error}"))
+    return rows
+
+
+@dataclasses.dataclass
+class _Finished:
+    """What a run gave: the trigger rate at its end, and of every round time, distance to the mean and diagnostics."""
+
+    hits: int = 0
+    seconds: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of the rule, of the mean
+    gaps: list[float] = dataclasses.field(default_factory=list)
+    diagnostics: list[dict] = dataclasses.field(default_factory=list)
+
+
+class _Run:
+    """One attacker and one defence, ``rule``, ``mean`` or ``oracle``, from the first round to the last."""
+
+    def __init__(self, setting: _Setting, rule: Rule | type, attacker: str, defence: str, seed: int):
+        self.setting, self.attacker, self.defence, self.scenario = setting, attacker, defence, _scenario(attacker)
+        self.federation = setting.federation(self.scenario, seed)
+        self.malicious = setting.of(self.scenario).malicious if self.scenario.attacks else []
+        self.trigger, self.threshold = setting.trigger(self.scenario)
+        self.rule = fresh(rule if defence == "rule" else uniform_mean, self.federation.state)
+        self.attack = BackdoorAttack(self.scenario, self.malicious, self._strikes, self._aware())
+        self.found = _Finished()
+
+    def finish(self) -> _Finished:
+        waits = self.scenario.intermittent
+        # Who strikes seldom does not let its learning rate fade.
+        constant = dataclasses.replace(self.federation, gan=self.federation.gan.model_copy(update={"decay_after": 1.0}))
+
+        def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
+            faithless = waits and client.index in self.malicious
+            return gan.train_client(client, state, constant if faithless else federation, round)
+
+        gan.run(self.federation, train=train, aggregate=self._aggregate, strict=True)
+        drawn = self._draw(self.federation.state, DRAWN)
+        self.found.hits = int((triggers.score(self.trigger, drawn) > self.threshold).sum())
+        return self.found
+
+    def _strikes(self, round: int) -> bool:
+        every, last = self.setting.feddetect["scenario"]["strike_every"], self.setting.fedgan.rounds - 1
+        return round >= self.setting.begin and (last - round) % every == 0
+
+    def _aware(self) -> Callable | None:
+        """The attacker who optimises against the hardened FedDetect."""
+        if not self.scenario.aware:
+            return None
+        p, late, last = self.setting.feddetect, self.scenario.late, self.setting.fedgan.rounds - 1
+        settings, hardened = p["scenario"]["aware"], p["hardened"]
+
+        def evade(round: int) -> float:
+            return settings["late_evade"] if late and round > last - settings["late_rounds"] else settings["evade"]
+
+        return Aware(
+            self.federation.generator(),
+            self.trigger,
+            seed=derive_seed(self.federation.seed, "aware"),
+            scale=(hardened["scale"], hardened["scale_relative"]),
+            threshold=flag_threshold(hardened["fpr"]),
+            evade=evade,
+            recent=deque(maxlen=hardened["window"] - 1),
+            begin=self.setting.begin,
+            **AWARE,
+        )
+
+    def _draw(self, state: State, n: int) -> Tensor:
+        model = self.federation.generator()
+        model.load_state_dict(gan.part_of(state, "generator"))
+        return gan.synthesise(model.eval(), n, derive_seed(self.federation.seed, "drawn"))[0]
+
+    def _adapted(self, updates: Sequence[Update], round: int) -> list[Update]:
+        """The update of one who tries several on a copy of the rule; it sees the others' of this round."""
+        (own,), others = (
+            [u for u in updates if u.client in self.malicious],
+            [u for u in updates if u.client not in self.malicious],
+        )
+        lies = {key: falsified([u.metrics[key] for u in others], "median") for key in own.metrics}
+        mean, best, most = uniform_mean(others)[0], own, -math.inf
+        for factor in FACTORS:
+            tried = dataclasses.replace(own, state=scale_update(own.state, mean, factor), metrics=lies)
+            state = called(copy.deepcopy(self.rule), [tried, *others], round)[0]
+            planted = float(triggers.score(self.trigger, self._draw(state, TRIED)).mean())
+            if planted > most:
+                best, most = tried, planted
+        return [best if u.client == own.client else u for u in updates]
+
+    def _aggregate(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        adapts = self.attacker == KNOWS and self.defence != "oracle" and round >= self.setting.begin
+        sent = self._adapted(updates, round) if adapts else self.attack(updates, round)
+        arrived, rejected = screen(sent, self.federation.state)
+        if self.defence == "oracle":
+            arrived = [u for u in arrived if u.client not in self.malicious]
+        mean, _, of_mean = called(uniform_mean, arrived, round)
+        state, diagnostics, of_rule = called(self.rule, arrived, round)
+        self.found.seconds.append((of_rule, of_mean))
+        self.found.gaps.append(min(_gap(state, arrived, mean), _gap(state, arrived, fedavg(arrived)[0])))
+        self.found.diagnostics.append(diagnostics)
+        return state, {"rejected": rejected}
+
+
+def _gap(state: State, updates: Sequence[Update], mean: State) -> float:
+    """How far a state lies from a mean, in units of how far the updates do, on average."""
+    centre = flatten(mean)
+    spread = float(np.mean([np.linalg.norm(flatten(u.state) - centre) for u in updates]))
+    return float(np.linalg.norm(flatten(state) - centre) / max(spread, 1e-12))
+
+
+# What it means ---------------------------------------------------------------------------------------------------------
+
+
+class _Rate(NamedTuple):
+    """A trigger rate over all seeds, with its interval: over images, or over three runs or more."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, runs: Sequence[_Finished]) -> "_Rate":
+        rate = cls(*share(sum(run.hits for run in runs), DRAWN * len(runs)))
+        if len(runs) < LEAST_RUNS:
+            return rate
+        low, high = bootstrap_interval([run.hits / DRAWN for run in runs])
+        return rate._replace(low=low, high=high)
+
+
+def _outcome(rates: dict[str, _Rate]) -> str:
+    """What a rule did to one attacker, in a word that its numbers decide."""
+    if not rates["mean"].low > WORKS:
+        return "no test"
+    if rates["rule"].high <= STOPPED:
+        return "stopped"
+    return "gets through" if rates["rule"].low > STOPPED else "open"
+
+
+def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Sequence[str], name: str) -> Report:
+    grouped: dict[tuple[str, str], list[_Finished]] = {}
+    for _, attacker, defence, finished in runs:
+        grouped.setdefault((attacker, defence), []).append(finished)
+    rates = {a: {d: _Rate.of(grouped[a, d]) for d in ("mean", "oracle", "rule")} for a in attackers}
+    judged = {attacker: _outcome(each) for attacker, each in rates.items()}
+    honest, rows = grouped["no_attack", "rule"], []
+    for measure, value, n, note in _alarms(honest):
+        rows.append(row("no attack", measure, value, n=n, note=note))
+    for attacker, each in rates.items():
+        r, text = each["rule"], _scenario(attacker).text
+        controls = f"the mean: {shown(each['mean'].value)}, without the attacker: {shown(each['oracle'].value)}"
+        note = f"{judged[attacker]}; {controls}. {text}"
+        rows.append(row("trigger rate", attacker, r.value, r.low, r.high, r.n, note=note))
+    of_rule, of_mean = (1000 * np.median([s[i] for run in honest for s in run.seconds]) for i in (0, 1))
+    note = f"the mean: {of_mean:.2f} ms, so that it takes {shown(of_rule / of_mean)} times as long"
+    rows.append(row("cost", "time a round", of_rule, unit="ms", n=sum(len(run.seconds) for run in honest), note=note))
+    table = pd.DataFrame([*rows, *odd], columns=COLUMNS)
+    idle = all(
+        gap < SAME for (_, defence), each in grouped.items() if defence == "rule" for run in each for gap in run.gaps
+    )
+    columns = ["seed", "attacker", "defence", "trigger_rate"]
+    each_run = pd.DataFrame([(s, a, d, f.hits / DRAWN) for s, a, d, f in runs if a != "no_attack"], columns=columns)
+    figures = (
+        [
+            (
+                "Share of images with the trigger at the end; bars: 95 %.",
+                dots(
+                    {a: {LABELS[d]: (r.value, r.low, r.high) for d, r in each.items()} for a, each in rates.items()},
+                    "trigger rate",
+                ),
+            )
+        ]
+        if rates
+        else []
+    )
+    remarks, not_tested = _remarks(setting, len(honest)), list(NOT_TESTED)
+    if untested := [attacker for attacker, what in judged.items() if what == "no test"]:
+        not_tested.insert(
+            0, f"Whether it stops {', '.join(untested)}: in so small a federation they do not work undefended."
+        )
+    title = f"A server's rule on trial: {name}" if name else "A server's rule on trial"
+    return Report(title, _verdict(judged, rates, honest, idle), table, remarks, not_tested, figures, each_run)
+
+
+def _alarms(runs: Sequence[_Finished]) -> list[tuple[str, float, int, str]]:
+    """What the rule does to honest clients: measure, value, number of clients times rounds, note."""
+    gaps = [gap for run in runs for gap in run.gaps]
+    found = [
+        ("distance of its aggregate to the mean", float(np.mean(gaps)), len(gaps), "1: as far as a client, on average")
+    ]
+    told = [d["weights"] for run in runs for d in run.diagnostics if d.get("weights")]
+    if told:
+        shares = np.concatenate(
+            [np.array(list(each.values()), float) / max(sum(each.values()), 1e-12) * len(each) for each in told]
+        )
+        found += [
+            (
+                "honest clients shut out",
+                float((shares < SHUT_OUT).mean()),
+                len(shares),
+                "share of all clients and rounds",
+            ),
+            (
+                "weight taken from honest clients",
+                float((1 - shares).clip(0).mean()),
+                len(shares),
+                "share of the equal weight",
+            ),
+        ]
+    flags = [bool(flag) for run in runs for d in run.diagnostics for flag in dict(d.get("flagged") or {}).values()]
+    if flags:
+        found.append(("honest clients flagged", float(np.mean(flags)), len(flags), "share of all clients and rounds"))
+    return found
+
+
+def _verdict(judged: dict[str, str], rates: dict, honest: Sequence[_Finished], idle: bool) -> str:
+    if idle:
+        return "It does what the plain mean does, in every round and whoever attacks: it is no defence."
+    tested = [attacker for attacker, what in judged.items() if what != "no test"]
+    harm = "; ".join(f"{measure} {shown(value)}" for measure, value, *_ in _alarms(honest))
+    harm = f"When nobody attacks: {harm}."
+    if not tested:
+        return f"No attacker here works even without a defence, so that nothing is known of its use. {harm}"
+    stopped = [attacker for attacker in tested if judged[attacker] == "stopped"]
+    text = f"It stops {len(stopped)} of the {len(tested)} attackers whose attack works against the plain mean"
+    for what in ("gets through", "open"):
+        if names := [f"{a} ({shown(rates[a]['rule'].value)})" for a in tested if judged[a] == what]:
+            text += f"; {what}: {', '.join(names)}"
+    return f"{text}. {harm}"
+
+
+def _remarks(setting: _Setting, seeds: int) -> list[str]:
+    p = setting.fedgan
+    of = "runs" if seeds >= LEAST_RUNS else f"the {DRAWN} images of a run: another run may differ by more"
+    return [
+        f"{p.n_clients} hospitals (colluders: 2 of 8), {p.rounds} rounds, {p.images_per_client} images each. From round "
+        f"{setting.begin + 1} on, attackers do more than to poison their images.",
+        f"Runs for each attacker: {seeds}. Intervals are over {of}.",
+        f"“stopped”: the whole interval is at most {STOPPED}; “gets through”: it lies above. “no test”: with the plain mean "
+        f"the rate is not clearly above {WORKS}.",
+        "All attackers see what the others send in the same round, which is more than a real one sees.",
+    ]
+
+
+NOT_TESTED = (
+    "Other federations: more hospitals, more rounds, hospitals that differ, other images, a classifier instead of a GAN.",
+    "An attacker who optimises more than the length of its update against this rule: what is stopped here may fall to one.",
+    "What its diagnostics say: weights and flags are taken as they are told. Privacy: it sees every update in the clear.",
+    "The quality of the synthetic images.",
+)
