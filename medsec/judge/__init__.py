@@ -23,12 +23,14 @@ from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.evidence.intervals import wilson_interval
-from medsec.federated.rounds import State, Update
+from medsec.federated.aggregators import flatten
+from medsec.federated.rounds import State, Update, scale_update
 from medsec.show import png
 
 __all__ = ["Report"]
 
 Rule = Callable[[Sequence[Update], int], tuple[State, dict]]
+CLAIMED = 10**6  # images that a boasting client says it has
 COLUMNS = ("part", "measure", "value", "low", "high", "n", "unit", "note")
 DPI = 130
 LOOKS = (("#666666", ":", "D"), ("#E69F00", "--", "s"), ("#D55E00", "-", "o"))  # of the curves: colour, line, marker
@@ -299,3 +301,42 @@ def called(rule: Rule, updates: Sequence[Update], round: int) -> tuple[State, di
 
 def said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def odd_input(rule: Rule | type, state: State) -> list[dict]:
+    """Rows on what a rule does with few updates, missing losses and boasting; first of all, whether it works."""
+    rng = torch.Generator().manual_seed(0)
+
+    def moved(v: Tensor) -> Tensor:
+        return v + 0.01 * torch.rand(v.shape, generator=rng) if v.is_floating_point() else v.clone()
+
+    losses = {"loss_g": 1.0, "loss_d": 1.0, "last_loss_g": 1.0}
+    sent = [Update(i, {k: moved(v) for k, v in state.items()}, 100, losses) for i in range(4)]
+    usual = called(fresh(rule, state), sent, 0)[0]  # an error here is the caller's to mend
+    boasting = [replace(u, n_samples=CLAIMED if u.client == 0 else 100) for u in sent]
+    cases = {
+        "one client of four is away": sent[1:],
+        "two are away": sent[2:],
+        "only one is left": sent[:1],
+        "nobody reports a loss": [replace(u, metrics={}) for u in sent],
+        "a client sends a huge update": [
+            replace(sent[0], state=scale_update(sent[0].state, state, 1e4)),
+            *sent[1:],
+        ],
+    }
+    rows = []
+    for case, updates in cases.items():
+        try:
+            called(fresh(rule, state), updates, 0)
+            rows.append(row("odd input", case, math.nan, note="goes on"))
+        except InputError as error:
+            rows.append(row("odd input", case, math.nan, note=f"FAILS: {error}"))
+    try:
+        gained = flatten(called(fresh(rule, state), boasting, 0)[0]) - flatten(usual)
+        way = flatten(sent[0].state) - flatten(usual)
+        value = float(gained @ way / max(float(way @ way), 1e-12))
+        note = "0: nothing; 1: the aggregate becomes its update"
+        rows.append(row("odd input", "a client claims a million images: what it gains", value, note=note))
+    except InputError as error:
+        rows.append(row("odd input", "a client claims a million images", math.nan, note=f"FAILS: {error}"))
+    return rows

@@ -30,7 +30,7 @@ from medsec.core.settings import Cohorts, FedGANParams
 from medsec.evidence.intervals import bootstrap_interval
 from medsec.federated.aggregators import fedavg, flatten, uniform_mean
 from medsec.federated.rounds import State, Update, rounds_until, scale_update, screen
-from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, row, share, shown
+from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, odd_input, row, share, shown
 
 __all__ = ["judge_server_rule"]
 
@@ -46,7 +46,6 @@ TRIED = 48  # images that it draws for each
 AWARE = {"steps": 10, "draws": 64, "lr": 2e-3, "measure": 128}  # fewer than in notebook 02, which has minutes for each
 KNOWS = "knows_the_rule"
 TEXT = "Tries its update at several lengths on a copy of the rule, and sends what plants most; lies about its loss."
-CLAIMED = 10**6  # images that a boaster says it has
 
 
 def judge_server_rule(
@@ -79,12 +78,13 @@ def judge_server_rule(
         InputError: the rule raises, or returns something else than is said above. One line.
     """
     known = [*(each for each, scenario in SCENARIOS.items() if scenario.attacks), KNOWS]
-    chosen = (
-        params.registered(list(known if attackers is None else attackers), known, "attacker") if attackers else known
-    )
+    try:
+        chosen = params.registered(list(known if attackers is None else attackers), known, "attacker")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     setting = _Setting.load(rounds, images)
-    odd = _odd_input(rule, setting)
-    runs, plan = [], [("no_attack", "rule"), ("no_attack", "mean")]
+    odd = odd_input(rule, setting.federation(SCENARIOS["no_attack"], 0).state)
+    runs, plan = [], [("no_attack", "rule")]
     for attacker in chosen:
         plan += [(attacker, "mean"), (attacker, "oracle"), (attacker, "rule")]
     bar = tqdm([(seed, *step) for seed in seeds for step in plan], desc="judge", unit="run", disable=not progress)
@@ -177,46 +177,6 @@ def _alike(attacker: str, defence: str, seed: int) -> tuple:
 
 
 # One run --------------------------------------------------------------------------------------------------------------
-
-
-def _odd_input(rule: Rule | type, setting: _Setting) -> list[dict]:
-    """Rows on what a rule does with few updates, missing losses and boasting; first of all, whether it works."""
-    state = setting.federation(SCENARIOS["no_attack"], 0).state
-    rng = torch.Generator().manual_seed(0)
-
-    def moved(v: Tensor) -> Tensor:
-        return v + 0.01 * torch.rand(v.shape, generator=rng) if v.is_floating_point() else v.clone()
-
-    losses = {"loss_g": 1.0, "loss_d": 1.0, "last_loss_g": 1.0}
-    sent = [Update(i, {k: moved(v) for k, v in state.items()}, 100, losses) for i in range(4)]
-    usual = called(fresh(rule, state), sent, 0)[0]  # an error here is the caller's to mend
-    boasting = [dataclasses.replace(u, n_samples=CLAIMED if u.client == 0 else 100) for u in sent]
-    cases = {
-        "one client of four is away": sent[1:],
-        "two are away": sent[2:],
-        "only one is left": sent[:1],
-        "nobody reports a loss": [dataclasses.replace(u, metrics={}) for u in sent],
-        "a client sends a huge update": [
-            dataclasses.replace(sent[0], state=scale_update(sent[0].state, state, 1e4)),
-            *sent[1:],
-        ],
-    }
-    rows = []
-    for case, updates in cases.items():
-        try:
-            called(fresh(rule, state), updates, 0)
-            rows.append(row("odd input", case, math.nan, note="goes on"))
-        except InputError as error:
-            rows.append(row("odd input", case, math.nan, note=f"FAILS: {error}"))
-    try:
-        gained = flatten(called(fresh(rule, state), boasting, 0)[0]) - flatten(usual)
-        way = flatten(sent[0].state) - flatten(usual)
-        value = float(gained @ way / max(float(way @ way), 1e-12))
-        note = "0: nothing; 1: the aggregate becomes its update"
-        rows.append(row("odd input", "a client claims a million images: what it gains", value, note=note))
-    except InputError as error:
-        rows.append(row("odd input", "a client claims a million images", math.nan, note=f"FAILS: {error}"))
-    return rows
 
 
 @dataclasses.dataclass
