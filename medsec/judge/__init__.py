@@ -30,6 +30,7 @@ from medsec.show import png
 __all__ = ["Report"]
 
 Rule = Callable[[Sequence[Update], int], tuple[State, dict]]
+CALM = 5  # rounds before a rule meets odd input
 CLAIMED = 10**6  # images that a boasting client says it has
 COLUMNS = ("part", "measure", "value", "low", "high", "n", "unit", "note")
 DPI = 130
@@ -312,7 +313,15 @@ def odd_input(rule: Rule | type, state: State) -> list[dict]:
 
     losses = {"loss_g": 1.0, "loss_d": 1.0, "last_loss_g": 1.0}
     sent = [Update(i, {k: moved(v) for k, v in state.items()}, 100, losses) for i in range(4)]
-    usual = called(fresh(rule, state), sent, 0)[0]  # an error here is the caller's to mend
+
+    def late(updates: Sequence[Update]) -> State:
+        """The aggregate of these, after rounds in which all was well: many a rule acts only then."""
+        made = fresh(rule, state)
+        for round in range(CALM):
+            called(made, sent, round)
+        return called(made, updates, CALM)[0]
+
+    usual = late(sent)  # an error here is the caller's to mend
     boasting = [replace(u, n_samples=CLAIMED if u.client == 0 else 100) for u in sent]
     cases = {
         "one client of four is away": sent[1:],
@@ -327,12 +336,12 @@ def odd_input(rule: Rule | type, state: State) -> list[dict]:
     rows = []
     for case, updates in cases.items():
         try:
-            called(fresh(rule, state), updates, 0)
+            late(updates)
             rows.append(row("odd input", case, math.nan, note="goes on"))
         except InputError as error:
             rows.append(row("odd input", case, math.nan, note=f"FAILS: {error}"))
     try:
-        gained = flatten(called(fresh(rule, state), boasting, 0)[0]) - flatten(usual)
+        gained = flatten(late(boasting)) - flatten(usual)
         way = flatten(sent[0].state) - flatten(usual)
         value = float(gained @ way / max(float(way @ way), 1e-12))
         note = "0: nothing; 1: the aggregate becomes its update"

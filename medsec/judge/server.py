@@ -4,7 +4,6 @@ Every attacker of `medsec.backdoor.attackers` is run, and one who knows the rule
 and the mean of the honest clients alone. The images are those of the phantom, nobody's patients.
 """
 
-import copy
 import dataclasses
 import math
 from collections import deque
@@ -37,6 +36,7 @@ __all__ = ["judge_server_rule"]
 BOOST = 4.0  # on the update of a scaling attacker: in ten short rounds three would not do
 DRAWN = 200  # images of which a trigger rate is the share
 WORKS, STOPPED = 0.5, 0.1  # undefended, an attack works above the one; it is stopped below the other
+GAP = "distance of its aggregate to the mean"
 SHUT_OUT = 0.01  # a weight below this share of the equal one
 LABELS = {"mean": "the plain mean", "oracle": "without the attacker", "rule": "the rule"}
 LEAST_RUNS = 3  # for an interval over runs
@@ -79,22 +79,28 @@ def judge_server_rule(
     """
     known = [*(each for each, scenario in SCENARIOS.items() if scenario.attacks), KNOWS]
     try:
-        chosen = params.registered(list(known if attackers is None else attackers), known, "attacker")
+        chosen = params.registered(list(attackers or known), known, "attacker")
     except ValueError as error:
         raise InputError(str(error)) from None
+    if not seeds:
+        raise InputError("seeds is empty: give at least one, like (0,)")
     setting = _Setting.load(rounds, images)
     odd = odd_input(rule, setting.federation(SCENARIOS["no_attack"], 0).state)
-    runs, plan = [], [("no_attack", "rule")]
-    for attacker in chosen:
-        plan += [(attacker, "mean"), (attacker, "oracle"), (attacker, "rule")]
+    runs = []
+    plan = [
+        ("no_attack", "rule"),
+        *((attacker, defence) for attacker in chosen for defence in ("mean", "oracle", "rule")),
+    ]
     bar = tqdm([(seed, *step) for seed in seeds for step in plan], desc="judge", unit="run", disable=not progress)
     kept: dict[tuple, _Finished] = {}
-    for seed, attacker, defence in bar:
-        bar.set_postfix_str(f"{attacker}, {defence}")
-        key = _alike(attacker, defence, seed)
-        if key not in kept:
-            kept[key] = _Run(setting, rule, attacker, defence, seed).finish()
-        runs.append((seed, attacker, defence, kept[key]))
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(0, "judge"))  # for a rule that draws
+        for seed, attacker, defence in bar:
+            bar.set_postfix_str(f"{attacker}, {defence}")
+            key = _alike(attacker, defence, seed)
+            if key not in kept:
+                kept[key] = _Run(setting, rule, attacker, defence, seed).finish()
+            runs.append((seed, attacker, defence, kept[key]))
     return _report(setting, runs, odd, chosen, name)
 
 
@@ -113,13 +119,8 @@ class _Setting:
     def load(cls, rounds: int, images: int) -> "_Setting":
         tree, file = params.read()
         cohorts = params.validated(Cohorts, tree.get("cohorts"), f"{file}, section cohorts")
-        change = {
-            "rounds": rounds,
-            "images_per_client": images,
-            "poison": {"boost": BOOST},
-            "malicious": [0],
-            "n_clients": 4,
-        }
+        change = {"rounds": rounds, "images_per_client": images, "n_clients": 4, "malicious": [0]}
+        change["poison"] = {"boost": BOOST}
         fedgan = params.validated(FedGANParams, params.merge(tree["fedgan"], change), f"{file}, section fedgan")
         return cls(data.load("phantom", cohorts), fedgan, tree["feddetect"])
 
@@ -130,9 +131,8 @@ class _Setting:
             n, of = self.feddetect["scenario"]["colluders"]
             change = {"n_clients": of, "malicious": list(range(n))}
         if scenario.stealthy:
-            change["poison"] = self.fedgan.poison.model_copy(
-                update={"ratio": self.feddetect["scenario"]["stealth_ratio"], "boost": BOOST}
-            )
+            ratio = self.feddetect["scenario"]["stealth_ratio"]
+            change["poison"] = self.fedgan.poison.model_copy(update={"ratio": ratio})
         return self.fedgan.model_copy(update=change)
 
     def trigger(self, scenario: Scenario) -> tuple[Trigger, float]:
@@ -181,12 +181,13 @@ def _alike(attacker: str, defence: str, seed: int) -> tuple:
 
 @dataclasses.dataclass
 class _Finished:
-    """What a run gave: the trigger rate at its end, and of every round time, distance to the mean and diagnostics."""
+    """What a run gave: images with the trigger at its end, and of every round ..."""
 
     hits: int = 0
     seconds: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of the rule, of the mean
-    gaps: list[float] = dataclasses.field(default_factory=list)
-    diagnostics: list[dict] = dataclasses.field(default_factory=list)
+    gaps: list[float] = dataclasses.field(default_factory=list)  # distance of the aggregate to the mean
+    shares: list[float] = dataclasses.field(default_factory=list)  # each client's weight, 1 for an equal one
+    flags: list[bool] = dataclasses.field(default_factory=list)  # each client's
 
 
 class _Run:
@@ -248,15 +249,13 @@ class _Run:
 
     def _adapted(self, updates: Sequence[Update], round: int) -> list[Update]:
         """The update of one who tries several on a copy of the rule; it sees the others' of this round."""
-        (own,), others = (
-            [u for u in updates if u.client in self.malicious],
-            [u for u in updates if u.client not in self.malicious],
-        )
+        own = next(u for u in updates if u.client in self.malicious)
+        others = [u for u in updates if u.client != own.client]
         lies = {key: falsified([u.metrics[key] for u in others], "median") for key in own.metrics}
         mean, best, most = uniform_mean(others)[0], own, -math.inf
         for factor in FACTORS:
             tried = dataclasses.replace(own, state=scale_update(own.state, mean, factor), metrics=lies)
-            state = called(copy.deepcopy(self.rule), [tried, *others], round)[0]
+            state = called(fresh(self.rule, self.federation.state), [tried, *others], round)[0]
             planted = float(triggers.score(self.trigger, self._draw(state, TRIED)).mean())
             if planted > most:
                 best, most = tried, planted
@@ -272,7 +271,10 @@ class _Run:
         state, diagnostics, of_rule = called(self.rule, arrived, round)
         self.found.seconds.append((of_rule, of_mean))
         self.found.gaps.append(min(_gap(state, arrived, mean), _gap(state, arrived, fedavg(arrived)[0])))
-        self.found.diagnostics.append(diagnostics)
+        if (weights := diagnostics.get("weights")) is not None:  # who is not named weighs nothing
+            each = np.array([float(weights.get(u.client, 0)) for u in arrived])
+            self.found.shares += (len(each) * each / max(each.sum(), 1e-12)).tolist()
+        self.found.flags += map(bool, dict(diagnostics.get("flagged") or {}).values())
         return state, {"rejected": rejected}
 
 
@@ -304,7 +306,6 @@ class _Rate(NamedTuple):
 
 
 def _outcome(rates: dict[str, _Rate]) -> str:
-    """What a rule did to one attacker, in a word that its numbers decide."""
     if not rates["mean"].low > WORKS:
         return "no test"
     if rates["rule"].high <= STOPPED:
@@ -318,82 +319,61 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
         grouped.setdefault((attacker, defence), []).append(finished)
     rates = {a: {d: _Rate.of(grouped[a, d]) for d in ("mean", "oracle", "rule")} for a in attackers}
     judged = {attacker: _outcome(each) for attacker, each in rates.items()}
-    honest, rows = grouped["no_attack", "rule"], []
-    for measure, value, n, note in _alarms(honest):
-        rows.append(row("no attack", measure, value, n=n, note=note))
+    honest = grouped["no_attack", "rule"]
+    alarms, rows = _alarms(honest), []
     for attacker, each in rates.items():
-        r, text = each["rule"], _scenario(attacker).text
         controls = f"the mean: {shown(each['mean'].value)}, without the attacker: {shown(each['oracle'].value)}"
-        note = f"{judged[attacker]}; {controls}. {text}"
-        rows.append(row("trigger rate", attacker, r.value, r.low, r.high, r.n, note=note))
+        note = f"{judged[attacker]}; {controls}. {_scenario(attacker).text}"
+        rows.append(row("trigger rate", attacker, *each["rule"], note=note))
     of_rule, of_mean = (1000 * np.median([s[i] for run in honest for s in run.seconds]) for i in (0, 1))
     note = f"the mean: {of_mean:.2f} ms, so that it takes {shown(of_rule / of_mean)} times as long"
     rows.append(row("cost", "time a round", of_rule, unit="ms", n=sum(len(run.seconds) for run in honest), note=note))
-    table = pd.DataFrame([*rows, *odd], columns=COLUMNS)
-    idle = all(
-        gap < SAME for (_, defence), each in grouped.items() if defence == "rule" for run in each for gap in run.gaps
-    )
-    columns = ["seed", "attacker", "defence", "trigger_rate"]
-    each_run = pd.DataFrame([(s, a, d, f.hits / DRAWN) for s, a, d, f in runs if a != "no_attack"], columns=columns)
-    figures = (
-        [
-            (
-                "Share of images with the trigger at the end; bars: 95 %.",
-                dots(
-                    {a: {LABELS[d]: (r.value, r.low, r.high) for d, r in each.items()} for a, each in rates.items()},
-                    "trigger rate",
-                ),
-            )
-        ]
-        if rates
-        else []
-    )
-    remarks, not_tested = _remarks(setting, len(honest)), list(NOT_TESTED)
-    if untested := [attacker for attacker, what in judged.items() if what == "no test"]:
-        not_tested.insert(
-            0, f"Whether it stops {', '.join(untested)}: in so small a federation they do not work undefended."
-        )
-    title = f"A server's rule on trial: {name}" if name else "A server's rule on trial"
-    return Report(title, _verdict(judged, rates, honest, idle), table, remarks, not_tested, figures, each_run)
-
-
-def _alarms(runs: Sequence[_Finished]) -> list[tuple[str, float, int, str]]:
-    """What the rule does to honest clients: measure, value, number of clients times rounds, note."""
-    gaps = [gap for run in runs for gap in run.gaps]
-    found = [
-        ("distance of its aggregate to the mean", float(np.mean(gaps)), len(gaps), "1: as far as a client, on average")
+    table = pd.DataFrame([*alarms, *rows, *odd], columns=COLUMNS)
+    gaps = [gap for _, _, defence, run in runs if defence == "rule" for gap in run.gaps]
+    each_run = [
+        (seed, attacker, defence, run.hits / DRAWN) for seed, attacker, defence, run in runs if attacker in rates
     ]
-    told = [d["weights"] for run in runs for d in run.diagnostics if d.get("weights")]
-    if told:
-        shares = np.concatenate(
-            [np.array(list(each.values()), float) / max(sum(each.values()), 1e-12) * len(each) for each in told]
+    examples = pd.DataFrame(each_run, columns=["seed", "attacker", "defence", "trigger_rate"])
+    not_tested = list(NOT_TESTED)
+    if untested := [attacker for attacker, what in judged.items() if what == "no test"]:
+        why = "in so small a federation they do not work undefended"
+        not_tested.insert(0, f"Whether it stops {', '.join(untested)}: {why}.")
+    drawn = dots({a: {LABELS[d]: rate[:3] for d, rate in each.items()} for a, each in rates.items()}, "trigger rate")
+    return Report(
+        f"A server's rule on trial: {name}".removesuffix(": "),
+        _verdict(judged, rates, alarms, idle=max(gaps) < SAME),
+        table,
+        _remarks(setting, len(honest)),
+        not_tested,
+        [("Share of synthetic images with the trigger at the end; bars: 95 %.", drawn)],
+        examples,
+    )
+
+
+def _alarms(runs: Sequence[_Finished]) -> list[dict]:
+    """Rows on what the rule does to honest clients, over all clients and rounds."""
+    gaps, shares, flags = (
+        np.array([v for run in runs for v in getattr(run, name)]) for name in ("gaps", "shares", "flags")
+    )
+    part, of = "no attack", "of all clients and rounds"
+    rows = [row(part, GAP, gaps.mean(), n=len(gaps), note="1: as far as a client, on average")]
+    if len(shares):
+        rows.append(row(part, "honest clients shut out", (shares < SHUT_OUT).mean(), n=len(shares), note=of))
+        lost = (1 - shares).clip(0).mean()
+        rows.append(
+            row(part, "weight taken from honest clients", lost, n=len(shares), note="share of the equal weight")
         )
-        found += [
-            (
-                "honest clients shut out",
-                float((shares < SHUT_OUT).mean()),
-                len(shares),
-                "share of all clients and rounds",
-            ),
-            (
-                "weight taken from honest clients",
-                float((1 - shares).clip(0).mean()),
-                len(shares),
-                "share of the equal weight",
-            ),
-        ]
-    flags = [bool(flag) for run in runs for d in run.diagnostics for flag in dict(d.get("flagged") or {}).values()]
-    if flags:
-        found.append(("honest clients flagged", float(np.mean(flags)), len(flags), "share of all clients and rounds"))
-    return found
+    if len(flags):
+        rows.append(row(part, "honest clients flagged", flags.mean(), n=len(flags), note=of))
+    return rows
 
 
-def _verdict(judged: dict[str, str], rates: dict, honest: Sequence[_Finished], idle: bool) -> str:
+def _verdict(judged: dict[str, str], rates: dict, alarms: list[dict], *, idle: bool) -> str:
     if idle:
         return "It does what the plain mean does, in every round and whoever attacks: it is no defence."
     tested = [attacker for attacker, what in judged.items() if what != "no test"]
-    harm = "; ".join(f"{measure} {shown(value)}" for measure, value, *_ in _alarms(honest))
-    harm = f"When nobody attacks: {harm}."
+    alarmed = [f"{at['measure']} {shown(at['value'])}" for at in alarms]
+    harm = f"When nobody attacks: {'; '.join(alarmed)}."
     if not tested:
         return f"No attacker here works even without a defence, so that nothing is known of its use. {harm}"
     stopped = [attacker for attacker in tested if judged[attacker] == "stopped"]
