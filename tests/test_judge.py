@@ -18,7 +18,7 @@ from medsec.__main__ import main
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.federated.aggregators import fedavg, krum, median, uniform_mean
-from medsec.judge import Report, balanced, row, share
+from medsec.judge import Report, balanced, row, server, share
 from medsec.judge import median as median_of
 from medsec.judge.classifier import audit
 from medsec.judge.server import judge_server_rule
@@ -323,6 +323,23 @@ def test_a_rule_that_knows_the_attacker_equals_the_oracle():
     assert "honest clients shut out 0.25" in report.verdict
 
 
+@pytest.mark.parametrize(
+    ("mean", "rule", "outcome"),
+    [
+        (180, 3, "stopped"),
+        (180, 20, "open"),
+        (180, 60, "gets through"),
+        (180, 200, "made worse"),
+        (30, 0, "no test"),
+        (30, 90, "made worse"),
+        (104, 0, "no test"),  # of 200: not clearly more than half
+    ],
+)
+def test_the_outcome_follows_from_the_rates(mean, rule, outcome):
+    rates = {name: server._Rate.of([server._Finished(hits)]) for name, hits in (("mean", mean), ("rule", rule))}
+    assert server._outcome(rates) == outcome
+
+
 class Counting:
     """Remembers how often it was called: a run must not find what another left."""
 
@@ -389,7 +406,7 @@ def test_odd_input_is_tried():
     report = quick(needs_four)
     assert "where is the fourth" in cell(report, "only one is left", "note")
     assert cell(report, "a client claims a million images: what it gains") > 0.9
-    with pytest.raises(InputError, match="did you mean boost"):
+    with pytest.raises(InputError, match="no attacker 'bost'; choose from honest, boost"):
         quick(median, attackers=["bost"])
 
 

@@ -4,6 +4,7 @@
 """
 
 import base64
+import contextlib
 import copy
 import functools
 import html
@@ -11,7 +12,7 @@ import inspect
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from medsec.core.errors import InputError
@@ -349,3 +351,15 @@ def odd_input(rule: Rule | type, state: State) -> list[dict]:
     except InputError as error:
         rows.append(row("odd input", "a client claims a million images", math.nan, note=f"FAILS: {error}"))
     return rows
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Networks this small are no faster on more threads, on a busy machine much slower, and give other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)

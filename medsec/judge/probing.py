@@ -16,6 +16,7 @@ from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import ClassifierParams
 from medsec.evasion.attacks import Loss, climb, cross_entropy, deepfool, margin
 from medsec.evasion.sanity import TOLERANCE, Check
+from medsec.judge import one_thread
 from medsec.nets.fit import fit
 
 __all__: list[str] = []  # `medsec.judge.classifier` is what users call
@@ -251,7 +252,8 @@ def _trained(run: Run) -> nn.Module:
     index = np.flatnonzero(run.trained_on)
     x = torch.cat([small(x) for x, _ in run.each(index)])
     y = run.y[torch.from_numpy(index)].to(x.device)
-    network = fit(x, y, run.classes, SURROGATE, epochs=EPOCHS, seed=derive_seed(run.seed, "surrogate"))
+    with one_thread():
+        network = fit(x, y, run.classes, SURROGATE, epochs=EPOCHS, seed=derive_seed(run.seed, "surrogate"))
     return nn.Sequential(small, network).eval()
 
 

@@ -5,6 +5,7 @@ and the mean of the honest clients alone. The images are those of the phantom, n
 """
 
 import dataclasses
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,11 +30,12 @@ from medsec.core.settings import Cohorts, FedGANParams
 from medsec.evidence.intervals import bootstrap_interval
 from medsec.federated.aggregators import fedavg, flatten, uniform_mean
 from medsec.federated.rounds import State, Update, rounds_until, scale_update, screen
-from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, odd_input, row, share, shown
+from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, odd_input, one_thread, row, share, shown
 
 __all__ = ["judge_server_rule"]
 
 BOOST = 4.0  # on the update of a scaling attacker: in ten short rounds three would not do
+FOUR = {"n_clients": 4, "malicious": [0]}
 DRAWN = 200  # images of which a trigger rate is the share
 WORKS, STOPPED = 0.5, 0.1  # undefended, an attack works above the one; it is stopped below the other
 GAP = "distance of its aggregate to the mean"
@@ -78,22 +80,18 @@ def judge_server_rule(
         InputError: the rule raises, or returns something else than is said above. One line.
     """
     known = [*(each for each, scenario in SCENARIOS.items() if scenario.attacks), KNOWS]
-    try:
-        chosen = params.registered(list(attackers or known), known, "attacker")
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    chosen = list(attackers or known)
+    if odd := [each for each in chosen if each not in known]:
+        raise InputError(f"no attacker {odd[0]!r}; choose from {', '.join(known)}")
     if not seeds:
         raise InputError("seeds is empty: give at least one, like (0,)")
     setting = _Setting.load(rounds, images)
-    odd = odd_input(rule, setting.federation(SCENARIOS["no_attack"], 0).state)
-    runs = []
-    plan = [
-        ("no_attack", "rule"),
-        *((attacker, defence) for attacker in chosen for defence in ("mean", "oracle", "rule")),
-    ]
-    bar = tqdm([(seed, *step) for seed in seeds for step in plan], desc="judge", unit="run", disable=not progress)
+    oddities = odd_input(rule, setting.federation(SCENARIOS["no_attack"], 0).state)
+    steps = [("no_attack", "rule"), *itertools.product(chosen, LABELS)]
+    plan, runs = [(seed, *step) for seed in seeds for step in steps], []
+    bar = tqdm(plan, desc="judge", unit="run", disable=not progress)
     kept: dict[tuple, _Finished] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), one_thread():
         torch.manual_seed(derive_seed(0, "judge"))  # for a rule that draws
         for seed, attacker, defence in bar:
             bar.set_postfix_str(f"{attacker}, {defence}")
@@ -101,7 +99,7 @@ def judge_server_rule(
             if key not in kept:
                 kept[key] = _Run(setting, rule, attacker, defence, seed).finish()
             runs.append((seed, attacker, defence, kept[key]))
-    return _report(setting, runs, odd, chosen, name)
+    return _report(setting, runs, oddities, chosen, name)
 
 
 # The small federation --------------------------------------------------------------------------------------------------
@@ -113,14 +111,13 @@ class _Setting:
 
     cohort: data.Cohort
     fedgan: FedGANParams
-    feddetect: dict
+    feddetect: dict  # the section of params.yaml
 
     @classmethod
     def load(cls, rounds: int, images: int) -> "_Setting":
         tree, file = params.read()
         cohorts = params.validated(Cohorts, tree.get("cohorts"), f"{file}, section cohorts")
-        change = {"rounds": rounds, "images_per_client": images, "n_clients": 4, "malicious": [0]}
-        change["poison"] = {"boost": BOOST}
+        change = {"rounds": rounds, "images_per_client": images, "poison": {"boost": BOOST}} | FOUR
         fedgan = params.validated(FedGANParams, params.merge(tree["fedgan"], change), f"{file}, section fedgan")
         return cls(data.load("phantom", cohorts), fedgan, tree["feddetect"])
 
@@ -131,8 +128,8 @@ class _Setting:
             n, of = self.feddetect["scenario"]["colluders"]
             change = {"n_clients": of, "malicious": list(range(n))}
         if scenario.stealthy:
-            ratio = self.feddetect["scenario"]["stealth_ratio"]
-            change["poison"] = self.fedgan.poison.model_copy(update={"ratio": ratio})
+            rarely = {"ratio": self.feddetect["scenario"]["stealth_ratio"]}
+            change["poison"] = self.fedgan.poison.model_copy(update=rarely)
         return self.fedgan.model_copy(update=change)
 
     def trigger(self, scenario: Scenario) -> tuple[Trigger, float]:
@@ -191,7 +188,7 @@ class _Finished:
 
 
 class _Run:
-    """One attacker and one defence, ``rule``, ``mean`` or ``oracle``, from the first round to the last."""
+    """One attacker and one defence: ``rule``, ``mean`` or ``oracle``."""
 
     def __init__(self, setting: _Setting, rule: Rule | type, attacker: str, defence: str, seed: int):
         self.setting, self.attacker, self.defence, self.scenario = setting, attacker, defence, _scenario(attacker)
@@ -203,12 +200,11 @@ class _Run:
         self.found = _Finished()
 
     def finish(self) -> _Finished:
-        waits = self.scenario.intermittent
         # Who strikes seldom does not let its learning rate fade.
         constant = dataclasses.replace(self.federation, gan=self.federation.gan.model_copy(update={"decay_after": 1.0}))
 
         def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
-            faithless = waits and client.index in self.malicious
+            faithless = self.scenario.intermittent and client.index in self.malicious
             return gan.train_client(client, state, constant if faithless else federation, round)
 
         gan.run(self.federation, train=train, aggregate=self._aggregate, strict=True)
@@ -306,6 +302,8 @@ class _Rate(NamedTuple):
 
 
 def _outcome(rates: dict[str, _Rate]) -> str:
+    if rates["rule"].low > max(STOPPED, rates["mean"].high):
+        return "made worse"
     if not rates["mean"].low > WORKS:
         return "no test"
     if rates["rule"].high <= STOPPED:
@@ -317,7 +315,7 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
     grouped: dict[tuple[str, str], list[_Finished]] = {}
     for _, attacker, defence, finished in runs:
         grouped.setdefault((attacker, defence), []).append(finished)
-    rates = {a: {d: _Rate.of(grouped[a, d]) for d in ("mean", "oracle", "rule")} for a in attackers}
+    rates = {a: {d: _Rate.of(grouped[a, d]) for d in LABELS} for a in attackers}
     judged = {attacker: _outcome(each) for attacker, each in rates.items()}
     honest = grouped["no_attack", "rule"]
     alarms, rows = _alarms(honest), []
@@ -371,17 +369,16 @@ def _alarms(runs: Sequence[_Finished]) -> list[dict]:
 def _verdict(judged: dict[str, str], rates: dict, alarms: list[dict], *, idle: bool) -> str:
     if idle:
         return "It does what the plain mean does, in every round and whoever attacks: it is no defence."
-    tested = [attacker for attacker, what in judged.items() if what != "no test"]
-    alarmed = [f"{at['measure']} {shown(at['value'])}" for at in alarms]
-    harm = f"When nobody attacks: {'; '.join(alarmed)}."
+    alarmed = "; ".join(f"{at['measure']} {shown(at['value'])}" for at in alarms)
+    tested = [attacker for attacker in judged if rates[attacker]["mean"].low > WORKS]
+    stopped = list(judged.values()).count("stopped")
+    text = f"It stops {stopped} of the {len(tested)} attackers whose attack works against the plain mean"
     if not tested:
-        return f"No attacker here works even without a defence, so that nothing is known of its use. {harm}"
-    stopped = [attacker for attacker in tested if judged[attacker] == "stopped"]
-    text = f"It stops {len(stopped)} of the {len(tested)} attackers whose attack works against the plain mean"
-    for what in ("gets through", "open"):
-        if names := [f"{a} ({shown(rates[a]['rule'].value)})" for a in tested if judged[a] == what]:
+        text = "No attacker here works even against the plain mean, so that nothing is known of its use"
+    for what in ("gets through", "made worse", "open"):
+        if names := [f"{a} ({shown(rates[a]['rule'].value)})" for a in judged if judged[a] == what]:
             text += f"; {what}: {', '.join(names)}"
-    return f"{text}. {harm}"
+    return f"{text}. When nobody attacks: {alarmed}."
 
 
 def _remarks(setting: _Setting, seeds: int) -> list[str]:
@@ -391,8 +388,8 @@ def _remarks(setting: _Setting, seeds: int) -> list[str]:
         f"{p.n_clients} hospitals (colluders: 2 of 8), {p.rounds} rounds, {p.images_per_client} images each. From round "
         f"{setting.begin + 1} on, attackers do more than to poison their images.",
         f"Runs for each attacker: {seeds}. Intervals are over {of}.",
-        f"“stopped”: the whole interval is at most {STOPPED}; “gets through”: it lies above. “no test”: with the plain mean "
-        f"the rate is not clearly above {WORKS}.",
+        f"“stopped”: the whole interval is at most {STOPPED}; “gets through”: it lies above. “made worse”: and above that "
+        f"of the plain mean. “no test”: with the plain mean the rate is not clearly above {WORKS}.",
         "All attackers see what the others send in the same round, which is more than a real one sees.",
     ]
 
