@@ -1,6 +1,7 @@
 """The command ``medsec`` (or ``python -m medsec``): test something of your own, or describe a folder of images."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 import zipfile
@@ -87,6 +88,7 @@ def _audit(args: argparse.Namespace) -> int:
         seed=args.seed,
         progress=True,
     )
+    report = dataclasses.replace(report, remarks=[*report.remarks, f"Images: {said}."])
     if files[1]:
         _write(files[1], report.examples.to_csv())
     return _give(report, files[0])

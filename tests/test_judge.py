@@ -460,6 +460,7 @@ def test_the_command_audits_a_folder(folder, capsys, monkeypatch):
     assert "classes by number: 0 dark, 1 light" in said.err
     page = (folder / "r.html").read_text(encoding="utf-8")
     assert "my_model.py:make" in page
+    assert "0 dark, 1 light" in page
     assert str(folder) not in page
     assert len(pd.read_csv(folder / "e.csv")) == 40
     assert main(asked) == 2
