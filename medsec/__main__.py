@@ -69,8 +69,6 @@ def _parser() -> argparse.ArgumentParser:
 def _audit(args: argparse.Namespace) -> int:
     files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
     eps = _number(args.eps)
-    if args.attacked < 1:
-        raise InputError(f"--attacked {args.attacked}: must be at least 1")
     images, labels, said = _images(args.data, args.size, args.channels)
     model = _model(args.model)
     _tell(f"{len(images)} images of shape {images.shape[1:]}; {said}")
