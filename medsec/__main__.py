@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     server = judge.add_parser("server", help="a server's rule, against backdoors in a federated GAN")
     server.add_argument("rule", help="my_rule.py:rule, a function of (updates, round) or a class of such objects")
     server.set_defaults(run=_server)
-    for each in (audit, server):
+    gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
+    gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
+    gradient.set_defaults(run=_gradient)
+    for each in (audit, server, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
     describe = commands.add_parser("describe", help="what is in a folder of images")
@@ -99,6 +102,15 @@ def _server(args: argparse.Namespace) -> int:
     from medsec.judge.server import judge_server_rule
 
     return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
+
+
+def _gradient(args: argparse.Namespace) -> int:
+    file = _free(args.out, FORMATS)
+    defence = _from_python(args.defence)
+
+    from medsec.judge.gradients import judge_gradient_defence
+
+    return _give(judge_gradient_defence(defence, name=Path(args.defence).name, seed=args.seed, progress=True), file)
 
 
 def _describe(args: argparse.Namespace) -> int:
