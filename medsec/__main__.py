@@ -16,7 +16,7 @@ from medsec.core.errors import InputError, command
 LARGEST = 224  # pixels a side that images are read at, unless --size says so
 MOST_BYTES = 2**32  # of the arrays of an .npz, unpacked
 FORMATS = {".html": "to_html", ".md": "to_markdown", ".csv": "to_csv"}
-SAFE = "a torch.export file (.pt2), a TorchScript file, or my_model.py:make"
+FORMS = "a torch.export file (.pt2), a TorchScript file, or my_model.py:make"
 
 
 @command
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     audit = commands.add_parser("audit", help="attack a classifier with adversarial examples")
-    audit.add_argument("model", help=f"{SAFE}, a function that returns the model")
+    audit.add_argument("model", help=f"{FORMS}, a function that returns the model")
     audit.add_argument(
         "--data", required=True, type=Path, help="folder of class folders, or .npz with images and labels"
     )
@@ -192,12 +192,12 @@ def _from_folder(root: Path, size: int | None, channels: int | None):
 
 
 def _model(text: str):
-    """A model from a file that cannot run code, or from Python code of the user's own."""
+    """A model from a file, or from Python code. (Crafted files of PyTorch's own formats can run code too: SECURITY.md.)"""
     if ".py:" in text:
         return _from_python(text)()
     file = Path(text)
     if not file.is_file():
-        raise InputError(f"model {text} does not exist; give {SAFE}")
+        raise InputError(f"model {text} does not exist; give {FORMS}")
 
     import torch
 
@@ -207,9 +207,9 @@ def _model(text: str):
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if not any("/code/" in name for name in names):
         kind = (
-            "holds weights only, no network" if file.suffix == ".safetensors" else "is a pickle, which may run any code"
+            "holds weights only, no network" if file.suffix == ".safetensors" else "is a pickle, which runs whatever is in it"
         )
-        raise InputError(f"{file.name} {kind}; give {SAFE}")
+        raise InputError(f"{file.name} {kind}; give {FORMS}")
     return _opened(file, lambda: torch.jit.load(file, map_location="cpu").eval())
 
 
