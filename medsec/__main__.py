@@ -207,7 +207,9 @@ def _model(text: str):
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if not any("/code/" in name for name in names):
         kind = (
-            "holds weights only, no network" if file.suffix == ".safetensors" else "is a pickle, which runs whatever is in it"
+            "holds weights only, no network"
+            if file.suffix == ".safetensors"
+            else "is a pickle, which runs whatever is in it"
         )
         raise InputError(f"{file.name} {kind}; give {FORMS}")
     return _opened(file, lambda: torch.jit.load(file, map_location="cpu").eval())
