@@ -60,6 +60,11 @@ API = {
         "The defences of all three papers against all attacks, in one federation (notebook 05).",
         ("experiments.threat_matrix",),
     ),
+    "judge": (
+        "Test something of your own",
+        "A report on a classifier, a server's rule or a gradient defence of yours.",
+        ("medsec.judge",),
+    ),
     "tools": (
         "Parameters, tables, claims and records",
         "What makes a run reproducible, and a statement checkable.",

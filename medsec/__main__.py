@@ -1,0 +1,290 @@
+"""The command ``medsec`` (or ``python -m medsec``): test something of your own, or describe a folder of images."""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import zipfile
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+from medsec.core.errors import InputError, command
+
+# Everything slow to import is imported where it is used: `medsec --help` answers at once.
+
+LARGEST = 224  # pixels a side that images are read at, unless --size says so
+MOST_BYTES = 2**32  # of the arrays of an .npz, unpacked
+FORMATS = {".html": "to_html", ".md": "to_markdown", ".csv": "to_csv"}
+FORMS = "a torch.export file (.pt2), a TorchScript file, or my_model.py:make"
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after a mistake that the user can mend."""
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medsec", description="Test something of your own. All of it runs here: nothing leaves this machine."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    audit = commands.add_parser("audit", help="attack a classifier with adversarial examples")
+    audit.add_argument("model", help=f"{FORMS}, a function that returns the model")
+    audit.add_argument(
+        "--data", required=True, type=Path, help="folder of class folders, or .npz with images and labels"
+    )
+    audit.add_argument("--eps", default="4/255", help="largest change, in units of an image in [0, 1] (default: 4/255)")
+    audit.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    audit.add_argument(
+        "--size", type=int, help="folder: pixels a side (default: those of the first image, at most 224)"
+    )
+    audit.add_argument(
+        "--channels", type=int, choices=(1, 3), help="folder: grey or colour (default: as the first image)"
+    )
+    audit.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
+    audit.add_argument("--examples", type=Path, help="write a CSV with a row an image here")
+    audit.set_defaults(run=_audit)
+    judge = commands.add_parser("judge", help="test a defence").add_subparsers(required=True, metavar="WHAT")
+    server = judge.add_parser("server", help="a server's rule, against backdoors in a federated GAN")
+    server.add_argument("rule", help="my_rule.py:rule, a function of (updates, round) or a class of such objects")
+    server.set_defaults(run=_server)
+    gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
+    gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
+    gradient.set_defaults(run=_gradient)
+    for each in (audit, server, gradient):
+        each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+        each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
+    describe = commands.add_parser("describe", help="what is in a folder of images")
+    describe.add_argument("folder", type=Path, help="folder of class folders")
+    describe.add_argument(
+        "--patients", metavar="REGEX", help="whose image it is: the group of it, found in the file's name"
+    )
+    describe.set_defaults(run=_describe)
+    return parser
+
+
+# The commands ----------------------------------------------------------------------------------------------------------
+
+
+def _audit(args: argparse.Namespace) -> int:
+    files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
+    eps = _number(args.eps)
+    images, labels, said = _images(args.data, args.size, args.channels)
+    model = _model(args.model)
+    _tell(f"{len(images)} images of shape {images.shape[1:]}; {said}")
+
+    from medsec.judge.classifier import audit
+
+    report = audit(
+        model,
+        images,
+        labels,
+        eps=eps,
+        norm=args.norm,
+        attacked=args.attacked,
+        name=Path(args.model).name,
+        seed=args.seed,
+        progress=True,
+    )
+    report = dataclasses.replace(report, remarks=[*report.remarks, f"Images: {said}."])
+    if files[1]:
+        _write(files[1], report.examples.to_csv())
+    return _give(report, files[0])
+
+
+def _server(args: argparse.Namespace) -> int:
+    file = _free(args.out, FORMATS)
+    rule = _from_python(args.rule)
+
+    from medsec.judge.server import judge_server_rule
+
+    return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
+
+
+def _gradient(args: argparse.Namespace) -> int:
+    file = _free(args.out, FORMATS)
+    defence = _from_python(args.defence)
+
+    from medsec.judge.gradients import judge_gradient_defence
+
+    return _give(judge_gradient_defence(defence, name=Path(args.defence).name, seed=args.seed, progress=True), file)
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from medsec import data
+    from medsec.core import params
+    from medsec.core.settings import Cohorts
+
+    tree, name = params.read()
+    change = {"folder": {"path": str(args.folder.absolute())}}
+    if args.patients:
+        change["folder"]["patient_pattern"] = args.patients
+    cohorts = params.validated(Cohorts, params.merge(tree.get("cohorts"), change), f"{name}, section cohorts")
+    print(data.describe(data.load("folder", cohorts)), end="")
+    return 0
+
+
+# What is read ----------------------------------------------------------------------------------------------------------
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--eps {text}: no number; write it like 4/255 or 0.0157") from None
+
+
+def _images(place: Path, size: int | None, channels: int | None):
+    """Images (n, C, H, W) float32 in [0, 1], labels (n,), and a sentence on what was done to them."""
+    import numpy as np
+
+    if place.is_dir():
+        return _from_folder(place, size, channels)
+    if not place.is_file():
+        raise InputError(
+            f"--data {place} does not exist; give a folder of class folders, or an .npz with images and labels"
+        )
+    if size or channels:
+        raise InputError("--size and --channels are for a folder; the arrays of a file are used as they are")
+    try:
+        if (unpacked := sum(part.file_size for part in zipfile.ZipFile(place).infolist())) > MOST_BYTES:
+            raise InputError(
+                f"{place.name} unpacks to {unpacked >> 20} MiB, more than {MOST_BYTES >> 20}; give fewer images"
+            )
+        with np.load(place, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except (KeyError, IndexError, TypeError):
+        raise InputError(f"{place.name} needs two arrays, images (n, C, H, W) in [0, 1] and labels (n,)") from None
+    except InputError:
+        raise
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError):
+        raise InputError(f"{place.name} is no .npz file of plain arrays; save it with numpy.savez") from None
+    return images, labels, "as they are in the file"
+
+
+def _from_folder(root: Path, size: int | None, channels: int | None):
+    import numpy as np
+
+    from medsec.data import folder, images
+
+    files, skipped = folder.find(root)
+    files = [file for file in files if "/" in file]
+    classes = sorted({file.split("/")[0] for file in files})
+    if len(classes) < 2:
+        raise InputError(
+            f"{root.name} has {len(classes)} class folders with images; lay them out as {root.name}/<class>/<file>"
+        )
+    first = images.read(root / files[0], 28, files[0])
+    size, channels = size or min(*first.shape, LARGEST), channels or len(first.pixels)
+    if not 1 <= size <= 1024:
+        raise InputError(f"--size {size}: must be 1 to 1024 pixels")
+    pictures = [images.read(root / file, size, f"{root.name}/{file}") for file in files]
+    report = list(skipped)
+    read = folder._alike(pictures, files, channels, report)  # the same grey levels as in a cohort
+    notes = Counter(note for picture in pictures for note in picture.notes)
+    report += [f"{count} images: {note}" for note, count in sorted(notes.items())]
+    said = [f"classes by number: {', '.join(f'{k} {name}' for k, name in enumerate(classes))}", *report]
+    labels = np.array([classes.index(file.split("/")[0]) for file in files])
+    return read.astype(np.float32) / np.float32(255), labels, "; ".join(said)
+
+
+def _model(text: str):
+    """A model from a file, or from Python code. (Crafted files of PyTorch's own formats can run code too: SECURITY.md.)"""
+    if ".py:" in text:
+        return _from_python(text)()
+    file = Path(text)
+    if not file.is_file():
+        raise InputError(f"model {text} does not exist; give {FORMS}")
+
+    import torch
+
+    if file.suffix == ".pt2":
+        program = _opened(file, lambda: torch.export.load(file).module())
+        return lambda x: program(x)  # (as a module it calls itself in training mode, and refuses to leave it)
+    names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+    if not any("/code/" in name for name in names):
+        kind = (
+            "holds weights only, no network"
+            if file.suffix == ".safetensors"
+            else "is a pickle, which runs whatever is in it"
+        )
+        raise InputError(f"{file.name} {kind}; give {FORMS}")
+    return _opened(file, lambda: torch.jit.load(file, map_location="cpu").eval())
+
+
+def _opened(file: Path, load):
+    try:
+        return load()
+    except Exception as error:  # of a damaged file the loaders raise many kinds
+        why = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"{file.name} cannot be opened ({type(error).__name__}: {why}); save the model anew") from None
+
+
+def _from_python(text: str):
+    """The object that ``file.py:name`` names. The file is run."""
+    path, _, name = text.rpartition(":")
+    file = Path(path)
+    if file.suffix != ".py" or not name.isidentifier():
+        raise InputError(f"{text}: write it as file.py:name, like my_rule.py:rule")
+    if not file.is_file():
+        raise InputError(f"{path} does not exist; give the path of your Python file")
+    spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)  # (a file torch.py must not become torch)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look there
+    sys.path.append(str(file.parent.resolve()))  # for what stands beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever their code raises
+        raise InputError(f"{path} cannot be run ({type(error).__name__}: {error}); mend it") from error
+    if not callable(found := getattr(module, name, None)):
+        what = (
+            "nothing of that name"
+            if found is None
+            else f"a {type(found).__name__} of that name, which cannot be called"
+        )
+        raise InputError(f"{path} has {what} ({name}); name a function or a class of it")
+    return found
+
+
+# What is written -------------------------------------------------------------------------------------------------------
+
+
+def _free(file: Path | None, endings) -> Path | None:
+    """A place that may be written to: asked before anything is run."""
+    from medsec.core.files import check_writable
+
+    if file is None:
+        return None
+    if file.suffix not in endings:
+        raise InputError(f"{file}: end the name in {', '.join(endings)}")
+    if file.exists():
+        raise InputError(f"{file} exists and is not overwritten; choose another name, or delete it")
+    check_writable(file.parent)
+    return file
+
+
+def _write(file: Path, text: str) -> None:
+    from medsec.core import files
+
+    files.write(file, text)
+    _tell(f"written: {file}")
+
+
+def _give(report, file: Path | None) -> int:
+    if file is None:
+        print(report.to_markdown(), end="")
+        return 0
+    _write(file, getattr(report, FORMATS[file.suffix])())
+    print(report.verdict)
+    return 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
