@@ -276,6 +276,16 @@ def pgd(run: Run, factor: float) -> None:
     run.right["PGD", eps] = right
 
 
+def ascended(run: Run, right: np.ndarray, key: str, starts: int) -> np.ndarray:
+    """What PGD leaves of these, with two losses in turn, each from another start; the next only where the last failed."""
+    rng, left = run.rng(key), right.copy()
+    for start in range(starts):
+        loss, rest = (margin, cross_entropy)[start % 2], np.flatnonzero(left)
+        make = functools.partial(_ascend, run.model, eps=run.eps, norm=run.norm, rng=rng, loss=loss)
+        left[rest] = run.holds(make, run.chosen[rest])
+    return left
+
+
 def _kept(run: Run, x: Tensor, y: Tensor, eps: float, rng: torch.Generator, loss: Loss) -> Tensor:
     """PGD's examples; the first that fall at the headline's eps are kept for the gallery."""
     x_adv = _ascend(run.model, x, y, eps, run.norm, rng, loss=loss)
