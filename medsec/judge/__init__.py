@@ -185,7 +185,7 @@ def paired(only: int, other: int, n: int) -> tuple[float, float, float]:
 
     def excess(d: float, sign: int) -> float:
         b = (2 * n - gap) * d - only - other
-        likely = (math.sqrt(b * b + 8 * n * other * d * (1 - d)) - b) / (4 * n)
+        likely = (math.sqrt(max(b * b + 8 * n * other * d * (1 - d), 0.0)) - b) / (4 * n)
         return sign * (gap - n * d) - z * math.sqrt(max(n * (2 * likely + d * (1 - d)), 0.0))
 
     def limit(end: float, sign: int) -> float:

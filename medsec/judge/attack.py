@@ -157,7 +157,7 @@ def _choose(trial: _Trial) -> None:
 def _own(trial: _Trial) -> None:
     """The attack; what it makes of a batch is checked before it is scored."""
     run, right, size, before = trial.run, [np.empty(0, bool)], [np.empty(0)], _state(trial.victim)
-    for k, (x, y) in enumerate(run.each(run.chosen)):
+    for k, (x, y) in enumerate(run.each(run.chosen) if len(run.chosen) else ()):
         answers = run.model(x)
         with trial.measured(OWN, trial.given):
             x_adv = _called(trial, x, y, k)
