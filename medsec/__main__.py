@@ -1,6 +1,7 @@
 """The command ``medsec`` (or ``python -m medsec``): test something of your own, or describe a folder of images."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 import zipfile
@@ -83,8 +84,6 @@ def _parser() -> argparse.ArgumentParser:
 def _audit(args: argparse.Namespace) -> int:
     files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
     eps = _number(args.eps)
-    if args.attacked < 1:
-        raise InputError(f"--attacked {args.attacked}: must be at least 1")
     images, labels, said = _images(args.data, args.size, args.channels)
     model = _model(args.model)
     _tell(f"{len(images)} images of shape {images.shape[1:]}; {said}")
@@ -102,6 +101,7 @@ def _audit(args: argparse.Namespace) -> int:
         seed=args.seed,
         progress=True,
     )
+    report = dataclasses.replace(report, remarks=[*report.remarks, f"Images: {said}."])
     if files[1]:
         _write(files[1], report.examples.to_csv())
     return _give(report, files[0])

@@ -239,6 +239,8 @@ def softmaxed(m):
         (lambda m, x, y: (m, x.where(x < 0.7, torch.nan), y), "NaN"),
         (lambda m, x, y: (m, x[:, 0], y), "images[:, None]"),
         (lambda m, x, y: (m, x.movedim(1, 3), y), "permute(0, 3, 1, 2)"),
+        (lambda m, x, y: (m, ["a"], y), "no array of numbers"),
+        (lambda m, x, y: (m, x, ["a"] * 60), "no array of numbers"),
         (lambda m, x, y: (m, x[:0], y[:0]), "n >= 1"),
         (lambda m, x, y: (m, x, y[1:]), "59 labels for 60 images"),
         (lambda m, x, y: (m, x, y + 1), "classes 0 to 1"),
@@ -262,7 +264,10 @@ def test_a_mistake_is_told_in_a_line(change, said, model, images):
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize(("how", "said"), [({"eps": 4}, "4/255"), ({"eps": 0}, "above 0"), ({"norm": "inf"}, "Linf")])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({"eps": 4}, "4/255"), ({"eps": 0}, "above 0"), ({"norm": "inf"}, "Linf"), ({"attacked": 0}, "at least 1")],
+)
 def test_a_wrong_setting_too(how, said, model, images):
     with pytest.raises(InputError, match=said):
         audit(model, *images, **how)
@@ -460,6 +465,7 @@ def test_the_command_audits_a_folder(folder, capsys, monkeypatch):
     assert "classes by number: 0 dark, 1 light" in said.err
     page = (folder / "r.html").read_text(encoding="utf-8")
     assert "my_model.py:make" in page
+    assert "0 dark, 1 light" in page
     assert str(folder) not in page
     assert len(pd.read_csv(folder / "e.csv")) == 40
     assert main(asked) == 2

@@ -65,7 +65,7 @@ class Report:
         remarks: what helps to read the numbers.
         not_tested: what this report does *not* say.
         figures: (caption, PNG) each.
-        examples: a row an image, where images were attacked; else None.
+        examples: in full, a row an image or a run.
 
     >>> table = pd.DataFrame([row("clean", "accuracy", *share(3, 4))])
     >>> report = Report("<b> & co", "Three of four.", table, not_tested=("everything else",))

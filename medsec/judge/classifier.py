@@ -22,6 +22,8 @@ from medsec.judge.probing import (
     ALIKE,
     LEAST_TRAINED,
     MOST_CLASSES,
+    STEP,
+    STEPS,
     SWEEP,
     Classifier,
     Run,
@@ -119,6 +121,8 @@ def audit(
     (0.85, 40)
     """
     x, y = _checked(model, images, labels, eps, norm, surrogate)
+    if attacked < 1 or batch < 1:
+        raise InputError(f"attacked {attacked}, batch {batch}: both must be at least 1")
     with untouched(model), untouched(surrogate), torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "audit"))
         run = Run(Classifier(model), x, y, eps, norm, batch, seed, attacked)
@@ -139,7 +143,7 @@ def audit(
 
 def _checked(model, images, labels, eps: float, norm: str, surrogate) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) float32 and labels (n,) int64 on the CPU, or an `InputError`."""
-    x, y = _images(images), _labels(labels)
+    x, y = _images(_tensor(images, "images")), _labels(_tensor(labels, "labels"))
     if norm not in ("Linf", "L2"):
         raise InputError(
             f'norm {norm!r}: choose "Linf" (the largest change of a pixel) or "L2" (the length of the change)'
@@ -158,8 +162,14 @@ def _checked(model, images, labels, eps: float, norm: str, surrogate) -> tuple[T
     return x, y
 
 
-def _images(images) -> Tensor:
-    x = torch.as_tensor(images).detach().cpu()
+def _tensor(given, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(given).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{what} of type {type(given).__name__} are no array of numbers, all of one shape") from None
+
+
+def _images(x: Tensor) -> Tensor:
     if x.ndim != 4 or not x.numel():
         hint = "; for grey images add an axis: images[:, None]" if x.ndim == 3 and len(x) else ""
         raise InputError(f"images of shape {tuple(x.shape)}: need (n, C, H, W) with n >= 1{hint}")
@@ -181,8 +191,7 @@ def _images(images) -> Tensor:
     return x
 
 
-def _labels(labels) -> Tensor:
-    y = torch.as_tensor(labels).detach().cpu()
+def _labels(y: Tensor) -> Tensor:
     if y.ndim != 1:
         raise InputError(f"labels of shape {tuple(y.shape)}: need (n,), a class number an image")
     if y.is_floating_point() or y.is_complex():
@@ -339,13 +348,12 @@ def _remarks(run: Run) -> list[str]:
         return []
     right, n = int((run.answers == run.y.numpy()).sum()), len(run.chosen)
     remarks = [
-        f"{n} of the {right} rightly classified images were attacked ({len(run.y)} images in all, seed {run.seed})."
+        f"{n} of the {right} rightly classified images were attacked ({len(run.y)} images in all, seed {run.seed}).",
+        f"PGD: {STEPS} steps of {STEP:g} eps from a random start, raising the margin, then the cross-entropy.",
+        "Intervals take images as independent. Several of one patient are not: the true ones are then wider.",
     ]
     if n < FEW:
         remarks.append(f"{n} are few: see how wide the intervals are, and that a check allows for two images.")
-    remarks.append(
-        "Intervals take images as independent. Several of one patient are not: the true ones are then wider."
-    )
     if run.trained_on.any():
         trained = int(run.trained_on.sum())
         remarks.append(

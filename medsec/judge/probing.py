@@ -369,10 +369,11 @@ def checks_of(run: Run) -> list[Check]:
     rise = max(float(right["PGD", b].mean() - right["PGD", a].mean()) for a, b in itertools.pairwise(steps))
     checks.append(Check("larger", rise, limit(n)))
     for attack in ("transfer", "search"):
-        if (attack, run.eps) in right and len(right[attack, run.eps]):  # (a bad network's examples fail no check)
-            among = survived[run.tested.get(attack, slice(None))]
-            fell = among & ~right[attack, run.eps]
-            checks.append(Check(attack, float(fell.mean()), limit(len(fell))))
+        if (attack, run.eps) in right:  # (a bad network's examples fail no check)
+            among = survived[run.tested[attack]]
+            if among.any():  # else there is nothing to turn
+                fell = among & ~right[attack, run.eps]
+                checks.append(Check(attack, float(fell.mean()), limit(len(fell))))
     for name in ("converged", "grey"):
         kept, of = run.left[name]
         turned = of - kept if name == "converged" else kept

@@ -36,15 +36,13 @@ __all__ = ["judge_server_rule"]
 
 BOOST = 4.0  # on the update of a scaling attacker: in ten short rounds three would not do
 FOUR = {"n_clients": 4, "malicious": [0]}
-DRAWN = 200  # images of which a trigger rate is the share
+DRAWN, TRIED = 200, 48  # images of which a trigger rate is the share; and what an attacker draws to try an update
 WORKS, STOPPED = 0.5, 0.1  # undefended, an attack works above the one; it is stopped below the other
-GAP = "distance of its aggregate to the mean"
 SHUT_OUT = 0.01  # a weight below this share of the equal one
 LABELS = {"mean": "the plain mean", "oracle": "without the attacker", "rule": "the rule"}
 LEAST_RUNS = 3  # for an interval over runs
 SAME = 1e-4  # a distance to the mean, in units of how far clients lie apart, that is rounding
 FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # what the attacker who knows the rule tries
-TRIED = 48  # images that it draws for each
 AWARE = {"steps": 10, "draws": 64, "lr": 2e-3, "measure": 128}  # fewer than in notebook 02, which has minutes for each
 KNOWS = "knows_the_rule"
 TEXT = "Tries its update at several lengths on a copy of the rule, and sends what plants most; lies about its loss."
@@ -350,11 +348,11 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
 
 def _alarms(runs: Sequence[_Finished]) -> list[dict]:
     """Rows on what the rule does to honest clients, over all clients and rounds."""
-    gaps, shares, flags = (
-        np.array([v for run in runs for v in getattr(run, name)]) for name in ("gaps", "shares", "flags")
-    )
+    found = ([v for run in runs for v in getattr(run, name)] for name in ("gaps", "shares", "flags"))
+    gaps, shares, flags = map(np.array, found)
     part, of = "no attack", "of all clients and rounds"
-    rows = [row(part, GAP, gaps.mean(), n=len(gaps), note="1: as far as a client, on average")]
+    note = "1: as far as a client, on average"
+    rows = [row(part, "distance of its aggregate to the mean", gaps.mean(), n=len(gaps), note=note)]
     if len(shares):
         rows.append(row(part, "honest clients shut out", (shares < SHUT_OUT).mean(), n=len(shares), note=of))
         lost = (1 - shares).clip(0).mean()
