@@ -106,7 +106,7 @@ def test_a_weak_attack_beats_noise_and_nothing_else(images):
     assert only == 0 < other
     assert only + other + both + neither == cell(report, "turned more than by", "PGD", "n") == N
     assert cell(report, "turned more than by", "PGD", "high") < 0
-    assert cell(report, "cost", "size of the change (median)") == pytest.approx(255 * EPS / 3)
+    assert cell(report, "cost", "size of a change that turns (median)") == pytest.approx(255 * EPS / 3)
     assert cell(report, "cost", "calls of the network an image") == 1
 
 

@@ -24,7 +24,7 @@ from medsec.core.seeds import derive_seed
 from medsec.evasion.attacks import Attack, margin
 from medsec.judge import COLUMNS, Report, paired, probing, row, share, shown
 from medsec.judge.classifier import FEW, HALF, _checked, _size
-from medsec.judge.probing import ALIKE, SHOWN, STEPS, Classifier, Run, untouched
+from medsec.judge.probing import ALIKE, STEPS, Classifier, Run, untouched
 
 __all__ = ["judge_attack"]
 
@@ -32,7 +32,7 @@ SURE = 0.05  # p-value below which a difference is no chance
 EQUAL = 0.1  # share of the images by which two attacks of the same strength may differ
 SLACK = 1e-6  # by which a pixel in single precision may exceed a limit
 MOST_STARTS = 10  # of the PGD that may ask the network as often as the attack
-DRAWN = 3  # networks that the figure can tell apart
+DRAWN, PICTURED = 3, 2  # networks that the figure can tell apart, and images, so that it all goes on one page
 OWN, NOISE, SEARCH, REST = "this attack", "random noise", "a search without a gradient", "all but this attack"
 CONTRACT = "need attack(model, x, y, eps, generator) -> x_adv"
 
@@ -167,7 +167,7 @@ def _own(trial: _Trial) -> None:
             remedy = "draw every random number from generator, and keep nothing between calls"
             raise InputError(f"the attack, called again with the same generator, gives other examples; {remedy}")
         fell = run.model(x_adv).argmax(1) != y
-        run.gallery += list(zip(x[fell].cpu(), x_adv[fell].cpu(), strict=True))[: SHOWN - len(run.gallery)]
+        run.gallery += list(zip(x[fell].cpu(), x_adv[fell].cpu(), strict=True))[: PICTURED - len(run.gallery)]
         right.append(~fell.cpu().numpy())
     run.right[OWN, run.eps], trial.size = np.concatenate(right), np.concatenate(size)
 
@@ -310,18 +310,16 @@ def _sentence(trial: _Trial) -> str:
         return f"This proves nothing: {why}."
     others = [attack for attack in ("PGD", "FGSM", SEARCH) if attack in rates]
     judged = {attack: _Pairs.of(trial, attack).outcome for attack in (NOISE, *others)}
-    if judged[NOISE] == "open":
-        return f"Whether it is an attack at all is open: {turned}."
-    if judged[NOISE] != "more":
+    if judged[NOISE] in ("fewer", "alike"):
         chance = ", and the difference may be chance" if value > rates[NOISE][0] else ""
         return f"It is no attack: it turns no more than random noise ({turned}{chance})."
     names = {what: ", ".join(a for a in judged if judged[a] == what) for what in judged.values()}
     texts = (("more", "stronger than"), ("alike", "as strong as"), ("fewer", "weaker than"))
     start = f"It is {'; '.join(f'{text} {names[what]}' for what, text in texts if what in names)}"
-    if [judged[attack] for attack in others] == ["fewer"] * len(others):
+    if judged[NOISE] == "more" and [judged[attack] for attack in others] == ["fewer"] * len(others):
         start = f"It beats random noise and nothing else: it is weaker than {names['fewer']}"
     if "open" in names:
-        start += f"; whether it is stronger or weaker than {names['open']} is open"
+        start = f"{start}; whether it is stronger or weaker than {names['open']} is open".replace("It is ; w", "W")
     alone = _Pairs.of(trial, REST).only
     images = {0: "no image", 1: "1 image"}.get(alone, f"{alone} images")
     return f"{start}: {turned}. It turns {images} that nothing else here turns, {trial.more}."
@@ -334,7 +332,7 @@ def _report(trials: list[_Trial], name: str) -> Report:
     if tested:
         left = {a: {t.which or "the network": t.left(a)[:3] for t in tested[:DRAWN]} for a in tested[0].right}
         figures.append(("Right answers that are left; bars: 95 %.", judge.dots(left, "right answers left")))
-    if pairs := [pair for trial in tested for pair in trial.run.gallery][:SHOWN]:
+    if pairs := [pair for trial in tested for pair in trial.run.gallery][:PICTURED]:
         caption = "Image, what this attack made of it, and the change, stretched to be seen."
         figures.append((caption, judge.gallery(pairs)))
     table = pd.DataFrame([each for trial in trials for each in _rows(trial)], columns=COLUMNS)
@@ -359,8 +357,10 @@ def _rows(trial: _Trial) -> list[dict]:
         difference = paired(pairs.only, pairs.other, n)
         rows.append(row(f"{of}turned more than by", attack, *difference, n, note=f"{note}; p {pairs.p:.2g}"))
     unit, factor = ("/255", 255) if run.norm == "Linf" else ("", 1)
-    size, part = [factor * v for v in judge.median(trial.size)], f"{of}cost"
-    rows.append(row(part, "size of the change (median)", *size, n, unit, note=f"allowed: {_size(run.eps, run.norm)}"))
+    part, turning, allowed = f"{of}cost", trial.size[~trial.right[OWN]], f"allowed: {_size(run.eps, run.norm)}"
+    if len(turning):
+        size = [factor * v for v in judge.median(turning)]
+        rows.append(row(part, "size of a change that turns (median)", *size, len(turning), unit, note=allowed))
     costs = (("time an image", "ms", trial.seconds, 1000), ("calls of the network an image", "", trial.calls, 1))
     for measure, unit, spent, factor in costs:
         own, pgd = (factor * spent.get(attack, 0) / n for attack in (OWN, "PGD"))
