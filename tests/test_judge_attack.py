@@ -171,6 +171,15 @@ def test_the_interval_of_a_paired_difference_covers():
     assert paired(0, 5, 5)[1] == -1
 
 
+def test_a_network_that_answers_at_random_is_no_fault_of_the_attack(images):
+    noisy = linear()
+    network = nn.Sequential(nn.Dropout(0.0), noisy).eval()
+    network.forward = lambda x: noisy(x + 0.001 * torch.randn_like(x))
+    report = judge_attack(lambda m, x, y, eps, _: fgsm(m, x, y, eps), network, *images, eps=EPS)
+    assert "stronger than random noise" in report.verdict
+    assert any("does not answer twice alike" in sentence for sentence in report.remarks)
+
+
 # What it refuses -------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +222,7 @@ def give(change):
 @pytest.mark.parametrize(
     ("attack", "told"),
     [
-        (cheat, "2.50 times eps (8/255), in 32 of 32 images; project"),
+        (cheat, "in 32 of 32 images it changes a pixel by up to 0.07843, 2.50 times eps (8/255); project"),
         (give(lambda x: x.clamp(max=0.5) - 0.5), "values from -"),
         (give(lambda x: x.where(x < 0.55, torch.nan)), "NaN or infinite values in"),
         (give(lambda x: x[:, :1]), "the attack returns (32, 1, 6, 6) float32"),

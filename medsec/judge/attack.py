@@ -163,7 +163,8 @@ def _own(trial: _Trial) -> None:
             x_adv = _called(trial, x, y, k)
         size.append(_valid(x, x_adv, run))
         _not_altered(trial, before, x, answers)
-        if k == 0 and not run.random_answers and not torch.allclose(_called(trial, x, y, k), x_adv, atol=ALIKE):
+        again = _called(trial, x, y, k) if k == 0 and run.repeats else x_adv
+        if not torch.allclose(again, x_adv, atol=ALIKE):
             remedy = "draw every random number from generator, and keep nothing between calls"
             raise InputError(f"the attack, called again with the same generator, gives other examples; {remedy}")
         fell = run.model(x_adv).argmax(1) != y
@@ -203,10 +204,11 @@ def _valid(x: Tensor, x_adv: Tensor, run: Run) -> np.ndarray:
     change = (x_adv - x).flatten(1)
     size = (change.abs().amax(1) if run.norm == "Linf" else change.norm(dim=1)).cpu().numpy()
     if far := int((size > limit).sum()):
-        what = "a pixel by" if run.norm == "Linf" else "an image by a length of"
-        most, eps = float(size.max()), _size(run.eps, run.norm)
-        found = f"it changes {what} up to {most:.4g}, {most / run.eps:.2f} times eps ({eps}), in {far} of {len(x)}"
-        raise InputError(f"the attack leaves the ball: {found} images; project the change before you return it")
+        most, what = float(size.max()), "a pixel by" if run.norm == "Linf" else "an image by a length of"
+        found = f"in {far} of {len(x)} images it changes {what} up to {most:.4g}, {most / run.eps:.2f} times eps"
+        raise InputError(
+            f"the attack leaves the ball: {found} ({_size(run.eps, run.norm)}); project the change onto it"
+        )
     return size
 
 
@@ -219,10 +221,10 @@ def _not_altered(trial: _Trial, before: dict[str, Tensor], x: Tensor, answers: T
     """Raises InputError if the network is another one than before the attack."""
     victim, found = trial.victim, ""
     altered = [key for key, new in _state(victim).items() if key not in before or not torch.equal(before[key], new)]
-    if isinstance(victim, nn.Module) and any(module.training for module in victim.modules()):
-        found = "leaves the network in training mode"
-    elif altered:
+    if altered:
         found = f"alters {altered[0]} of the network"
+    elif isinstance(victim, nn.Module) and any(module.training for module in victim.modules()):
+        found = "leaves the network in training mode"
     elif not trial.run.random_answers and not torch.allclose(trial.run.model(x), answers, atol=ALIKE, rtol=ALIKE):
         found = "makes the network answer the same images differently"
     if found:
@@ -379,8 +381,8 @@ def _remarks(tested: list[_Trial]) -> list[str]:
             remarks.append(f"{of}{n} are few: only large differences show.")
         if not (trial.right[OWN].any() or trial.right["PGD"].any()):
             remarks.append(f"{of}This attack and PGD turn every image: a smaller eps would tell them apart.")
-        if run.random_answers:
-            remarks.append(f"{of}The network answers at random: whether the attack repeats cannot be told.")
+        if not run.repeats:
+            remarks.append(f"{of}The network does not answer twice alike, to the bit: whether the attack does is open.")
     remarks += [
         f"“Stronger”, “weaker”: McNemar's exact p is below {SURE}, not corrected for several comparisons. “As strong as”: it is "
         f"not, and the whole interval of the difference lies within ±{EQUAL}. Else it is open.",

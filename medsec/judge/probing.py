@@ -202,6 +202,11 @@ class Run:
         return np.concatenate([np.empty(0, bool), *parts])
 
     @property
+    def repeats(self) -> bool:
+        """Whether the network answers the same, to the bit: on an accelerator sums differ."""
+        return not self.random_answers and self.model.device.type == "cpu"
+
+    @property
     def constant(self) -> bool:
         """Whether every image gets the same answer."""
         return len(np.unique(self.answers)) == 1
