@@ -150,6 +150,14 @@ def test_a_network_that_is_not_worth_attacking_proves_nothing(images):
     assert far.verdict.startswith("This proves nothing: neither it nor PGD clearly turns more")
 
 
+@pytest.mark.parametrize(("steps", "starts"), [(1, "1 more start "), (45, "3 more starts "), (300, "10 more starts ")])
+def test_pgd_may_ask_as_often(steps, starts, images):
+    def long(model, x, y, eps, generator):
+        return ascend(model, x, y, eps, steps=steps, step=1.0)
+
+    assert f"PGD from {starts}included" in judge_attack(long, linear(), *images, eps=EPS, attacked=30).verdict
+
+
 def test_few_images_leave_it_open(images):
     x, y = images
     report = judge_attack(lambda m, x, y, eps, _: fgsm(m, x, y, 0.8 * eps), linear(), x, y, eps=EPS, attacked=20)

@@ -206,9 +206,8 @@ def _valid(x: Tensor, x_adv: Tensor, run: Run) -> np.ndarray:
     if far := int((size > limit).sum()):
         most, what = float(size.max()), "a pixel by" if run.norm == "Linf" else "an image by a length of"
         found = f"in {far} of {len(x)} images it changes {what} up to {most:.4g}, {most / run.eps:.2f} times eps"
-        raise InputError(
-            f"the attack leaves the ball: {found} ({_size(run.eps, run.norm)}); project the change onto it"
-        )
+        found += f" ({_size(run.eps, run.norm)})"
+        raise InputError(f"the attack leaves the ball: {found}; project the change onto it")
     return size
 
 
@@ -340,8 +339,7 @@ def _report(trials: list[_Trial], name: str) -> Report:
     table = pd.DataFrame([each for trial in trials for each in _rows(trial)], columns=COLUMNS)
     known = ({"network": t.which, "image": t.run.chosen, "label": t.run.y.numpy()[t.run.chosen]} for t in trials)
     examples = [pd.DataFrame(a | t.right | {"size": t.size}) for a, t in zip(known, trials, strict=True)]
-    title = f"An attack on trial: {name}".removesuffix(": ")
-    notes = _remarks(tested), _not_tested(trials[0].run)
+    title, notes = f"An attack on trial: {name}".removesuffix(": "), (_remarks(tested), _not_tested(trials[0].run))
     return Report(title, verdict, table, *notes, figures, pd.concat(examples, ignore_index=True))
 
 
