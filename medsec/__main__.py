@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
     attack.add_argument("--examples", type=Path, help="write a CSV with a row an attacked image here")
     attack.set_defaults(run=_attack)
-    for each in (audit, server, attack):
+    gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
+    gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
+    gradient.set_defaults(run=_gradient)
+    for each in (audit, server, attack, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
     describe = commands.add_parser("describe", help="what is in a folder of images")
@@ -134,6 +137,15 @@ def _attack(args: argparse.Namespace) -> int:
     if files[1]:
         _write(files[1], report.examples.to_csv())
     return _give(report, files[0])
+
+
+def _gradient(args: argparse.Namespace) -> int:
+    file = _free(args.out, FORMATS)
+    defence = _from_python(args.defence)
+
+    from medsec.judge.gradients import judge_gradient_defence
+
+    return _give(judge_gradient_defence(defence, name=Path(args.defence).name, seed=args.seed, progress=True), file)
 
 
 def _describe(args: argparse.Namespace) -> int:
