@@ -47,14 +47,29 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
     audit.add_argument("--examples", type=Path, help="write a CSV with a row an image here")
     audit.set_defaults(run=_audit)
-    judge = commands.add_parser("judge", help="test a defence").add_subparsers(required=True, metavar="WHAT")
+    judge = commands.add_parser("judge", help="test a defence or an attack").add_subparsers(
+        required=True, metavar="WHAT"
+    )
     server = judge.add_parser("server", help="a server's rule, against backdoors in a federated GAN")
     server.add_argument("rule", help="my_rule.py:rule, a function of (updates, round) or a class of such objects")
     server.set_defaults(run=_server)
+    attack = judge.add_parser("attack", help="an attack on classifiers, beside noise, FGSM, PGD and a search")
+    attack.add_argument("attack", help="my_attack.py:attack, a function of (model, x, y, eps, generator)")
+    attack.add_argument(
+        "--against", required=True, action="append", metavar="MODEL", help="as of audit; may be repeated"
+    )
+    attack.add_argument("--data", required=True, type=Path, help="as of audit")
+    attack.add_argument("--eps", default="4/255", help="largest change (default: 4/255)")
+    attack.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    attack.add_argument("--size", type=int, help="as of audit")
+    attack.add_argument("--channels", type=int, choices=(1, 3), help="as of audit")
+    attack.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
+    attack.add_argument("--examples", type=Path, help="write a CSV with a row an attacked image here")
+    attack.set_defaults(run=_attack)
     gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
     gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
     gradient.set_defaults(run=_gradient)
-    for each in (audit, server, gradient):
+    for each in (audit, server, attack, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
     describe = commands.add_parser("describe", help="what is in a folder of images")
@@ -102,6 +117,26 @@ def _server(args: argparse.Namespace) -> int:
     from medsec.judge.server import judge_server_rule
 
     return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
+
+
+def _attack(args: argparse.Namespace) -> int:
+    files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
+    eps = _number(args.eps)
+    own = _from_python(args.attack)
+    images, labels, said = _images(args.data, args.size, args.channels)
+    models = {Path(text).name: _model(text) for text in args.against}
+    if len(models) < len(args.against):
+        raise InputError("--against names two models alike; rename one of the files")
+    _tell(f"{len(images)} images of shape {images.shape[1:]}; {said}")
+
+    from medsec.judge.attack import judge_attack
+
+    how = {"eps": eps, "norm": args.norm, "attacked": args.attacked, "seed": args.seed, "progress": True}
+    against = models if len(models) > 1 else next(iter(models.values()))
+    report = judge_attack(own, against, images, labels, name=Path(args.attack).name, **how)
+    if files[1]:
+        _write(files[1], report.examples.to_csv())
+    return _give(report, files[0])
 
 
 def _gradient(args: argparse.Namespace) -> int:

@@ -202,6 +202,11 @@ class Run:
         return np.concatenate([np.empty(0, bool), *parts])
 
     @property
+    def repeats(self) -> bool:
+        """Whether the network answers the same, to the bit: on an accelerator sums differ."""
+        return not self.random_answers and self.model.device.type == "cpu"
+
+    @property
     def constant(self) -> bool:
         """Whether every image gets the same answer."""
         return len(np.unique(self.answers)) == 1
@@ -274,6 +279,16 @@ def pgd(run: Run, factor: float) -> None:
         rest = np.flatnonzero(right)
         right[rest] = run.holds(lambda x, y: _kept(run, x, y, eps, rng, loss), run.chosen[rest])  # noqa: B023
     run.right["PGD", eps] = right
+
+
+def ascended(run: Run, right: np.ndarray, key: str, starts: int) -> np.ndarray:
+    """What PGD leaves of these, with two losses in turn, each from another start; the next only where the last failed."""
+    rng, left = run.rng(key), right.copy()
+    for start in range(starts):
+        loss, rest = (margin, cross_entropy)[start % 2], np.flatnonzero(left)
+        make = functools.partial(_ascend, run.model, eps=run.eps, norm=run.norm, rng=rng, loss=loss)
+        left[rest] = run.holds(make, run.chosen[rest])
+    return left
 
 
 def _kept(run: Run, x: Tensor, y: Tensor, eps: float, rng: torch.Generator, loss: Loss) -> Tensor:
