@@ -3,7 +3,11 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
 from fractions import Fraction
@@ -54,12 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for each in (audit, server):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
-    describe = commands.add_parser("describe", help="what is in a folder of images")
-    describe.add_argument("folder", type=Path, help="folder of class folders")
-    describe.add_argument(
-        "--patients", metavar="REGEX", help="whose image it is: the group of it, found in the file's name"
-    )
-    describe.set_defaults(run=_describe)
+    _add_own_images(commands)
     return parser
 
 
@@ -99,20 +98,6 @@ def _server(args: argparse.Namespace) -> int:
     from medsec.judge.server import judge_server_rule
 
     return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
-
-
-def _describe(args: argparse.Namespace) -> int:
-    from medsec import data
-    from medsec.core import params
-    from medsec.core.settings import Cohorts
-
-    tree, name = params.read()
-    change = {"folder": {"path": str(args.folder.absolute())}}
-    if args.patients:
-        change["folder"]["patient_pattern"] = args.patients
-    cohorts = params.validated(Cohorts, params.merge(tree.get("cohorts"), change), f"{name}, section cohorts")
-    print(data.describe(data.load("folder", cohorts)), end="")
-    return 0
 
 
 # What is read ----------------------------------------------------------------------------------------------------------
@@ -233,6 +218,168 @@ def _from_python(text: str):
         )
         raise InputError(f"{path} has {what} ({name}); name a function or a class of it")
     return found
+
+
+# Images of your own, and notebooks on them -----------------------------------------------------------------------------
+
+OPTIONS = {  # what messages call by its parameter, and here is an option
+    **dict.fromkeys(("folder.patient_pattern", "folder.table"), "--patients"),
+    "folder.size": "--size",
+    "folder.channels": "--channels",
+}
+PROFILE = "mine.yaml"  # what a run was told, in its output folder
+EVERY = 30  # seconds between two lines of progress
+
+
+def _add_own_images(commands) -> None:
+    describe = commands.add_parser("describe", help="what is in a folder of images, and what may be wrong with them")
+    describe.add_argument("data", type=Path, help="folder of class folders, or .npz in MedMNIST's layout")
+    describe.set_defaults(run=_describe)
+    run = commands.add_parser("run", help="run a notebook on a folder of images")
+    run.add_argument("notebook", help="like 01 or 01_backdoor_fedgan")
+    run.add_argument("--data", required=True, type=Path, help="folder of class folders, or .npz in MedMNIST's layout")
+    run.add_argument("--out", type=Path, help="new folder for all that is made (default: FOLDER-medsec-NN)")
+    run.set_defaults(run=_run)
+    for each in (describe, run):
+        each.add_argument(
+            "--patients",
+            metavar="REGEX|CSV",
+            help="whose image it is: the group in round brackets, found in the file's name, or a table "
+            "(default: what stands before the first underscore)",
+        )
+        each.add_argument("--size", type=int, help="pixels a side, 28 to 224, a multiple of 4 (default: 28)")
+        each.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the files are)")
+        each.add_argument("--profile", default="quick", help="parameters to use (default: quick)")
+
+
+def _describe(args: argparse.Namespace) -> int:
+    print(_first_look(*_own(args), args.profile), end="")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    import yaml
+
+    from medsec.core import files, params, paths
+
+    notebook, (cohort, change) = _notebook(args.notebook), _own(args)
+    own = (
+        {"cohorts": change}
+        if args.profile == "quick"
+        else params.merge(params.read(args.profile)[0], {"cohorts": change})
+    )
+    settings = yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+    out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
+    report = _first_look(cohort, change, args.profile)
+    files.check_writable(out)
+    files.write(out / PROFILE, settings)
+    files.write(out / "first-look.md", report)
+    print(report, flush=True)
+    _tell(f"{notebook} runs; what is made goes to {out}, the report above is in its first-look.md")
+    places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells")}
+    found = os.pathsep.join(filter(None, (str(paths.ROOT), os.environ.get("PYTHONPATH"))))
+    code = _follow(
+        [sys.executable, "-m", "experiments", "run", notebook, "--cohort", cohort, "--profile", str(out / PROFILE)],
+        os.environ | places | {"PYTHONPATH": found},
+        out / "cells",
+    )
+    if not code:
+        _tell(
+            f"the notebook: {paths.executed(cohort, out) / notebook}.ipynb\ntables and figures: {paths.results(cohort, out)}"
+        )
+    return code
+
+
+def _notebook(text: str) -> str:
+    """The name of a notebook, from it or from its number."""
+    from medsec.core import paths
+
+    asked = Path(text).name.removesuffix(".ipynb")
+    known = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))  # 99 judges this repository's cohorts only
+    if not (found := [name for name in known if asked in (name, name[:2])]):
+        raise InputError(f"notebook {text}: choose one of {', '.join(known) or 'none: notebooks/ is missing'}")
+    return found[0]
+
+
+def _own(args: argparse.Namespace) -> tuple[str, dict]:
+    """The cohort's name, and what differs from the parameters' section cohorts."""
+    place = args.data.absolute()
+    if place.is_file() and place.suffix == ".npz":
+        if args.patients or args.size or args.channels:
+            raise InputError(
+                "--patients, --size and --channels are for a folder; the arrays of a file are used as they are"
+            )
+        return "npz", {"npz": {"path": str(place)}}
+    if not place.is_dir():
+        raise InputError(f"{args.data} is no folder; give a folder of class folders, or an .npz in MedMNIST's layout")
+    given = {"path": str(place), "size": args.size, "channels": args.channels}
+    if args.patients and args.patients.lower().endswith(".csv"):
+        given["table"] = str(Path(args.patients).absolute())
+    elif args.patients:
+        given["patient_pattern"] = args.patients
+    return "folder", {"folder": {key: value for key, value in given.items() if value is not None}}
+
+
+def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
+    """The folder of a run: outside the repository, and empty unless the same run was begun in it."""
+    from medsec.core import files, paths
+
+    here = Path.cwd()
+    out = (args.out or (paths.ROOT.parent if here.is_relative_to(paths.ROOT) else here) / name).absolute()
+    for place, what in ((paths.ROOT, "the repository"), (args.data, "your images")):
+        if out.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"{out} is inside the folder of {what}; name another with --out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder; name another with --out")
+    if out.exists() and any(out.iterdir()):
+        before = out / PROFILE
+        if not before.is_file() or files.read_text(before) != settings:
+            raise InputError(f"{out} holds something else than this run; name another folder with --out, or delete it")
+        _tell(f"{out} holds such a run: finished cells are kept")
+    return out
+
+
+def _first_look(name: str, change: dict, profile: str) -> str:
+    """The data card and the checks of images of one's own, Markdown."""
+    from medsec import data
+    from medsec.core import params
+    from medsec.core.settings import Cohorts
+
+    tree, file = params.read(profile)
+    params.validated(
+        Cohorts, tree.get("cohorts"), f"{file}, section cohorts"
+    )  # so that what follows is the options' fault
+    try:
+        cohorts = params.validated(Cohorts, params.merge(tree["cohorts"], change), "your options")
+        cohort = data.load(name, cohorts)
+    except InputError as error:
+        said = str(error).replace("cohorts.folder.", "folder.")
+        for parameter, option in OPTIONS.items():
+            said = said.replace(parameter, option)
+        raise InputError(said.replace("folder.", "cohorts.folder.")) from None
+
+    from medsec.judge.shortcuts import first_look
+
+    return data.describe(cohort) + "\n" + first_look(cohort).to_markdown()
+
+
+def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int:
+    """Run a command to its end, with a line of progress now and then; returns its exit status."""
+    begin = time.monotonic()
+    with subprocess.Popen(command, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                try:
+                    code = child.wait(EVERY)
+                    return code if code >= 0 else 128 - code  # as a shell tells it, of one that was ended
+                except subprocess.TimeoutExpired:
+                    done = sum(1 for _ in cells.glob("*/*/*.npz"))
+                    _tell(f"{(time.monotonic() - begin) / 60:.1f} min, {done} cells finished")
+                except KeyboardInterrupt:
+                    pass  # of the terminal, which tells the child as well: it puts things in order
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 # What is written -------------------------------------------------------------------------------------------------------

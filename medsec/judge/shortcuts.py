@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 from sklearn.linear_model import RidgeCV
-from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from medsec.data import Cohort
@@ -35,12 +34,13 @@ WEIGHTY = 0.7  # area under the ROC curve: who can order 70 of 100 pairs has fou
 LINE = 28  # pixels a side that the ring is cut from: finer ones add numbers, not knowledge
 RING = 2  # of them, 7 % of a side
 THUMBNAIL = 8
+PIECE = 256  # images that are floats at a time
 
 COMPARED = 4000  # most images that are compared with one another
 LEAST_COMPARED = 40
-GRID, SIDE = 32, 12  # pixels a side: images are shifted on the first and compared on the second
+GRID, SIDE = 32, 16  # pixels a side: images are shifted on the first and compared on the second
 REACH, STEP = 1.0, 0.5  # pixels of GRID: how far images are shifted against one another, and by what steps
-DIRECTIONS = 32  # the strongest in which the images differ, made equally strong: all chests look alike without this
+DIRECTIONS = 64  # the strongest in which the images differ, made equally strong: all chests look alike without this
 UNRELATED = 0.99  # share of the images whose nearest unrelated one is less alike than the closest
 CERTAIN = 0.97  # correlation that is enough in any case where unrelated images are never so much alike
 
@@ -65,7 +65,8 @@ def _bins(n: int, side: int, start: float = 0, stop: float | None = None) -> np.
 def _shrunk(images: np.ndarray, side: int) -> np.ndarray:
     """(n, C, side, side) by area averages."""
     part = _bins(images.shape[2], side)
-    return part @ _unit(images) @ part.T
+    pieces = (images[at : at + PIECE] for at in range(0, len(images), PIECE))
+    return np.concatenate([part @ _unit(piece) @ part.T for piece in pieces])
 
 
 def ring(images: np.ndarray) -> np.ndarray:
@@ -83,7 +84,7 @@ def thumbnail(images: np.ndarray) -> np.ndarray:
 
 def brightness(images: np.ndarray) -> np.ndarray:
     """(n, 2): the mean of all pixels and its square, so that a class may also be both darker and brighter."""
-    mean = _unit(images).mean((1, 2, 3), dtype=np.float64)
+    mean = images.mean((1, 2, 3), dtype=np.float64) / (255 if images.dtype == np.uint8 else 1)
     return np.stack([mean, (mean - 0.5) ** 2], 1)
 
 
@@ -151,17 +152,11 @@ def told(view: Callable[[np.ndarray], np.ndarray], train: Labelled, test: Labell
     scaler = StandardScaler().fit(features := view(x).astype(np.float64))
     wanted = np.stack([(y[order] == k) for order in orders for k in targets], 1).astype(np.float64)
     ridge = RidgeCV(PENALTIES, alpha_per_target=True).fit(scaler.transform(features), wanted)
-    answers = ridge.predict(scaler.transform(view(x_test).astype(np.float64))).reshape(len(y_test), -1)
-    answers = answers.reshape(len(y_test), len(orders), len(targets))
-    areas = np.array(
-        [[roc_auc_score(a == k, answers[:, o, i]) for i, k in enumerate(targets)] for o, a in enumerate(scored)]
-    )
-    ends = np.array(
-        [
-            area_interval(a, int((y_test == k).sum()), int((y_test != k).sum()))
-            for a, k in zip(areas[0], targets, strict=True)
-        ]
-    )
+    answers = ridge.predict(scaler.transform(view(x_test).astype(np.float64)))
+    right = np.stack([(order == k) for order in scored for k in targets], 1)
+    areas = _areas(answers.reshape(right.shape), right).reshape(len(scored), -1)
+    sizes = [int((y_test == k).sum()) for k in targets]
+    ends = np.array([area_interval(a, m, len(y_test) - m) for a, m in zip(areas[0], sizes, strict=True)])
     low, high = ends.mean(0)  # as if the classes' errors went together: the widest that it can be
     return Told(float(areas[0].mean()), float(low), float(high), len(y_test), areas[1:].mean(1))
 
@@ -173,13 +168,19 @@ def _some(labelled: Labelled, most: int, rng: np.random.Generator) -> Labelled:
     return images[kept], np.asarray(labels)[kept]
 
 
+def _areas(answers: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each column: how often a right one (bool) has the higher answer; ties are halves."""
+    m, ranks = right.sum(0), stats.rankdata(answers, axis=0)
+    return ((ranks * right).sum(0) - m * (m + 1) / 2) / (m * (len(right) - m))
+
+
 def area_interval(area: float, m: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Interval of the area under a ROC curve of m positive and n negative items (Newcombe 2006, Stat. Med. 25:559, method 5).
 
     Unlike the usual ones it has a width where every pair is ordered rightly.
 
     >>> [round(end, 2) for end in area_interval(1.0, 6, 6)]
-    [0.66, 1.0]
+    [0.69, 1.0]
     """
     z, mean = stats.norm.ppf((1 + level) / 2), (m + n) / 2 - 1
 
@@ -187,8 +188,9 @@ def area_interval(area: float, m: int, n: int, level: float = LEVEL) -> tuple[fl
         variance = a * (1 - a) * (1 + mean * ((1 - a) / (2 - a) + a / (1 + a))) / (m * n)
         return (a - area) ** 2 - z**2 * variance
 
-    low = optimize.brentq(beyond, 0, area) if beyond(0) * beyond(area) < 0 else 0.0
-    high = optimize.brentq(beyond, area, 1) if beyond(1) * beyond(area) < 0 else 1.0
+    edge = 1e-9  # beyond() is 0 at 0 and 1 where the area is, and negative beside them
+    low = optimize.brentq(beyond, 0, min(area, 1 - edge)) if area > edge else 0.0
+    high = optimize.brentq(beyond, max(area, edge), 1) if area < 1 - edge else 1.0
     return float(low), float(high)
 
 
