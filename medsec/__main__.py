@@ -1,4 +1,4 @@
-"""The command ``medsec`` (or ``python -m medsec``): test something of your own, or describe a folder of images."""
+"""The command ``medsec`` (or ``python -m medsec``): test something of your own, run a notebook on images of your own."""
 
 import argparse
 import dataclasses
@@ -222,31 +222,24 @@ def _from_python(text: str):
 
 # Images of your own, and notebooks on them -----------------------------------------------------------------------------
 
-OPTIONS = {  # what messages call by its parameter, and here is an option
-    **dict.fromkeys(("folder.patient_pattern", "folder.table"), "--patients"),
-    "folder.size": "--size",
-    "folder.channels": "--channels",
-}
-PROFILE = "mine.yaml"  # what a run was told, in its output folder
+OPTIONS = {"patient_pattern": "--patients", "table": "--patients", "size": "--size", "channels": "--channels"}
+LAYOUT = "folder of class folders, or .npz in MedMNIST's layout"
+SETTINGS = "mine.yaml"  # what a run was told, in its output folder
 EVERY = 30  # seconds between two lines of progress
 
 
 def _add_own_images(commands) -> None:
-    describe = commands.add_parser("describe", help="what is in a folder of images, and what may be wrong with them")
-    describe.add_argument("data", type=Path, help="folder of class folders, or .npz in MedMNIST's layout")
+    describe = commands.add_parser("describe", help="what is in a folder of images, and what may give the class away")
     describe.set_defaults(run=_describe)
+    describe.add_argument("data", type=Path, help=LAYOUT)
     run = commands.add_parser("run", help="run a notebook on a folder of images")
-    run.add_argument("notebook", help="like 01 or 01_backdoor_fedgan")
-    run.add_argument("--data", required=True, type=Path, help="folder of class folders, or .npz in MedMNIST's layout")
-    run.add_argument("--out", type=Path, help="new folder for all that is made (default: FOLDER-medsec-NN)")
     run.set_defaults(run=_run)
+    run.add_argument("notebook", help="like 01 or 01_backdoor_fedgan")
+    run.add_argument("--data", required=True, type=Path, help=LAYOUT)
+    run.add_argument("--out", type=Path, help="new folder for all that is made (default: my-images-medsec-01, say)")
+    whose = "whose image it is: the group of it, found in the file's name (default: what stands before the first _), or a table"
     for each in (describe, run):
-        each.add_argument(
-            "--patients",
-            metavar="REGEX|CSV",
-            help="whose image it is: the group in round brackets, found in the file's name, or a table "
-            "(default: what stands before the first underscore)",
-        )
+        each.add_argument("--patients", metavar="REGEX|CSV", help=whose)
         each.add_argument("--size", type=int, help="pixels a side, 28 to 224, a multiple of 4 (default: 28)")
         each.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the files are)")
         each.add_argument("--profile", default="quick", help="parameters to use (default: quick)")
@@ -262,62 +255,46 @@ def _run(args: argparse.Namespace) -> int:
 
     from medsec.core import files, params, paths
 
-    notebook, (cohort, change) = _notebook(args.notebook), _own(args)
-    own = (
-        {"cohorts": change}
-        if args.profile == "quick"
-        else params.merge(params.read(args.profile)[0], {"cohorts": change})
-    )
-    settings = yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+    known = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))  # 99 judges this repository's cohorts only
+    asked = Path(args.notebook).name.removesuffix(".ipynb")
+    if not (notebook := next((name for name in known if asked in (name, name[:2])), "")):
+        raise InputError(f"notebook {args.notebook}: choose one of {', '.join(known)}")
+    cohort, change = _own(args)
+    base = {} if args.profile == "quick" else params.read(args.profile)[0]
+    settings = yaml.safe_dump(params.merge(base, {"cohorts": change}), sort_keys=False, allow_unicode=True)
     out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
     report = _first_look(cohort, change, args.profile)
     files.check_writable(out)
-    files.write(out / PROFILE, settings)
-    files.write(out / "first-look.md", report)
+    for name, text in ((SETTINGS, settings), ("first-look.md", report)):
+        files.write(out / name, text)
     print(report, flush=True)
-    _tell(f"{notebook} runs; what is made goes to {out}, the report above is in its first-look.md")
-    places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells")}
+    _tell(f"{notebook} runs; what is made goes to {out}")
+    command = [sys.executable, "-m", "experiments", "run", notebook, "--cohort", cohort, "--profile", out / SETTINGS]
     found = os.pathsep.join(filter(None, (str(paths.ROOT), os.environ.get("PYTHONPATH"))))
-    code = _follow(
-        [sys.executable, "-m", "experiments", "run", notebook, "--cohort", cohort, "--profile", str(out / PROFILE)],
-        os.environ | places | {"PYTHONPATH": found},
-        out / "cells",
-    )
-    if not code:
-        _tell(
-            f"the notebook: {paths.executed(cohort, out) / notebook}.ipynb\ntables and figures: {paths.results(cohort, out)}"
-        )
+    places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells"), "PYTHONPATH": found}
+    if not (code := _follow(list(map(str, command)), os.environ | places, out / "cells")):
+        _tell(f"the notebook: {paths.executed(cohort, out) / notebook}.ipynb")
+        _tell(f"tables and figures: {paths.results(cohort, out)}")
     return code
-
-
-def _notebook(text: str) -> str:
-    """The name of a notebook, from it or from its number."""
-    from medsec.core import paths
-
-    asked = Path(text).name.removesuffix(".ipynb")
-    known = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))  # 99 judges this repository's cohorts only
-    if not (found := [name for name in known if asked in (name, name[:2])]):
-        raise InputError(f"notebook {text}: choose one of {', '.join(known) or 'none: notebooks/ is missing'}")
-    return found[0]
 
 
 def _own(args: argparse.Namespace) -> tuple[str, dict]:
     """The cohort's name, and what differs from the parameters' section cohorts."""
-    place = args.data.absolute()
+    place, whose = args.data.absolute(), args.patients
     if place.is_file() and place.suffix == ".npz":
-        if args.patients or args.size or args.channels:
-            raise InputError(
-                "--patients, --size and --channels are for a folder; the arrays of a file are used as they are"
-            )
+        if whose or args.size or args.channels:
+            raise InputError("--patients, --size and --channels are for a folder; a file's arrays are used as they are")
         return "npz", {"npz": {"path": str(place)}}
     if not place.is_dir():
         raise InputError(f"{args.data} is no folder; give a folder of class folders, or an .npz in MedMNIST's layout")
-    given = {"path": str(place), "size": args.size, "channels": args.channels}
-    if args.patients and args.patients.lower().endswith(".csv"):
-        given["table"] = str(Path(args.patients).absolute())
-    elif args.patients:
-        given["patient_pattern"] = args.patients
-    return "folder", {"folder": {key: value for key, value in given.items() if value is not None}}
+    given = {"path": str(place)} | {key: getattr(args, key) for key in ("size", "channels") if getattr(args, key)}
+    if whose and whose.lower().endswith(".csv"):
+        if not Path(whose).is_file():
+            raise InputError(f"--patients {whose} does not exist; give a table with the columns file and patient")
+        given["table"] = str(Path(whose).absolute())
+    elif whose:
+        given |= {"patient_pattern": whose, "table": None}
+    return "folder", {"folder": given}
 
 
 def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
@@ -329,12 +306,10 @@ def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
     for place, what in ((paths.ROOT, "the repository"), (args.data, "your images")):
         if out.resolve().is_relative_to(place.resolve()):
             raise InputError(f"{out} is inside the folder of {what}; name another with --out")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is no folder; name another with --out")
-    if out.exists() and any(out.iterdir()):
-        before = out / PROFILE
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        before = out / SETTINGS
         if not before.is_file() or files.read_text(before) != settings:
-            raise InputError(f"{out} holds something else than this run; name another folder with --out, or delete it")
+            raise InputError(f"{out} holds something else than this run; name another with --out, or delete it")
         _tell(f"{out} holds such a run: finished cells are kept")
     return out
 
@@ -346,21 +321,19 @@ def _first_look(name: str, change: dict, profile: str) -> str:
     from medsec.core.settings import Cohorts
 
     tree, file = params.read(profile)
-    params.validated(
-        Cohorts, tree.get("cohorts"), f"{file}, section cohorts"
-    )  # so that what follows is the options' fault
+    params.validated(Cohorts, tree.get("cohorts"), f"{file}, section cohorts")  # what is wrong below is in the options
     try:
         cohorts = params.validated(Cohorts, params.merge(tree["cohorts"], change), "your options")
         cohort = data.load(name, cohorts)
     except InputError as error:
-        said = str(error).replace("cohorts.folder.", "folder.")
-        for parameter, option in OPTIONS.items():
-            said = said.replace(parameter, option)
-        raise InputError(said.replace("folder.", "cohorts.folder.")) from None
+        said = str(error)
+        for key, option in OPTIONS.items():
+            said = said.replace(f"cohorts.folder.{key}", option).replace(f"folder.{key}", option)
+        raise InputError(said) from None
 
     from medsec.judge.shortcuts import first_look
 
-    return data.describe(cohort) + "\n" + first_look(cohort).to_markdown()
+    return f"{data.describe(cohort)}\n{first_look(cohort).to_markdown()}"
 
 
 def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int:

@@ -303,7 +303,7 @@ def test_an_npz_runs_as_well(folder, monkeypatch):
         (["run", "00", "--data", "my-images", "--profile", "fast"], "unknown profile 'fast'"),
         (["describe", "my-images", "--patients", "^p"], "--patients: '^p' has 0 groups"),
         (["describe", "my-images", "--patients", "(z)"], "correct --patients"),
-        (["describe", "my-images", "--patients", "no.csv"], "no.csv' does not exist"),
+        (["describe", "my-images", "--patients", "no.csv"], "--patients no.csv does not exist"),
         (["describe", "my-images", "--size", "30"], "--size = 30: input should be a multiple of 4"),
         (["describe", "my-images", "--patients", "^(.)"], "missing from split"),
     ],

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from medsec.data import Cohort
 from medsec.judge import Report, row, share, shown
 
-__all__ = ["first_look", "near_copies"]
+__all__: list[str] = []  # for the command `medsec`
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images (n, C, S, S), uint8 or floats in [0, 1], and labels (n,)
 
