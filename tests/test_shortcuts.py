@@ -1,6 +1,7 @@
 """The first look at images of one's own: what is planted is found, what is clean is not; `medsec run`, which begins with it."""
 
 import io
+import re
 import signal
 import sys
 
@@ -333,3 +334,13 @@ def test_progress_is_told_and_who_is_ended_takes_the_run_along(tmp_path, capsys,
     assert command._follow([sys.executable, "-c", code], {}, tmp_path) == 128 + signal.SIGTERM
     assert "1 cells finished" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_the_page_shows_what_a_run_prints(tmp_path, monkeypatch, capsys):
+    """Its first block of Python draws the images, its report is that of `medsec describe` for them."""
+    monkeypatch.chdir(tmp_path)
+    page = (paths.ROOT / "docs" / "bring-your-own-images.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    assert command.main(["describe", "my-images"]) == 0
+    said = capsys.readouterr().out
+    assert said[said.index("# First look") :] == re.search(r"```text\n(# First look.*?)```", page, re.DOTALL)[1]
