@@ -93,6 +93,14 @@ def test_three_classes_and_floats_give_the_same_kinds_of_answer(chests):
     assert again.value == pytest.approx(found.value, abs=0.01)
 
 
+def test_a_rare_class_of_a_large_folder_is_not_lost(chests, monkeypatch):
+    monkeypatch.setattr(shortcuts, "TRAINED_ON", 30)
+    monkeypatch.setattr(shortcuts, "SCORED_ON", 30)
+    images, labels = chests[0].copy(), (np.arange(N) % (N // 2) < 6).astype(int)
+    images[labels == 1] = 255
+    assert told(shortcuts.ring, *halves(images, labels)).value == 1
+
+
 def test_the_interval_covers_and_has_a_width_where_all_pairs_are_right():
     rng, inside, runs = np.random.default_rng(0), 0, 400
     truth = 0.8413  # of normals one standard deviation times √2 apart

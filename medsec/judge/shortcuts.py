@@ -144,7 +144,6 @@ def told(view: Callable[[np.ndarray], np.ndarray], train: Labelled, test: Labell
         return Told(np.nan, np.nan, np.nan, len(test[1]), np.empty(0), few)
     rng = np.random.default_rng(seed)
     (x, y), (x_test, y_test) = _some(train, TRAINED_ON, rng), _some(test, SCORED_ON, rng)
-    classes = [k for k in classes if (y == k).any() and 0 < (y_test == k).sum() < len(y_test)]
     targets = classes[1:] if len(classes) == 2 else classes  # of two, one says it all
     times = max(19, min(SHUFFLES, COLUMNS // len(targets)))
     orders = [np.arange(len(y)), *(rng.permutation(len(y)) for _ in range(times))]
@@ -162,10 +161,12 @@ def told(view: Callable[[np.ndarray], np.ndarray], train: Labelled, test: Labell
 
 
 def _some(labelled: Labelled, most: int, rng: np.random.Generator) -> Labelled:
-    """At most so many of the images."""
+    """About so many of the images, and at least `LEAST` of each class."""
     images, labels = labelled
-    kept = np.sort(rng.permutation(len(labels))[:most])
-    return images[kept], np.asarray(labels)[kept]
+    drawn = rng.permutation(len(labels))
+    rare = [drawn[labels[drawn] == k][:LEAST] for k in np.unique(labels)]
+    kept = np.union1d(np.concatenate(rare), drawn[:most])
+    return images[kept], labels[kept]
 
 
 def _areas(answers: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -325,7 +326,7 @@ def _told_row(words: str, found: Told) -> dict:
         if found.few
         else f"shuffled labels {shown(found.shuffled.mean())}, at most {shown(found.shuffled.max())}"
     )
-    return row("class told from", words, found.value, found.low, found.high, found.n, note=note)
+    return row("class told from", words, found.value, found.low, found.high, found.n, "AUC", note)
 
 
 def _told_sentence(name: str, found: Told) -> str:
@@ -337,14 +338,14 @@ def _told_sentence(name: str, found: Told) -> str:
         return f"From {words} the class can be told {'well' if found.weighty else 'a little'}: {pairs}. {meaning}."
     if found.open:
         return f"From {words}: {pairs}, no more than chance may give; with so few images {100 * found.high:.0f} are possible."
-    return f"From {words} the class cannot be told: {pairs}."
+    return f"From {words} the class is not told better than chance allows: {pairs}."
 
 
 def _copies_sentence(copies: Copies, splits: np.ndarray, names: Sequence[str]) -> str:
     if copies.few:
         return f"Near copies across splits: cannot be judged, {copies.few}."
     if not len(copies.index):
-        return "No image has a near copy in another split."
+        return f"None of the {copies.n} images that were compared has a near copy in another split."
     where = ", ".join(
         f"{(splits[copies.index] == s).sum()} in {name}"
         for s, name in enumerate(names)
