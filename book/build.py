@@ -62,7 +62,7 @@ API = {
     ),
     "judge": (
         "Test something of your own",
-        "A report on a classifier or a server's rule of yours.",
+        "A report on a classifier, a server's rule or a gradient defence of yours.",
         ("medsec.judge",),
     ),
     "tools": (

@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections import Counter
 from fractions import Fraction
@@ -55,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     server = judge.add_parser("server", help="a server's rule, against backdoors in a federated GAN")
     server.add_argument("rule", help="my_rule.py:rule, a function of (updates, round) or a class of such objects")
     server.set_defaults(run=_server)
-    for each in (audit, server):
+    gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
+    gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
+    gradient.set_defaults(run=_gradient)
+    for each in (audit, server, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
     _add_own_images(commands)
@@ -98,6 +102,15 @@ def _server(args: argparse.Namespace) -> int:
     from medsec.judge.server import judge_server_rule
 
     return _give(judge_server_rule(rule, name=Path(args.rule).name, seeds=(args.seed,), progress=True), file)
+
+
+def _gradient(args: argparse.Namespace) -> int:
+    file = _free(args.out, FORMATS)
+    defence = _from_python(args.defence)
+
+    from medsec.judge.gradients import judge_gradient_defence
+
+    return _give(judge_gradient_defence(defence, name=Path(args.defence).name, seed=args.seed, progress=True), file)
 
 
 # What is read ----------------------------------------------------------------------------------------------------------
@@ -273,8 +286,7 @@ def _run(args: argparse.Namespace) -> int:
     found = os.pathsep.join(filter(None, (str(paths.ROOT), os.environ.get("PYTHONPATH"))))
     places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells"), "PYTHONPATH": found}
     if not (code := _follow(list(map(str, command)), os.environ | places, out / "cells")):
-        _tell(f"the notebook: {paths.executed(cohort, out) / notebook}.ipynb")
-        _tell(f"tables and figures: {paths.results(cohort, out)}")
+        _tell(f"the notebook is in {paths.executed(cohort, out)}, tables and figures in {paths.results(cohort, out)}")
     return code
 
 
@@ -321,14 +333,11 @@ def _first_look(name: str, change: dict, profile: str) -> str:
     from medsec.core.settings import Cohorts
 
     tree, file = params.read(profile)
-    params.validated(Cohorts, tree.get("cohorts"), f"{file}, section cohorts")  # what is wrong below is in the options
     try:
-        cohorts = params.validated(Cohorts, params.merge(tree["cohorts"], change), "your options")
-        cohort = data.load(name, cohorts)
+        both = params.merge(tree.get("cohorts") or {}, change)
+        cohort = data.load(name, params.validated(Cohorts, both, f"{file} with your options, section cohorts"))
     except InputError as error:
-        said = str(error)
-        for key, option in OPTIONS.items():
-            said = said.replace(f"cohorts.folder.{key}", option).replace(f"folder.{key}", option)
+        said = re.sub(r"(?:cohorts\.)?folder\.(\w+)", lambda found: OPTIONS.get(found[1], found[0]), str(error))
         raise InputError(said) from None
 
     from medsec.judge.shortcuts import first_look
@@ -338,17 +347,16 @@ def _first_look(name: str, change: dict, profile: str) -> str:
 
 def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int:
     """Run a command to its end, with a line of progress now and then; returns its exit status."""
-    begin = time.monotonic()
     with subprocess.Popen(command, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
-            while True:
+            for times in itertools.count(1):
                 try:
                     code = child.wait(EVERY)
                     return code if code >= 0 else 128 - code  # as a shell tells it, of one that was ended
                 except subprocess.TimeoutExpired:
                     done = sum(1 for _ in cells.glob("*/*/*.npz"))
-                    _tell(f"{(time.monotonic() - begin) / 60:.1f} min, {done} cells finished")
+                    _tell(f"{times * EVERY / 60:.1f} min, {done} cells finished")
                 except KeyboardInterrupt:
                     pass  # of the terminal, which tells the child as well: it puts things in order
         finally:

@@ -18,10 +18,13 @@ from medsec.__main__ import main
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.federated.aggregators import fedavg, krum, median, uniform_mean
+from medsec.inversion import defences
 from medsec.judge import Report, balanced, row, server, share
 from medsec.judge import median as median_of
 from medsec.judge.classifier import audit
+from medsec.judge.gradients import judge_gradient_defence
 from medsec.judge.server import judge_server_rule
+from medsec.nets import convnet
 
 SIDE, PIXELS = 8, 3 * 8 * 8
 EPS = 4 / 255
@@ -415,6 +418,60 @@ def test_odd_input_is_tried():
         quick(median, attackers=["bost"])
 
 
+# A gradient defence ----------------------------------------------------------------------------------------------------
+
+tiny = functools.partial(judge_gradient_defence, victims=3, candidates=6, images=16, rounds=1, iterations=2)
+
+
+class Remembering:
+    """Sends the gradient of its first image for ever."""
+
+    def __init__(self, seed):
+        self.first = None
+
+    def __call__(self, model, x, y, round):
+        self.first = self.first or convnet.gradients(model, x, y)
+        return self.first
+
+
+def test_gradients_that_are_sent_as_they_are_tell_everything():
+    report = tiny(defences.none)
+    assert "sends the gradient as it is" in report.verdict
+    assert cell(report, "named, by its gradient").tolist() == [1, 1]  # with and without: each is its own nearest
+    for hidden in (lambda model, x, y, round: [torch.zeros_like(p) for p in model.parameters()], Remembering):
+        report = tiny(hidden)
+        assert report.verdict.startswith("No attack here tells")
+        assert (cell(report, "named, by a copy of the defence")) < 0.5
+    assert "nothing is clearly learnt" in report.verdict or "too short a training" in report.verdict
+
+
+def test_the_copy_of_the_attacker_has_another_seed():
+    seeds = set()
+
+    def drawn(model, x, y, round, *, seed):
+        seeds.add(seed)
+        return defences.none(model, x, y, round)
+
+    tiny(drawn)
+    assert len(seeds) == 5  # four clients and the attacker
+
+
+@pytest.mark.parametrize(
+    ("defence", "said"),
+    [
+        (lambda model, x, y, round: 1 / 0, "raised ZeroDivisionError"),
+        (lambda model, x, y, round: defences.none(model, x, y, round)[1:], "gradients for"),
+        (lambda model, x, y, round: [g[None] for g in defences.none(model, x, y, round)], "has shape"),
+        (lambda model, x, y, round: [g / 0 for g in defences.none(model, x, y, round)], "NaN"),
+        (lambda model, x, y, round: None, "list of tensors"),
+    ],
+)
+def test_a_broken_defence_is_told_in_a_line(defence, said):
+    with pytest.raises(InputError, match=said) as error:
+        tiny(defence)
+    assert "\n" not in str(error.value)
+
+
 # The command -----------------------------------------------------------------------------------------------------------
 
 
@@ -530,11 +587,11 @@ def test_the_command_judges_a_rule(folder, capsys, monkeypatch):
 
 
 def test_help_lists_the_commands(capsys):
-    for asked in (["--help"], ["audit", "--help"], ["judge", "server", "--help"]):
+    for asked in (["--help"], ["audit", "--help"], ["judge", "server", "--help"], ["judge", "gradient", "--help"]):
         with pytest.raises(SystemExit) as done:
             main(asked)
         assert done.value.code == 0
-    assert "--eps" in capsys.readouterr().out
+    assert "my_defence.py:defend" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("example", sorted(paths.ROOT.glob("examples/*.py")), ids=lambda file: file.stem)

@@ -1,6 +1,7 @@
 """Test something of your own. Each test gives a `Report`: a verdict, a table, figures, and what was *not* tested.
 
-`medsec.judge.classifier.audit` attacks a classifier, `medsec.judge.server.judge_server_rule` a server's rule.
+`medsec.judge.classifier.audit` attacks a classifier, `medsec.judge.server.judge_server_rule` a server's rule, and
+`medsec.judge.gradients.judge_gradient_defence` what a client sends.
 """
 
 import base64
@@ -249,20 +250,20 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str) -
 # The rule, which may do anything ---------------------------------------------------------------------------------------
 
 
-def fresh(rule: Rule | type, state: State) -> Rule:
-    """The rule for one run: of a class a new object, of an object a copy."""
-    made = rule.func if isinstance(rule, functools.partial) else rule
+def fresh(given: Callable, argument: object) -> Callable:
+    """What was given, for one run: of a class a new object, made with ``argument`` if it needs one; of an object a copy."""
+    made = given.func if isinstance(given, functools.partial) else given
     try:
         if not inspect.isclass(made):
-            return copy.deepcopy(rule)
+            return copy.deepcopy(given)
         needs = [
             p
-            for p in inspect.signature(rule).parameters.values()
+            for p in inspect.signature(given).parameters.values()
             if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        return rule({k: v.clone() for k, v in state.items()}) if needs else rule()
+        return given(copy.deepcopy(argument)) if needs else given()
     except Exception as error:  # whatever their code raises
-        raise InputError(f"the rule cannot be made anew for a run ({said(error)}); mend it") from error
+        raise InputError(f"what you gave cannot be made anew for a run ({said(error)}); mend it") from error
 
 
 def called(rule: Rule, updates: Sequence[Update], round: int) -> tuple[State, dict, float]:
