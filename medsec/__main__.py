@@ -277,7 +277,6 @@ def _run(args: argparse.Namespace) -> int:
     settings = yaml.safe_dump(params.merge(base, {"cohorts": change}), sort_keys=False, allow_unicode=True)
     out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
     report = _first_look(cohort, change, args.profile)
-    files.check_writable(out)
     for name, text in ((SETTINGS, settings), ("first-look.md", report)):
         files.write(out / name, text)
     print(report, flush=True)
@@ -313,16 +312,14 @@ def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
     """The folder of a run: outside the repository, and empty unless the same run was begun in it."""
     from medsec.core import files, paths
 
-    here = Path.cwd()
-    out = (args.out or (paths.ROOT.parent if here.is_relative_to(paths.ROOT) else here) / name).absolute()
+    beside = paths.ROOT.parent if Path.cwd().is_relative_to(paths.ROOT) else Path.cwd()
+    out = (args.out or beside / name).absolute()
     for place, what in ((paths.ROOT, "the repository"), (args.data, "your images")):
         if out.resolve().is_relative_to(place.resolve()):
             raise InputError(f"{out} is inside the folder of {what}; name another with --out")
     if out.is_file() or (out.exists() and any(out.iterdir())):
-        before = out / SETTINGS
-        if not before.is_file() or files.read_text(before) != settings:
+        if not (before := out / SETTINGS).is_file() or files.read_text(before) != settings:
             raise InputError(f"{out} holds something else than this run; name another with --out, or delete it")
-        _tell(f"{out} holds such a run: finished cells are kept")
     return out
 
 
@@ -355,8 +352,7 @@ def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int
                     code = child.wait(EVERY)
                     return code if code >= 0 else 128 - code  # as a shell tells it, of one that was ended
                 except subprocess.TimeoutExpired:
-                    done = sum(1 for _ in cells.glob("*/*/*.npz"))
-                    _tell(f"{times * EVERY / 60:.1f} min, {done} cells finished")
+                    _tell(f"{times * EVERY / 60:.1f} min, {len([*cells.glob('*/*/*.npz')])} cells finished")
                 except KeyboardInterrupt:
                     pass  # of the terminal, which tells the child as well: it puts things in order
         finally:
