@@ -317,9 +317,9 @@ def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
     for place, what in ((paths.ROOT, "the repository"), (args.data, "your images")):
         if out.resolve().is_relative_to(place.resolve()):
             raise InputError(f"{out} is inside the folder of {what}; name another with --out")
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        if not (before := out / SETTINGS).is_file() or files.read_text(before) != settings:
-            raise InputError(f"{out} holds something else than this run; name another with --out, or delete it")
+    used, before = out.is_file() or (out.exists() and any(out.iterdir())), out / SETTINGS
+    if used and not (before.is_file() and files.read_text(before) == settings):
+        raise InputError(f"{out} holds something else than this run; name another with --out, or delete it")
     return out
 
 
