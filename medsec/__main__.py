@@ -1,8 +1,13 @@
-"""The command ``medsec`` (or ``python -m medsec``): test something of your own, or describe a folder of images."""
+"""The command ``medsec`` (or ``python -m medsec``): test something of your own, run a notebook on images of your own."""
 
 import argparse
 import dataclasses
 import importlib.util
+import itertools
+import os
+import re
+import signal
+import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -72,12 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     for each in (audit, server, attack, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
-    describe = commands.add_parser("describe", help="what is in a folder of images")
-    describe.add_argument("folder", type=Path, help="folder of class folders")
-    describe.add_argument(
-        "--patients", metavar="REGEX", help="whose image it is: the group of it, found in the file's name"
-    )
-    describe.set_defaults(run=_describe)
+    _add_own_images(commands)
     return parser
 
 
@@ -146,20 +146,6 @@ def _gradient(args: argparse.Namespace) -> int:
     from medsec.judge.gradients import judge_gradient_defence
 
     return _give(judge_gradient_defence(defence, name=Path(args.defence).name, seed=args.seed, progress=True), file)
-
-
-def _describe(args: argparse.Namespace) -> int:
-    from medsec import data
-    from medsec.core import params
-    from medsec.core.settings import Cohorts
-
-    tree, name = params.read()
-    change = {"folder": {"path": str(args.folder.absolute())}}
-    if args.patients:
-        change["folder"]["patient_pattern"] = args.patients
-    cohorts = params.validated(Cohorts, params.merge(tree.get("cohorts"), change), f"{name}, section cohorts")
-    print(data.describe(data.load("folder", cohorts)), end="")
-    return 0
 
 
 # What is read ----------------------------------------------------------------------------------------------------------
@@ -282,6 +268,132 @@ def _from_python(text: str):
         )
         raise InputError(f"{path} has {what} ({name}); name a function or a class of it")
     return found
+
+
+# Images of your own, and notebooks on them -----------------------------------------------------------------------------
+
+OPTIONS = {"patient_pattern": "--patients", "table": "--patients", "size": "--size", "channels": "--channels"}
+LAYOUT = "folder of class folders, or .npz in MedMNIST's layout"
+SETTINGS = "mine.yaml"  # what a run was told, in its output folder
+EVERY = 30  # seconds between two lines of progress
+
+
+def _add_own_images(commands) -> None:
+    describe = commands.add_parser("describe", help="what is in a folder of images, and what may give the class away")
+    describe.set_defaults(run=_describe)
+    describe.add_argument("data", type=Path, help=LAYOUT)
+    run = commands.add_parser("run", help="run a notebook on a folder of images")
+    run.set_defaults(run=_run)
+    run.add_argument("notebook", help="like 01 or 01_backdoor_fedgan")
+    run.add_argument("--data", required=True, type=Path, help=LAYOUT)
+    run.add_argument("--out", type=Path, help="new folder for all that is made (default: my-images-medsec-01, say)")
+    whose = "whose image it is: the group of it, found in the file's name (default: what stands before the first _), or a table"
+    for each in (describe, run):
+        each.add_argument("--patients", metavar="REGEX|CSV", help=whose)
+        each.add_argument("--size", type=int, help="pixels a side, 28 to 224, a multiple of 4 (default: 28)")
+        each.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the files are)")
+        each.add_argument("--profile", default="quick", help="parameters to use (default: quick)")
+
+
+def _describe(args: argparse.Namespace) -> int:
+    print(_first_look(*_own(args), args.profile), end="")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    import yaml
+
+    from medsec.core import files, params, paths
+
+    known = sorted(file.stem for file in paths.NOTEBOOKS.glob("0*.ipynb"))  # 99 judges this repository's cohorts only
+    asked = Path(args.notebook).name.removesuffix(".ipynb")
+    if not (notebook := next((name for name in known if asked in (name, name[:2])), "")):
+        raise InputError(f"notebook {args.notebook}: choose one of {', '.join(known)}")
+    cohort, change = _own(args)
+    base = {} if args.profile == "quick" else params.read(args.profile)[0]
+    settings = yaml.safe_dump(params.merge(base, {"cohorts": change}), sort_keys=False, allow_unicode=True)
+    out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
+    report = _first_look(cohort, change, args.profile)
+    for name, text in ((SETTINGS, settings), ("first-look.md", report)):
+        files.write(out / name, text)
+    print(report, flush=True)
+    _tell(f"{notebook} runs; what is made goes to {out}")
+    command = [sys.executable, "-m", "experiments", "run", notebook, "--cohort", cohort, "--profile", out / SETTINGS]
+    found = os.pathsep.join(filter(None, (str(paths.ROOT), os.environ.get("PYTHONPATH"))))
+    places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells"), "PYTHONPATH": found}
+    if not (code := _follow(list(map(str, command)), os.environ | places, out / "cells")):
+        _tell(f"the notebook is in {paths.executed(cohort, out)}, tables and figures in {paths.results(cohort, out)}")
+    return code
+
+
+def _own(args: argparse.Namespace) -> tuple[str, dict]:
+    """The cohort's name, and what differs from the parameters' section cohorts."""
+    place, whose = args.data.absolute(), args.patients
+    if place.is_file() and place.suffix == ".npz":
+        if whose or args.size or args.channels:
+            raise InputError("--patients, --size and --channels are for a folder; a file's arrays are used as they are")
+        return "npz", {"npz": {"path": str(place)}}
+    if not place.is_dir():
+        raise InputError(f"{args.data} is no folder; give a folder of class folders, or an .npz in MedMNIST's layout")
+    given = {"path": str(place)} | {key: getattr(args, key) for key in ("size", "channels") if getattr(args, key)}
+    if whose and whose.lower().endswith(".csv"):
+        if not Path(whose).is_file():
+            raise InputError(f"--patients {whose} does not exist; give a table with the columns file and patient")
+        given["table"] = str(Path(whose).absolute())
+    elif whose:
+        given |= {"patient_pattern": whose, "table": None}
+    return "folder", {"folder": given}
+
+
+def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
+    """The folder of a run: outside the repository, and empty unless the same run was begun in it."""
+    from medsec.core import files, paths
+
+    beside = paths.ROOT.parent if Path.cwd().is_relative_to(paths.ROOT) else Path.cwd()
+    out = (args.out or beside / name).absolute()
+    for place, what in ((paths.ROOT, "the repository"), (args.data, "your images")):
+        if out.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"{out} is inside the folder of {what}; name another with --out")
+    used, before = out.is_file() or (out.exists() and any(out.iterdir())), out / SETTINGS
+    if used and not (before.is_file() and files.read_text(before) == settings):
+        raise InputError(f"{out} holds something else than this run; name another with --out, or delete it")
+    return out
+
+
+def _first_look(name: str, change: dict, profile: str) -> str:
+    """The data card and the checks of images of one's own, Markdown."""
+    from medsec import data
+    from medsec.core import params
+    from medsec.core.settings import Cohorts
+
+    tree, file = params.read(profile)
+    try:
+        both = params.merge(tree.get("cohorts") or {}, change)
+        cohort = data.load(name, params.validated(Cohorts, both, f"{file} with your options, section cohorts"))
+    except InputError as error:
+        said = re.sub(r"(?:cohorts\.)?folder\.(\w+)", lambda found: OPTIONS.get(found[1], found[0]), str(error))
+        raise InputError(said) from None
+
+    from medsec.judge.shortcuts import first_look
+
+    return f"{data.describe(cohort)}\n{first_look(cohort).to_markdown()}"
+
+
+def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int:
+    """Run a command to its end, with a line of progress now and then; returns its exit status."""
+    with subprocess.Popen(command, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            for times in itertools.count(1):
+                try:
+                    code = child.wait(EVERY)
+                    return code if code >= 0 else 128 - code  # as a shell tells it, of one that was ended
+                except subprocess.TimeoutExpired:
+                    _tell(f"{times * EVERY / 60:.1f} min, {len([*cells.glob('*/*/*.npz')])} cells finished")
+                except KeyboardInterrupt:
+                    pass  # of the terminal, which tells the child as well: it puts things in order
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 # What is written -------------------------------------------------------------------------------------------------------
