@@ -131,7 +131,9 @@ def main() -> None:
             by_way["simulation"][n] = statistics.median(line["seconds"] for line in history[1:])
         size = sum(value.nbytes for value in app.server_side(federation(n))[0].values()) / 1000
         each = (kept - server) / n / 1000
-        disk = f"{size:.0f} kB down and up a client; on disk {server / 1000:.0f} kB at the server, {each:.1f} kB a client"
+        disk = (
+            f"{size:.0f} kB down and up a client; on disk {server / 1000:.0f} kB at the server, {each:.1f} kB a client"
+        )
         for way, result, peak in ((OURS, "", ""), ("in-process Grid", disk, ""), ("simulation", "", round(memory))):
             lines.append(
                 {
