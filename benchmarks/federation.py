@@ -19,13 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from common import OURS, one_thread, write
 
 from experiments import flower as app
 from medsec.core import paths
 from medsec.federated import flower
+from medsec.federated.in_process import InProcessGrid
 
 CLIENTS, ROUNDS, IMAGES = (4, 16, 64, 256), 4, 8
+PATIENCE = 180  # seconds for a run
 BIN = Path(sys.executable).parent
 SETTINGS = {"kind": '"classifier"', "rule": '"none"', "rounds": str(ROUNDS), "timeout": "600.0"}
 
@@ -47,7 +50,7 @@ def in_process(n: int, place: Path) -> list[dict]:
     os.environ["MEDSEC_FEDERATION"] = str(place)
     it = federation(n)
     state, rule = app.server_side(it)
-    grid = flower.InProcessGrid(app.client_app, [{"partition-id": i} for i in range(n)])
+    grid = InProcessGrid(app.client_app, [{"partition-id": i} for i in range(n)])
     options = {"rounds": ROUNDS, "n_clients": n, "settings": it.model_dump(), "timeout": 600}
     return flower.serve(grid, state, rule, folder=place / "run", **options)[1]
 
@@ -95,18 +98,17 @@ def simulation(n: int, place: Path) -> tuple[list[dict], float]:
         (place / "few.yaml").write_text(f"inversion: {{federation: {{images_per_client: {IMAGES}}}}}\n")
         options = ["--federation-config", f"num-supernodes={n}", "--run-config", config]
         subprocess.run([BIN / "flwr", "run", place / "app", "here", *options], env=environment, check=True)
-        lines = []
+        lines, checkpoint, end = [], place / "federation" / "first" / "server.pt", time.monotonic() + PATIENCE
         while len(lines) < ROUNDS:
             time.sleep(2)
-            text = (place / "log").read_text(errors="replace")
-            lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"round"')]
-            if server.poll() is not None:
-                raise RuntimeError(text[-2000:])
+            lines = torch.load(checkpoint, weights_only=True)["history"] if checkpoint.exists() else []
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError((place / "log").read_text(errors="replace")[-2000:])
     finally:
         memory.over.set()
         for each in [*psutil.Process(server.pid).children(recursive=True), server]:
             each.kill()
-    return lines, memory.most
+    return [json.loads(line) for line in lines], memory.most
 
 
 def fit(seconds: dict[int, float]) -> str:
