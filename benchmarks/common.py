@@ -77,7 +77,8 @@ def compared(what: str, calls: dict[str, Callable[[], object]], results: dict[st
 def write(benchmark: str, lines: list[dict], packages: tuple[str, ...] = ()) -> None:
     """Put the lines of a benchmark into the table in the place of its old ones, with machine and versions; and show them."""
     made = [processor(), f"Python {platform.python_version()}", *(f"{k} {version(k)}" for k in ("torch", *packages))]
-    fresh = pd.DataFrame(lines).assign(**{"benchmark": benchmark, "made with": ", ".join(made)})
+    fresh = pd.DataFrame(lines).assign(**{"benchmark": benchmark, "made with": ""})
+    fresh.loc[0, "made with"] = ", ".join(made)  # once for all lines
     print(fresh.drop(columns="made with").to_string(index=False))
     if RESULTS.exists():
         old = pd.read_csv(RESULTS, keep_default_na=False)
