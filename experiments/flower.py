@@ -1,7 +1,7 @@
 """The federations of notebooks 01 to 03 on Flower (docs/flower.md): what a hospital and the server do, as Flower's apps.
 
 ``python -m experiments.flower loop`` runs the same federation in one process and prints the same fingerprint;
-``python -m experiments.flower deal FOLDER`` writes the images of each of its hospitals, as in the notebooks, to a file.
+``python -m experiments.flower deal --folder FOLDER`` writes the images of each of its hospitals, as in the notebooks, to a file.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def build(settings: dict, node: Mapping) -> flower.Participant:
     if type(index) is not int or not 0 <= index < clients:
         raise InputError(f"client {index} in the node's configuration: the run has clients 0 to {clients - 1}")
     _allowed(it, node)
-    images, labels = read_images(Path(node["images"])) if "images" in node else _dealt(it, params)[index]
+    images, labels = read_images(Path(node["images"])) if "images" in node else _dealt(it.model_dump_json())[index]
     shape = (it.channels, it.size, it.size)
     if images.shape[1:] != shape or labels.max() >= it.classes:
         found = f"{tuple(images.shape[1:])} with classes to {int(labels.max())}"
@@ -160,8 +160,10 @@ def read_images(file: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(split.float()), torch.from_numpy(split.labels)
 
 
-def _dealt(it: Federation, params: Params) -> list[tuple[Tensor, Tensor]]:
+@functools.lru_cache(maxsize=1)  # clients of one process ask for it at every message
+def _dealt(federation_json: str) -> list[tuple[Tensor, Tensor]]:
     """What each client of the notebook's federation holds."""
+    it, params = Federation.model_validate_json(federation_json), _params(federation_json)
     cohort = data.load(it.cohort, params.cohorts)
     split = cohort["client"]
     images, labels = torch.from_numpy(split.float()), torch.from_numpy(split.labels)
@@ -251,9 +253,8 @@ def server_side(it: Federation) -> tuple[State, Aggregator]:
     if it.kind == "classifier":
         rule = aggregators.fedavg if it.rule == "none" else aggregators.rule(it.rule, 1)
         return _network(it, params).state_dict(), rule
-    blank = torch.zeros(
-        2, it.channels, it.size, it.size
-    )  # two, as the federation is made of clients; nobody trains here
+    # Two images, as a federation is made of clients; nobody trains on them.
+    blank = torch.zeros(2, it.channels, it.size, it.size)
     none = gan.new_federation([blank], [torch.zeros(2, dtype=torch.int64)], it.classes, params.fedgan, it.seed)
     watcher = feddetect_eval.hardened(params, none)
     return none.state, feddetect_eval.defence(it.rule, params, none, watcher)
@@ -293,7 +294,7 @@ def digest(state: State) -> str:
 def whole(it: Federation) -> gan.FederatedGAN:
     """All clients of a federated GAN, as the notebooks have them."""
     params = _params(it.model_dump_json())
-    images, labels = zip(*_dealt(it, params), strict=True)
+    images, labels = zip(*_dealt(it.model_dump_json()), strict=True)
     trigger = _trigger(it, params) if it.attack else None
     return gan.new_federation(images, labels, it.classes, params.fedgan, it.seed, trigger)
 
@@ -305,7 +306,7 @@ def loop(it: Federation) -> State:
     if it.rule != "none":
         raise InputError(f"rule {it.rule}: the notebooks' federation of classifiers averages; use rule none")
     params = _params(it.model_dump_json())
-    held = _dealt(it, params)
+    held = _dealt(it.model_dump_json())
     images, labels = zip(*held, strict=True)
     defences = [ClassifierHospital(i, *own, it, params).client.defend for i, own in enumerate(held)]
     model = _network(it, params)
@@ -322,7 +323,7 @@ def deal(it: Federation, folder: Path) -> None:
     targets = [folder / f"client-{i}.npz" for i in range(params.fedgan.n_clients)]
     if taken := [target.name for target in targets if target.exists()]:
         raise InputError(f"{', '.join(taken)} exist in {folder.name}: choose another folder")
-    for target, (images, labels) in zip(targets, _dealt(it, params), strict=True):
+    for target, (images, labels) in zip(targets, _dealt(it.model_dump_json()), strict=True):
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         stream = io.BytesIO()
         np.savez_compressed(stream, images=pixels, labels=labels.numpy())
