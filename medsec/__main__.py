@@ -38,19 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     audit = commands.add_parser("audit", help="attack a classifier with adversarial examples")
     audit.add_argument("model", help=f"{FORMS}, a function that returns the model")
-    audit.add_argument(
-        "--data", required=True, type=Path, help="folder of class folders, or .npz with images and labels"
-    )
-    audit.add_argument("--eps", default="4/255", help="largest change, in units of an image in [0, 1] (default: 4/255)")
-    audit.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
-    audit.add_argument(
-        "--size", type=int, help="folder: pixels a side (default: those of the first image, at most 224)"
-    )
-    audit.add_argument(
-        "--channels", type=int, choices=(1, 3), help="folder: grey or colour (default: as the first image)"
-    )
-    audit.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
-    audit.add_argument("--examples", type=Path, help="write a CSV with a row an image here")
     audit.set_defaults(run=_audit)
     judge = commands.add_parser("judge", help="test a defence or an attack").add_subparsers(
         required=True, metavar="WHAT"
@@ -63,17 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument(
         "--against", required=True, action="append", metavar="MODEL", help="as of audit; may be repeated"
     )
-    attack.add_argument("--data", required=True, type=Path, help="as of audit")
-    attack.add_argument("--eps", default="4/255", help="largest change (default: 4/255)")
-    attack.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
-    attack.add_argument("--size", type=int, help="as of audit")
-    attack.add_argument("--channels", type=int, choices=(1, 3), help="as of audit")
-    attack.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
-    attack.add_argument("--examples", type=Path, help="write a CSV with a row an attacked image here")
     attack.set_defaults(run=_attack)
     gradient = judge.add_parser("gradient", help="a defence of gradients, against reconstruction and identification")
     gradient.add_argument("defence", help="my_defence.py:defend, a function of (model, x, y, round) or a class")
     gradient.set_defaults(run=_gradient)
+    for each in (audit, attack):
+        _add_attacked(each)
     for each in (audit, server, attack, gradient):
         each.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
         each.add_argument("--out", type=Path, help="report.html, .md or .csv (default: Markdown on the screen)")
@@ -81,33 +63,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_attacked(each: argparse.ArgumentParser) -> None:
+    """What is attacked, and how much."""
+    each.add_argument(
+        "--data", required=True, type=Path, help="folder of class folders, or .npz with images and labels"
+    )
+    each.add_argument("--eps", default="4/255", help="largest change, in units of an image in [0, 1] (default: 4/255)")
+    each.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    each.add_argument("--size", type=int, help="folder: pixels a side (default: those of the first image, at most 224)")
+    each.add_argument(
+        "--channels", type=int, choices=(1, 3), help="folder: grey or colour (default: as the first image)"
+    )
+    each.add_argument("--attacked", type=int, default=100, help="most images that are attacked (default: 100)")
+    each.add_argument("--examples", type=Path, help="write a CSV with a row an image here")
+
+
 # The commands ----------------------------------------------------------------------------------------------------------
 
 
 def _audit(args: argparse.Namespace) -> int:
-    files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
-    eps = _number(args.eps)
+    files, how = _asked(args)
     images, labels, said = _images(args.data, args.size, args.channels)
     model = _model(args.model)
     _tell(f"{len(images)} images of shape {images.shape[1:]}; {said}")
 
     from medsec.judge.classifier import audit
 
-    report = audit(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=args.norm,
-        attacked=args.attacked,
-        name=Path(args.model).name,
-        seed=args.seed,
-        progress=True,
-    )
+    report = audit(model, images, labels, name=Path(args.model).name, **how)
     report = dataclasses.replace(report, remarks=[*report.remarks, f"Images: {said}."])
-    if files[1]:
-        _write(files[1], report.examples.to_csv())
-    return _give(report, files[0])
+    return _give(report, *files)
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[Path | None], dict]:
+    """Where report and examples go, and what an attack is told; looked at before anything is read."""
+    files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
+    how = {"norm": args.norm, "attacked": args.attacked, "seed": args.seed, "progress": True}
+    return files, how | {"eps": _number(args.eps)}
 
 
 def _server(args: argparse.Namespace) -> int:
@@ -120,8 +111,7 @@ def _server(args: argparse.Namespace) -> int:
 
 
 def _attack(args: argparse.Namespace) -> int:
-    files = [_free(args.out, FORMATS), _free(args.examples, [".csv"])]
-    eps = _number(args.eps)
+    files, how = _asked(args)
     own = _from_python(args.attack)
     images, labels, said = _images(args.data, args.size, args.channels)
     models = {Path(text).name: _model(text) for text in args.against}
@@ -131,12 +121,8 @@ def _attack(args: argparse.Namespace) -> int:
 
     from medsec.judge.attack import judge_attack
 
-    how = {"eps": eps, "norm": args.norm, "attacked": args.attacked, "seed": args.seed, "progress": True}
     against = models if len(models) > 1 else next(iter(models.values()))
-    report = judge_attack(own, against, images, labels, name=Path(args.attack).name, **how)
-    if files[1]:
-        _write(files[1], report.examples.to_csv())
-    return _give(report, files[0])
+    return _give(judge_attack(own, against, images, labels, name=Path(args.attack).name, **how), *files)
 
 
 def _gradient(args: argparse.Namespace) -> int:
@@ -420,7 +406,9 @@ def _write(file: Path, text: str) -> None:
     _tell(f"written: {file}")
 
 
-def _give(report, file: Path | None) -> int:
+def _give(report, file: Path | None, examples: Path | None = None) -> int:
+    if examples:
+        _write(examples, report.examples.to_csv())
     if file is None:
         print(report.to_markdown(), end="")
         return 0

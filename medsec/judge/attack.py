@@ -23,7 +23,7 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.evasion.attacks import Attack, margin
 from medsec.judge import COLUMNS, Report, paired, probing, row, share, shown
-from medsec.judge.classifier import FEW, HALF, _checked, _size
+from medsec.judge.classifier import FEW, HALF, checked, size_of
 from medsec.judge.probing import ALIKE, STEPS, Classifier, Run, untouched
 
 __all__ = ["judge_attack"]
@@ -87,7 +87,7 @@ def judge_attack(
     trials = []
     for which, model in networks.items():
         try:
-            x, y = _checked(model, images, labels, eps, norm, None)
+            x, y = checked(model, images, labels, eps, norm, None)
         except InputError as error:
             raise InputError(f"{which}: {error}".removeprefix(": ")) from None
         trials.append(_Trial(attack, str(which), model, Run(Classifier(model), x, y, eps, norm, batch, seed, attacked)))
@@ -206,7 +206,7 @@ def _valid(x: Tensor, x_adv: Tensor, run: Run) -> np.ndarray:
     if far := int((size > limit).sum()):
         most, what = float(size.max()), "a pixel by" if run.norm == "Linf" else "an image by a length of"
         found = f"in {far} of {len(x)} images it changes {what} up to {most:.4g}, {most / run.eps:.2f} times eps"
-        found += f" ({_size(run.eps, run.norm)})"
+        found += f" ({size_of(run.eps, run.norm)})"
         raise InputError(f"the attack leaves the ball: {found}; project the change onto it")
     return size
 
@@ -235,10 +235,10 @@ def _others(trial: _Trial) -> None:
     run, noise = trial.run, trial.run.rng("noise")
     made = {
         NOISE: lambda x, y: probing.random_change(x, run.eps, run.norm, noise),
-        "FGSM": lambda x, y: probing._one_step(x, probing._gradient(run.model, x, y, margin), run.eps, run.norm),
+        "FGSM": lambda x, y: probing.one_step(x, probing.gradient(run.model, x, y, margin), run.eps, run.norm),
     }
     if run.norm == "Linf":
-        made[SEARCH] = partial(probing._square, run.model, eps=run.eps, rng=run.rng("square"))
+        made[SEARCH] = partial(probing.square, run.model, eps=run.eps, rng=run.rng("square"))
     for attack, make in made.items():
         run.right[attack, run.eps] = run.holds(make, run.chosen)
     with trial.measured("PGD", run.model):
@@ -357,7 +357,7 @@ def _rows(trial: _Trial) -> list[dict]:
         difference = paired(pairs.only, pairs.other, n)
         rows.append(row(f"{of}turned more than by", attack, *difference, n, note=f"{note}; p {pairs.p:.2g}"))
     unit, factor = ("/255", 255) if run.norm == "Linf" else ("", 1)
-    part, turning, allowed = f"{of}cost", trial.size[~trial.right[OWN]], f"allowed: {_size(run.eps, run.norm)}"
+    part, turning, allowed = f"{of}cost", trial.size[~trial.right[OWN]], f"allowed: {size_of(run.eps, run.norm)}"
     if len(turning):
         size = [factor * v for v in judge.median(turning)]
         rows.append(row(part, "size of a change that turns (median)", *size, len(turning), unit, note=allowed))

@@ -120,7 +120,7 @@ def audit(
     >>> round(float(kept["value"]), 2), int(kept["n"])  # the three of each class that are less than 0.1 from the middle fall
     (0.85, 40)
     """
-    x, y = _checked(model, images, labels, eps, norm, surrogate)
+    x, y = checked(model, images, labels, eps, norm, surrogate)
     if attacked < 1 or batch < 1:
         raise InputError(f"attacked {attacked}, batch {batch}: both must be at least 1")
     with untouched(model), untouched(surrogate), torch.random.fork_rng():
@@ -141,7 +141,7 @@ def audit(
 # What is handed in -----------------------------------------------------------------------------------------------------
 
 
-def _checked(model, images, labels, eps: float, norm: str, surrogate) -> tuple[Tensor, Tensor]:
+def checked(model, images, labels, eps: float, norm: str, surrogate) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) float32 and labels (n,) int64 on the CPU, or an `InputError`."""
     x, y = _images(_tensor(images, "images")), _labels(_tensor(labels, "labels"))
     if norm not in ("Linf", "L2"):
@@ -243,7 +243,7 @@ def _logits(model, x: Tensor, y: Tensor, what: str) -> None:
 # What it means ---------------------------------------------------------------------------------------------------------
 
 
-def _size(eps: float, norm: str) -> str:
+def size_of(eps: float, norm: str) -> str:
     """An eps as people write it: 4/255 where it is a simple number of 255ths."""
     of_255 = 255 * eps
     simple = norm == "Linf" and abs(2 * of_255 - round(2 * of_255)) < 1e-6
@@ -262,7 +262,7 @@ def _verdict(run: Run, failed: list[Check]) -> str:
     kept, low, high, n = share(int(worst.sum()), len(worst))
     reasons = "; ".join(PASSES[check.name][1] for check in failed)
     rate = f"of {n} right answers, {shown(kept)} [{shown(low)}, {shown(high)}] are left with changes of at most "
-    rate += _size(run.eps, run.norm)
+    rate += size_of(run.eps, run.norm)
     rate += f"; random noise of that size leaves {shown(run.right['noise', run.eps].mean())}"
     if high < HALF:
         doubt = f" Even fewer may be left, since a check failed: {reasons}." if failed else ""
@@ -293,7 +293,7 @@ def _report(run: Run, name: str) -> Report:
         drawn = curves(series, label, "right answers left")
         figures.append(("Right answers that are left, by the size of the change; bars: 95 %.", drawn))
     if run.gallery:
-        caption = f"Image, attacked image (at most {_size(run.eps, run.norm)}), and the change, stretched to be seen."
+        caption = f"Image, attacked image (at most {size_of(run.eps, run.norm)}), and the change, stretched to be seen."
         figures.append((caption, gallery(run.gallery)))
     title = f"Audit of the classifier {name}".strip()
     return Report(title, _verdict(run, failed), table, _remarks(run), _not_tested(run), figures, _examples(run))
@@ -315,11 +315,11 @@ def _rows(run: Run) -> list[dict]:
     for attack, title in NAMES.items():
         for eps in sorted(e for a, e in run.right if a == attack):
             right = run.right[attack, eps]
-            rows.append(row(part, f"{title}, eps {_size(eps, run.norm)}", *share(int(right.sum()), len(right))))
+            rows.append(row(part, f"{title}, eps {size_of(eps, run.norm)}", *share(int(right.sum()), len(right))))
     if run.constant:
         return rows
     worst = worst_case(run)
-    note = f"right under every attack above up to eps {_size(run.eps, run.norm)}"
+    note = f"right under every attack above up to eps {size_of(run.eps, run.norm)}"
     rows.append(row(part, "worst case", *share(int(worst.sum()), len(worst)), note=note))
     if run.surrogate is not None:
         skill = balanced(*run.surrogate_answers)
@@ -392,7 +392,7 @@ def _examples(run: Run) -> pd.DataFrame:
     table = pd.DataFrame({"label": run.y.numpy(), "answer": run.answers})
     for (attack, eps), right in run.right.items():
         index = run.chosen[run.tested.get(attack, np.ones(len(run.chosen), bool))]
-        table[f"{attack} {_size(eps, run.norm)}"] = pd.Series(right, index, dtype="boolean")
+        table[f"{attack} {size_of(eps, run.norm)}"] = pd.Series(right, index, dtype="boolean")
     if run.distance is not None:
         table["distance"] = pd.Series(run.distance, run.chosen[: len(run.distance)])
     return table.rename_axis("image")

@@ -95,13 +95,13 @@ def random_change(x: Tensor, eps: float, norm: str, rng: torch.Generator) -> Ten
     return (x + eps * change / _length(change)).clamp(0, 1)
 
 
-def _gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
+def gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
     with torch.enable_grad():
         at = x.clone().requires_grad_()
         return torch.autograd.grad(loss(model(at), y).sum(), at)[0]
 
 
-def _one_step(x: Tensor, gradient: Tensor, eps: float, norm: str) -> Tensor:
+def one_step(x: Tensor, gradient: Tensor, eps: float, norm: str) -> Tensor:
     """FGSM from a gradient (n, C, H, W); of the Euclidean norm its straight counterpart."""
     return (x + eps * (gradient.sign() if norm == "Linf" else gradient / _length(gradient))).clamp(0, 1)
 
@@ -129,7 +129,7 @@ def _ascend(
 
 
 @torch.no_grad()
-def _square(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: torch.Generator) -> Tensor:
+def square(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: torch.Generator) -> Tensor:
     """A search without a gradient (after Andriushchenko et al. 2020, Square): stripes, then squares of ±eps where they help."""
     n, channels, height, width = x.shape
 
@@ -263,13 +263,13 @@ def _trained(run: Run) -> nn.Module:
 
 
 def noise_and_fgsm(run: Run) -> None:
-    gradients = [_gradient(run.model, x, y, margin) for x, y in run.each(run.chosen)]
+    gradients = [gradient(run.model, x, y, margin) for x, y in run.each(run.chosen)]
     run.flat = sum(int((g.flatten(1).abs().amax(1) == 0).sum()) for g in gradients)
     for factor in SWEEP:
         eps = factor * run.eps
         rng, step = run.rng("noise", str(factor)), iter(gradients)
         run.right["noise", eps] = run.holds(lambda x, y: random_change(x, eps, run.norm, rng), run.chosen)  # noqa: B023
-        run.right["FGSM", eps] = run.holds(lambda x, y: _one_step(x, next(step), eps, run.norm), run.chosen)  # noqa: B023
+        run.right["FGSM", eps] = run.holds(lambda x, y: one_step(x, next(step), eps, run.norm), run.chosen)  # noqa: B023
 
 
 def pgd(run: Run, factor: float) -> None:
@@ -322,7 +322,7 @@ def search(run: Run) -> None:
     """A search without a gradient on what PGD left: if it turns any of that, the gradient was to blame."""
     left, rng = run.right["PGD", run.eps], run.rng("square")
     if run.norm == "Linf" and left.any():
-        made = functools.partial(_square, run.model, eps=run.eps, rng=rng)
+        made = functools.partial(square, run.model, eps=run.eps, rng=rng)
         run.right["search", run.eps] = run.holds(made, run.chosen[left])
         run.tested["search"] = left
 
