@@ -254,14 +254,17 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str) -
     """Shares with intervals side by side, as PNG: row -> name -> (value, low, high)."""
     fig = Figure(figsize=(6.4, 0.7 + 0.2 * len(rows)), layout="constrained")
     axes = fig.subplots()
-    for k, name in enumerate(next(iter(rows.values()))):
+    names = list(next(iter(rows.values())))
+    for k, name in enumerate(names):
         value, low, high = np.array([each[name] for each in rows.values()]).T
         colour, _, marker = LOOKS[k % len(LOOKS)]
-        at = np.arange(len(rows)) + 0.22 * (k - 1)
+        at = np.arange(len(rows)) + 0.22 * (k - (len(names) - 1) / 2)
         axes.errorbar(
             value, at, xerr=(value - low, high - value), fmt=marker, color=colour, ms=4, capsize=2, label=name
         )
-    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(-0.03, 1.03), xlabel=x)
+    axes.set(
+        yticks=range(len(rows)), yticklabels=list(rows), xlim=(-0.03, 1.03), ylim=(-0.5, len(rows) - 0.5), xlabel=x
+    )
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
