@@ -134,7 +134,8 @@ def test_a_killed_run_leaves_the_old_outputs(toy):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+    parent = psutil.Process(process.pid)
+    for each in [parent, *parent.children(recursive=True)]:  # it first: it must not see its stage fail and tidy up
         each.kill()
     process.wait(60)
     assert {file: file.read_bytes() for file in old} == old
