@@ -235,7 +235,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     """The Markdown pages of the book by their path: the repository's own, and those made of parts of README.md."""
     docs = sorted(ROOT.glob("docs/*.md"))
     run = "\n\n".join(f"## {title}\n\n{section(readme, title)}" for title, page in PARTS.items() if page == "run.md")
-    results = keep_together(f"{section(readme, 'What was measured')}\n\n{unfolded()}")
+    results = keep_together(f"{section(readme, 'What was measured')}\n\n{verdicts()}")
     introduction = readme.split("\n## ")[0]
     welcome = (BOOK / "index.md").read_text(encoding="utf-8")
     return {
@@ -246,12 +246,12 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     } | {f"docs/{file.name}": list_pipeline(file.read_text(encoding="utf-8")) for file in docs}
 
 
-def unfolded() -> str:
-    """Every ledger as a table: a line a claim, a column a cohort, each verdict linked to the file of the row that decides."""
+def verdicts() -> str:
+    """Every ledger as two tables, its headlines and all of it: a line a claim, a column a cohort, linked to what decides."""
     parts = []
     for name in claims.names():
-        found = ledger.table(name, ids=False)
-        parts.append(f"## {name}: {claims.load(name)['paper']}\n\n{tables.markdown(found)}")
+        short, whole = (tables.markdown(ledger.table(name, only_headlines=only)) for only in (True, False))
+        parts.append(f"## {name}: {claims.load(name)['paper']}\n\n{short}\n\nAll claims:\n\n{whole}")
     return "\n\n".join(parts)
 
 

@@ -244,7 +244,7 @@ def test_what_a_record_changes_is_checked_as_what_it_becomes(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def cell() -> bytes:
-    rows = tables.parse((paths.ROOT / "results" / "phantom" / "01_backdoor_fedgan_runs.csv").open()).head(3)
+    rows = tables.read(paths.ROOT / "results" / "phantom" / "01_backdoor_fedgan_runs.csv.gz").head(3)
     file = Path(tempfile.mkdtemp(dir=FOLDER.name)) / f"a-seed0.{NOTE['identity']}.npz"
     cells.write(file, (rows, {"noise": np.arange(6.0)}), NOTE)
     return file.read_bytes()

@@ -304,7 +304,8 @@ def ledgers(tmp_path, monkeypatch):
     (folder / "metrics.yaml").write_text(yaml.safe_dump(known), encoding="utf-8")
 
     def write(*entries, table="01_test"):
-        content = {"paper": "P", "table": table, "claims": list(entries)}
+        headlines = list(dict.fromkeys(entry["id"] for entry in entries if "id" in entry))
+        content = {"paper": "P", "table": table, "headlines": headlines, "claims": list(entries)}
         (folder / "1-test.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
     return write
@@ -354,15 +355,15 @@ def test_the_ledger_goes_to_the_readme_and_to_a_table(ledgers, tmp_path, monkeyp
         assert text.endswith(f"\n{ledger.END}\nafter\n")
         assert "stale rows" not in text
         assert "| 1-test | the paper's | 2 |" in text
-    quick = "[holds](results/phantom/01_test.csv#L2): 0.65 [0.60, 0.70] (n = 3, quick)"
+    quick = "[holds](results/phantom/01_test.csv): 0.65 [0.60, 0.70] (n = 3, quick)"
     assert list(ledger.table("1-test")["phantom"]) == [quick, "not testable here"]
     assert list(ledger.table("1-test")["verdict"]) == ["**partly**", "**not testable here**"]
     kept = pd.read_csv(tmp_path / ledger.FINDINGS, dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(kept, ledger.findings().astype(str))
     # A record's row takes the place of the quick one, unless it rests on fewer runs.
     for n, said in (
-        (3, "[holds](records/alpha/01_test.csv#L2): 0.85 [0.80, 0.90] (n = 3)"),
-        (1, "[does not hold](results/alpha/01_test.csv#L2): 0.15 [0.10, 0.20] (n = 3, quick)"),
+        (3, "[holds](records/alpha/01_test.csv): 0.85 [0.80, 0.90] (n = 3)"),
+        (1, "[does not hold](results/alpha/01_test.csv): 0.15 [0.10, 0.20] (n = 3, quick)"),
     ):
         tables.write(summary_of(0.8, 0.9).assign(n=n), paths.records("alpha", tmp_path) / "01_test.csv")
         assert ledger.table("1-test")["alpha"][0] == said
@@ -388,7 +389,9 @@ def test_the_ledger_in_a_sentence(ledgers, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
-    assert ledger.summary() == "The papers' 1 statements: 1 reproduced. Our own 2: 1 missed, 1 not testable here."
+    assert (
+        ledger.summary() == "The papers' 1 headline statements: 1 reproduced. Our own 2: 1 missed, 1 not testable here."
+    )
     assert list(ledger.table("1-test").columns) == ["id", "claim", "by", "verdict", "phantom"]
 
 
@@ -430,7 +433,7 @@ def test_every_link_of_the_ledger_leads_to_the_row_that_decides():
     assert linked > 100
 
 
-FIELDS = {"id", "by", "text", "where", "above", "below", "record_only", "cohorts", "detail", "given", "needs"}
+FIELDS = {"id", "by", "text", "where", "above", "below", "record_only", "cohorts", "given", "needs"}
 
 
 @pytest.mark.parametrize("name", claims.names())
@@ -459,6 +462,22 @@ def test_the_repository_has_ledgers_whose_addresses_fit_their_table():
     for entry in content["claims"]:
         assert set(entry["where"]) <= {"variant", "scenario", "metric", *fedgan_eval.KEYS}, entry["id"]
         assert entry["where"]["metric"] in tables.metrics(), entry["id"]
+
+
+def test_a_reader_is_given_at_most_25_headlines():
+    ids = [(name, id_) for name in claims.names() for id_ in claims.load(name)["headlines"]]
+    assert len(set(ids)) == len(ids) <= 25
+    assert len({name for name, _ in ids}) == len(claims.names())
+
+
+def test_a_long_table_is_folded(table):
+    assert tables.markdown(table.head(tables.UNFOLDED)).startswith("| ")
+    many = pd.concat([table] * 20).head(tables.UNFOLDED + 1)
+    lines = tables.markdown(many).split("\n")
+    assert lines[0] == "<details><summary>13 rows</summary>"
+    assert lines[1] == lines[-2] == ""  # Markdown inside HTML begins and ends with an empty line
+    assert lines[-1] == "</details>"
+    assert len(lines) == 13 + 6
 
 
 def test_every_metric_has_a_tolerance():
@@ -652,7 +671,7 @@ def checkout(tmp_path, table, ledgers, monkeypatch):
     ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", **NOT_HERE))
     file = paths.results("phantom", root) / "01_test.csv"
     tables.write(table, file)
-    (file.parent / "01_test_runs.csv").write_text("seed,variant\n0,poison\n")
+    (file.parent / "01_test_runs.csv.gz").write_bytes(b"no summary: never read")
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "tables"]):
         subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)

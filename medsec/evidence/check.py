@@ -170,7 +170,7 @@ def against_commit(cohort: str) -> dict[str, tuple[list[str], list[str]]]:
     folder = f"results/{cohort}"
     listed = _git("ls-tree", "--name-only", "HEAD", f"{folder}/").split()
     found = {}
-    for name in (f for f in listed if f.endswith(".csv") and not f.endswith("_runs.csv")):
+    for name in (f for f in listed if f.endswith(".csv")):
         with tempfile.TemporaryDirectory() as temporary:
             committed = Path(temporary) / Path(name).name
             committed.write_text(_git("show", f"HEAD:{name}"), encoding="utf-8")

@@ -31,7 +31,6 @@ class Claim(Section):
     above: float | None = None
     below: float | None = None
     cohorts: list[str] | None = None
-    detail: bool = False
     given: str = ""
     needs: str = ""
     record_only: str = ""
@@ -41,6 +40,7 @@ class Claims(Section):
     paper: str
     table: str
     published: dict | None = None
+    headlines: list[str]
     claims: list[Claim]
 
     @model_validator(mode="after")
@@ -48,17 +48,19 @@ class Claims(Section):
         ids = [claim.id for claim in self.claims]
         if twice := next((id_ for i, id_ in enumerate(ids) if id_ in ids[:i]), None):
             raise ValueError(f"two claims have the id {twice!r}")
+        if strange := next((id_ for id_ in self.headlines if id_ not in ids), None):
+            raise ValueError(f"headlines: {strange!r} is no claim there")
         return self
 
 
 def load(name: str) -> dict:
-    """The claims of ``claims/<name>.yaml``: ``paper``, ``table``, and a list ``claims``.
+    """The claims of ``claims/<name>.yaml``: ``paper``, ``table``, a list ``claims``, and the ids of its ``headlines``.
 
     Where a claim's ``given`` or ``needs`` names another of the list, that claim itself stands there.
 
     Raises:
         InputError: the file cannot be used (`files.read_yaml`), a key is misspelt or of the wrong type, a claim has no row or
-            not exactly one bound, or is given one that is not there.
+            not exactly one bound, is given one that is not there, or a headline is none of them.
     """
     file = paths.CLAIMS / f"{name}.yaml"
     ledger = files.read_yaml(file)

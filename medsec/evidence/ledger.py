@@ -120,29 +120,32 @@ def _entries(name: str, files: tuple) -> list[tuple[dict, list[Finding]]]:
     ]
 
 
-def table(name: str, *, details: bool = True, ids: bool = True, root: str = "") -> pd.DataFrame:
-    """One line a claim: whose it is, the verdict over all cohorts, and one column a cohort, linked to the row that decides.
+def headlines(name: str) -> list[tuple[dict, list[Finding]]]:
+    """The `entries` that a reader needs, in the order of the ledger's list of them."""
+    by_id = {claim["id"]: (claim, those) for claim, those in entries(name)}
+    return [by_id[id_] for id_ in claims.load(name)["headlines"]]
+
+
+def table(name: str, *, only_headlines: bool = False, root: str = "") -> pd.DataFrame:
+    """One line a claim: whose it is, the verdict over all cohorts, and one column a cohort, linked to the table that decides.
 
     Args:
-        details: with the claims that are marked so.
-        ids: with their names in ``claims/``.
+        only_headlines: without the details.
         root: where the repository lies, as seen from the page that shows the links.
     """
     lines = []
-    for claim, those in entries(name):
-        if details or not claim.get("detail", False):
-            word = overall(claim["by"], [each.verdict for each in those])
-            line = {"id": f"`{claim['id']}`"} if ids else {}
-            line |= {"claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
-            lines.append(line | {each.cohort: shown(each, root) for each in those})
+    for claim, those in headlines(name) if only_headlines else entries(name):
+        word = overall(claim["by"], [each.verdict for each in those])
+        line = {"id": f"`{claim['id']}`", "claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
+        lines.append(line | {each.cohort: shown(each, root) for each in those})
     return pd.DataFrame(lines)
 
 
 def shown(found: Finding, root: str = "") -> str:
-    """A finding as Markdown."""
+    """A finding as Markdown, with a link to its table (not to a line, which another row above it would move)."""
     if found.file is None:
         return found.verdict
-    link = f"[{found.verdict}]({root}{found.file.as_posix()}#L{found.line})"
+    link = f"[{found.verdict}]({root}{found.file.as_posix()})"
     return f"{link}: {found.measured} (n = {found.n}{', quick' * (found.kind == 'quick')})"
 
 
@@ -168,19 +171,18 @@ def rows() -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def message(name: str, rows: pd.DataFrame) -> str:
-    """How many of the verdicts of a ledger are *holds*, by whose claim it is; for the title of a figure.
-
-    Args:
-        rows: see `rows`.
-    """
-    whose = {
-        claim["id"]: "ours" if claim["by"] == "medsec" else "the paper's claims"
-        for claim in claims.load(name)["claims"]
-    }
-    mine = rows[(rows["variant"] == name) & (rows["value"] != CODES[UNTESTED])]
-    held = (mine["value"] == CODES[HOLDS]).groupby(mine["claim"].map(whose)).agg(["sum", "size"])
-    return "holds: " + ", ".join(f"{row['sum']} of {row['size']} on {by}" for by, row in held.iloc[::-1].iterrows())
+def message() -> str:
+    """What became of the headlines, for the title of a figure: ``5 of 9 statements of the papers are reproduced, …``."""
+    words = {"paper": [], "medsec": []}
+    for name in claims.names():
+        for claim, those in headlines(name):
+            whose = "medsec" if claim["by"] == "medsec" else "paper"
+            words[whose].append(overall(claim["by"], [each.verdict for each in those]))
+    won = {whose: found.count(WORDS[whose][HOLDS]) for whose, found in words.items()}
+    return (
+        f"On all images that test them, {won['paper']} of the papers' {len(words['paper'])} headline statements are reproduced,\n"
+        f"and {won['medsec']} of our own {len(words['medsec'])} hold"
+    )
 
 
 def findings() -> pd.DataFrame:
@@ -201,11 +203,11 @@ def findings() -> pd.DataFrame:
 
 
 def counts() -> pd.DataFrame:
-    """One line a ledger and whose claim it is: how many of them have which word."""
+    """One line a ledger and whose claim it is: how many of its headlines have which word."""
     lines = []
     for name in claims.names():
         whose: dict[str, list[str]] = {}
-        for claim, those in entries(name):
+        for claim, those in headlines(name):
             by = "ours" if claim["by"] == "medsec" else "the paper's"
             whose.setdefault(by, []).append(overall(claim["by"], [each.verdict for each in those]))
         for by, words in sorted(whose.items(), reverse=True):
@@ -219,7 +221,7 @@ def counts() -> pd.DataFrame:
 def summary() -> str:
     """`counts` over all ledgers, in a sentence for whose claims they are."""
     found, told = counts(), []
-    for by, start in (("the paper's", "The papers' {} statements"), ("ours", "Our own {}")):
+    for by, start in (("the paper's", "The papers' {} headline statements"), ("ours", "Our own {}")):
         mine = found[found["claims"] == by].drop(columns=["ledger", "claims"])
         words = {word: pd.to_numeric(mine[word]).sum() for word in mine.columns[1:]}
         plural = {"holds": "hold"}

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 FIXED = ("variant", "scenario", "metric", "value")  # columns of every table of metrics
+UNFOLDED = 12  # rows of a table that a reader takes in
 MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
 
 
@@ -197,10 +198,13 @@ def without_keys(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table without padding, so that its text changes only where a value does."""
+    """A Markdown table without padding, so that its text changes only where a value does; folded if it has many rows."""
     lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
     lines += [" | ".join(str(cell).replace("|", "\\|") for cell in record) for record in table.itertuples(index=False)]
-    return "\n".join(f"| {line} |" for line in lines)
+    text = "\n".join(f"| {line} |" for line in lines)
+    if len(table) <= UNFOLDED:
+        return text
+    return f"<details><summary>{len(table)} rows</summary>\n\n{text}\n\n</details>"
 
 
 def interval(record: pd.Series, digits: int = 2) -> str:
