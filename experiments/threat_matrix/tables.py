@@ -92,6 +92,12 @@ def reasons(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def better(cells: pd.DataFrame, scenario: str, metric: str) -> set[str]:
+    """The rows of `grid` that are better than no defence in one column."""
+    column = next(i for i, c in enumerate(COLUMNS) if (c.scenario, c.metric) == (scenario, metric))
+    return set(cells.loc[(cells["column"] == column) & (cells["judged"] == BETTER), "variant"])
+
+
 def message(cells: pd.DataFrame) -> str:
     """The matrix in a sentence: the single defences that are better than none in at least one column of every threat."""
     better = cells[(cells["judged"] == BETTER) & ~cells["variant"].isin(FAMILIES["stacks"])]
