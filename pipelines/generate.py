@@ -212,7 +212,7 @@ def ledger_stages() -> list[Stage]:
     """
     judged = [f"results/phantom/{name}.csv" for name in JUDGED]
     findings = "results/findings.csv"
-    shown = ["results/phantom/99_claims_headlines.png"]
+    shown = [f"results/phantom/99_claims_{figure}.png" for figure in ("headlines", "hero")]
     return [
         Stage(
             "ledger",
