@@ -31,6 +31,7 @@ from medsec.evidence import cells, execute, ledger, tables
 ROOT = paths.ROOT
 LIMIT_FILES = 470  # 450 before federations over several machines and reports on one's own had files
 LIMIT_MB, LIMIT_README = 25, 7000
+LIMIT_WORDS = 1500  # of a notebook's text
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "executed").glob("*/*.ipynb"))
 EXERCISES = sorted((ROOT / "exercises").glob("**/[!.]*.ipynb"))
@@ -298,6 +299,22 @@ def test_only_training_cells_are_not_compared(file):
     assert len(skipped) == IGNORED[file.stem[:2]], "state the number in IGNORED above, after thinking"
     assert {tag for own in tags for tag in own if tag.startswith("nbval-")} <= {"nbval-ignore-output"}
     assert not set(skipped) & {len(tags) - 1, len(tags) - 2}, "verdicts and check are compared"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.stem)
+def test_a_notebook_can_be_read_in_one_go(file):
+    texts = [cell.source for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "markdown"]
+    assert sum(len(each.split()) for each in texts) <= LIMIT_WORDS
+
+
+@pytest.mark.parametrize("file", EXECUTED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_no_long_table_is_unfolded(file):
+    for cell in nbformat.read(file, as_version=4).cells:
+        said = [each.get("data", {}).get("text/markdown", "") for each in cell.get("outputs", [])]
+        for part in [cell.source] * (cell.cell_type == "markdown") + said:
+            unfolded = re.sub(r"<details>.*?</details>", "", part, flags=re.DOTALL)
+            rows = re.findall(r"(?:^\|.*\n?)+", unfolded, re.MULTILINE)
+            assert all(table.count("\n|") - 1 <= tables.UNFOLDED for table in rows), part[:200]
 
 
 @pytest.mark.parametrize("file", EXECUTED, ids=lambda file: f"{file.parent.name}-{file.stem}")

@@ -15,6 +15,7 @@ import yaml
 
 from experiments.__main__ import main
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.claims import figures as claim_figures
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.evidence import check, claims, ledger, tables
@@ -468,6 +469,24 @@ def test_a_reader_is_given_at_most_25_headlines():
     ids = [(name, id_) for name in claims.names() for id_ in claims.load(name)["headlines"]]
     assert len(set(ids)) == len(ids) <= 25
     assert len({name for name, _ in ids}) == len(claims.names())
+
+
+CELLS = [cell for named in claim_figures.HERO.values() for asked in named.values() for cell in asked if cell]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell[1])
+def test_the_figure_of_all_threats_shows_claims(cell):
+    assert cell[1] in {entry["id"] for entry in claims.load(cell[0])["claims"]}
+
+
+def test_what_is_bad_news_where_it_holds_is_turned():
+    rows = pd.DataFrame(
+        {"variant": "a", "claim": "c", "scenario": list(claim_figures.COHORTS), "value": [1.0, 0.0, 2.0]}
+    )
+    values = rows.set_index(["variant", "claim", "scenario"])["value"]
+    assert list(claim_figures._codes(values, ("a", "c", True)).values()) == [1, 0, 2]
+    assert list(claim_figures._codes(values, ("a", "c", False)).values()) == [-1, 0, 2]
+    assert claim_figures._codes(values, ("a", "other", True)) == claim_figures._codes(values, None) == {}
 
 
 def test_a_long_table_is_folded(table):
