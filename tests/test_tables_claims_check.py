@@ -401,10 +401,10 @@ def test_the_ledger_in_a_sentence(ledgers, tmp_path, monkeypatch):
     [
         ("paper", ["holds", "holds"], "reproduced"),
         ("paper, our test", ["holds", "not testable here"], "reproduced"),
-        ("paper, our test", ["does not hold"], "not reproduced"),
+        ("paper, our test", ["does not hold"], "not found here"),
         ("paper", ["holds", "undecided"], "partly"),
         ("paper", ["holds", "does not hold"], "partly"),
-        ("paper", ["undecided", "does not hold"], "not reproduced"),
+        ("paper", ["undecided", "does not hold"], "not found here"),
         ("paper", ["undecided", "undecided"], "undecided"),
         ("medsec", ["holds", "holds"], "holds"),
         ("medsec", ["does not hold", "does not hold"], "missed"),

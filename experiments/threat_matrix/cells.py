@@ -82,6 +82,7 @@ class Column:
         scenario, metric: its place in the table; the key column is empty.
         scale: the best value for the defender (drawn lightest; for PSNR it is replaced by the floor) and the worst (darkest).
         beats_constant: a cell counts as better than no defence only above scenario ``constant`` of ``none``.
+        decides: it is what somebody who chooses a defence asks, and is in the figure.
     """
 
     threat: str
@@ -90,6 +91,7 @@ class Column:
     metric: str
     scale: tuple[float, float]
     beats_constant: bool = False
+    decides: bool = False
 
     @property
     def high_is_bad(self) -> bool:
@@ -101,14 +103,16 @@ class Column:
 
 
 COLUMNS = (
-    Column("nobody attacks", "AUC", "no_attack", "auc", (1.0, 0.5)),
+    Column("nobody attacks", "AUC", "no_attack", "auc", (1.0, 0.5), decides=True),
     Column("nobody attacks", "balanced accuracy", "no_attack", "balanced_accuracy", (1.0, 0.5)),
     Column("backdoored client: success", "poisons a little", "backdoor", "attack_success", (0.0, 1.0)),
-    Column("backdoored client: success", "much, boosts, lies", "boost_liar", "attack_success", (0.0, 1.0)),
+    Column(
+        "backdoored client: success", "much, boosts, lies", "boost_liar", "attack_success", (0.0, 1.0), decides=True
+    ),
     Column("backdoored client: success", "a little, complies", "compliant", "attack_success", (0.0, 1.0)),
     Column("gradient inversion", "PSNR (dB)", "adaptive", "psnr", (10.0, 25.0)),
-    Column("gradient inversion", "identified", "adaptive", "retrieval", (0.0, 1.0)),
-    Column("evasion", "balanced accuracy", "pgd20", "balanced_accuracy", (1.0, 0.5), beats_constant=True),
+    Column("gradient inversion", "identified", "adaptive", "retrieval", (0.0, 1.0), decides=True),
+    Column("evasion", "balanced accuracy", "pgd20", "balanced_accuracy", (1.0, 0.5), beats_constant=True, decides=True),
 )
 PARTS = {  # stack -> scenario -> the part of it that is made for that threat
     "feddetect+shadow": {"boost_liar": "feddetect_hardened", "adaptive": "shadow_hardened"},

@@ -1,7 +1,5 @@
 """The figure of notebook 05. It takes the cells of `experiments.threat_matrix.tables.grid` and returns ``(fig, axes)``."""
 
-import textwrap
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,30 +19,30 @@ GAP = 0.35  # of a cell, between groups
 
 
 def heat_map(cells: pd.DataFrame, title: str, items: str = ""):
-    """Every defence against every attack: value, interval, and a sign where it differs from no defence.
+    """Every defence, the columns that decide: value, interval, and a sign where it differs from no defence.
 
     Args:
         cells: see `experiments.threat_matrix.tables.grid`.
         title: of the figure.
         items: on how many images the columns rest, for the note below.
     """
-    across = _places([column.threat for column in COLUMNS])
+    shown = [place for place, column in enumerate(COLUMNS) if column.decides]
+    across = dict(zip(shown, _places([COLUMNS[place].threat for place in shown]), strict=True))
     down = dict(zip(ROWS, _places([family for family, rows in FAMILIES.items() for _ in rows]), strict=True))
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.33 * (max(down.values()) + 1) + 1.75))
-    for cell in cells.to_dict("records"):
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.24 * (max(down.values()) + 1) + 1.5))
+    for cell in cells[cells["column"].isin(shown)].to_dict("records"):
         _cell(ax, across[cell["column"]], down[cell["variant"]], cell)
-    for threat, middle in pd.Series(across).groupby([column.threat for column in COLUMNS]).mean().items():
-        name = threat.replace("client: ", "client:\n").replace("gradient ", "gradient\n").replace("nobody ", "nobody\n")
-        ax.text(middle, -2.1, name, ha="center", va="bottom", weight="bold", fontsize=7.5)
-    for x, column in zip(across, COLUMNS, strict=True):
-        ax.text(x, -0.65, "\n".join(textwrap.wrap(column.name, 10)), ha="center", va="bottom", fontsize=7)
+    for place, x in across.items():
+        column, middle = COLUMNS[place], {"ha": "center", "va": "bottom"}
+        ax.text(x, -1.15, column.threat.split(":")[0], **middle, weight="bold", fontsize=8)
+        ax.text(x, -0.6, f"success: {column.name}" if "success" in column.threat else column.name, **middle, fontsize=7)
     ax.set_yticks(list(down.values()), [ROWS[variant].title for variant in down], fontsize=7.5)
     ax.set_xticks([])
-    ax.set(xlim=(-0.5, max(across) + 0.5), ylim=(max(down.values()) + 0.5, -0.5))
+    ax.set(xlim=(-0.5, max(across.values()) + 0.5), ylim=(max(down.values()) + 0.5, -0.5))
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    ax.set_title(title, loc="left", x=-0.42, pad=64)
+    ax.set_title(title, loc="left", x=-0.42, pad=34)
     ax.text(-0.42, -0.012, f"{NOTE}\n{items}".strip(), transform=ax.transAxes, ha="left", va="top", fontsize=7)
     return fig, ax
 
@@ -66,8 +64,7 @@ def _cell(ax: Axes, x: float, y: float, cell: dict) -> None:
         ax.text(x, y, "n/a", **middle, fontsize=6.5, color="0.3", backgroundcolor="white")
         return
     ink = "white" if cell["badness"] > DARK else "black"
-    digits = 1 if COLUMNS[cell["column"]].metric == "psnr" else 2
-    value, low, high = (f"{cell[name]:.{digits}f}" for name in ("value", "low", "high"))
-    shown = f"{value}{'*' if cell['why'] else ''} {SIGNS.get(cell['judged'], '')}".strip()
-    ax.text(x, y - 0.17, shown, **middle, fontsize=7.5, color=ink, weight="bold")
-    ax.text(x, y + 0.24, f"[{low}, {high}]", **middle, fontsize=6.2, color=ink)
+    value, low, high = (f"{cell[name]:.2f}" for name in ("value", "low", "high"))
+    ax.text(x - 0.4, y, SIGNS.get(cell["judged"], ""), **middle, fontsize=8, color=ink)
+    ax.text(x - 0.17, y, f"{value}{'*' if cell['why'] else ''}", **middle, fontsize=8, color=ink, weight="bold")
+    ax.text(x + 0.23, y, f"[{low}, {high}]", **middle, fontsize=6.5, color=ink)

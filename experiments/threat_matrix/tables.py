@@ -99,8 +99,11 @@ def better(cells: pd.DataFrame, scenario: str, metric: str) -> set[str]:
 
 
 def message(cells: pd.DataFrame) -> str:
-    """The matrix in a sentence: the single defences that are better than none in at least one column of every threat."""
-    better = cells[(cells["judged"] == BETTER) & ~cells["variant"].isin(FAMILIES["stacks"])]
+    """The matrix in a sentence: the single defences that are better than none in every column that decides on a threat."""
+    decisive = {place for place, column in enumerate(COLUMNS) if column.decides}
+    better = cells[
+        (cells["judged"] == BETTER) & cells["column"].isin(decisive) & ~cells["variant"].isin(FAMILIES["stacks"])
+    ]
     threats = {column.threat for column in COLUMNS} - {COLUMNS[0].threat}
     met = better.groupby("variant")["column"].agg(lambda places: {COLUMNS[place].threat for place in places})
     all_three = [ROWS[variant].title for variant in ROWS if variant in met and met[variant] >= threats]

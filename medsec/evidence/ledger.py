@@ -19,7 +19,7 @@ from medsec.evidence.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTEST
 __all__ = ["cohorts", "contrary", "counts", "entries", "message", "rows", "summary", "table"]
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
-WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not reproduced"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
+WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not found here"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
 PARTLY = "partly"
 DEFAULT = "phantom"
 
@@ -83,7 +83,7 @@ def finding(
 def overall(by: str, verdicts: Sequence[str]) -> str:
     """One word for what several cohorts say: that of `WORDS` if they agree, *partly* if some but not all hold.
 
-    Where none holds, one that does not is enough for *not reproduced* or *missed*; *not testable here* if none has a row,
+    Where none holds, one that does not is enough for *not found here* or *missed*; *not testable here* if none has a row,
     *untested* where no row says anything.
     """
     judged = [verdict for verdict in verdicts if verdict in (HOLDS, FAILS, OPEN)]
@@ -214,7 +214,7 @@ def counts() -> pd.DataFrame:
             told = {word: str(words.count(word)) for word in dict.fromkeys(words)}
             lines.append({"ledger": name, "claims": by, "number": len(words)} | told)
     found = pd.DataFrame(lines).fillna("")
-    order = ["reproduced", "holds", PARTLY, OPEN, "not reproduced", "missed", UNTESTED, NOT_HERE, NOT_YET]
+    order = ["reproduced", "holds", PARTLY, OPEN, "not found here", "missed", UNTESTED, NOT_HERE, NOT_YET]
     return found[["ledger", "claims", "number", *(word for word in order if word in found.columns)]]
 
 
