@@ -241,6 +241,14 @@ def test_links_lead_somewhere(page):
             assert anchor in found, f"{path}#{anchor}"
 
 
+def test_the_plan_for_a_class_names_headings_that_are_there():
+    named = re.findall(r"(\d\d) “([^”]+)”", text("docs/teaching.md"))
+    assert len(named) > 10
+    for number, heading in named:
+        (file,) = paths.NOTEBOOKS.glob(f"{number}_*.ipynb")
+        assert re.search(rf"^#+ {re.escape(heading)}", markdown(file), re.MULTILINE), f"{number}: {heading}"
+
+
 def test_the_pages_show_the_verdicts_and_the_times_of_today():
     readme = text("README.md")
     assert ledger.update_readme(readme) == readme, "run: python -m experiments ledger"
