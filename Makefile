@@ -21,7 +21,7 @@ export DVC_NO_ANALYTICS := 1
 # Without the cache of compiled modules every process of the pipeline would compile some thousand files again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help checkout setup data repro test test-deployment fuzz bench record lab book lock clean
+.PHONY: help checkout setup data repro test test-deployment fuzz bench record lab book slides lock clean
 
 help: ## this list
 	@echo "Usage: make TARGET [COHORT=phantom] [PYTHON=python3]"
@@ -110,6 +110,9 @@ lab: $(READY) ## open the notebooks in JupyterLab, with sliders
 
 book: $(READY) ## build this companion as a web site from the executed notebooks: _build/book/html
 	$(PY) book/build.py
+
+slides: $(READY) ## the slides of docs/slides.md, with the figures of the executed notebooks: _build/slides.pdf
+	$(PY) book/slides.py
 
 lock: $(BOOT) ## pin versions anew after a change of pyproject.toml (UPGRADE=1: the newest of everything)
 	$(PY) -m uv pip compile --universal --python-version 3.11 --extra dev --extra flower-simulation pyproject.toml -o requirements.lock \

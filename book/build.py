@@ -19,6 +19,7 @@ from medsec.evidence import claims, ledger, tables
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
+PICTURE = re.compile(r"!\[[^\[\]]*\]\(([^()\s:]+)\)")
 
 # Sections of README.md and the page of the book that shows each.
 PARTS = {
@@ -118,6 +119,8 @@ def settle_links(text: str, folder: str, pages: set[str], files: set[str]) -> st
         files.add(place)
         return f"[{label}](path:{path})"  # (MyST: a file to download, even where it looks like a page; it has no lines)
 
+    places = (normpath(f"{folder}/{path}" if folder else path) for path in PICTURE.findall(text))
+    files |= {place for place in places if (ROOT / place).is_file()}  # pictures lie where they lay
     return LINK.sub(settle, text)
 
 

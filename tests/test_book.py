@@ -13,10 +13,12 @@ import threading
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
 from medsec.core import paths
+from medsec.core.errors import InputError
 
 ROOT = paths.ROOT
 BUILD_LIMIT = 120  # seconds of one core, promised; wall time would depend on what else runs here
@@ -25,15 +27,34 @@ PHONE = (390, 844)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HINT = "no Chromium with its driver; Debian, Ubuntu: apt-get install chromium chromium-driver"
 
-_spec = importlib.util.spec_from_file_location("book_build", ROOT / "book" / "build.py")
-book = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(book)
+
+def script(name):
+    """A script of the book, as a module."""
+    spec = importlib.util.spec_from_file_location(f"book_{name}", ROOT / "book" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+book, slides = script("build"), script("slides")
 
 
 def test_every_module_is_documented_once():
     listed = re.findall(r"automodule:: ([\w.]+)", "".join(book.api_pages().values()))
     files = [file for package in ("medsec", "experiments", "medphantom") for file in (ROOT / package).rglob("[!_]*.py")]
     assert sorted(listed) == sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+
+
+def test_the_slides_have_their_figures_and_fit_into_two_hours():
+    deck = slides.slides(slides.PAGE.read_text(encoding="utf-8"), slides.PAGE.parent)
+    assert 10 < len(deck) <= 20
+    assert all(title and points for title, _, points in deck)
+    assert sum(figure is not None for _, figure, _ in deck) > 10
+    page = slides.draw(*deck[1], "2")
+    assert [ax.images[0].get_array().shape[:2] for ax in page.axes] == [plt.imread(deck[1][1]).shape[:2]]
+    plt.close(page)
+    with pytest.raises(InputError, match=r"slide 'One': gone\.png is missing; make it with: dvc repro"):
+        slides.slides("# Deck\n\n## One\n\n![x](gone.png)\n", paths.ROOT)
 
 
 def test_the_command_under_a_figure_names_a_stage():
