@@ -58,6 +58,49 @@ def same(ours, theirs, share=1.0):
     return agree >= share - 1e-3
 
 
+def test_mi_fgsm_is_the_toolboxs_example_by_example(model):
+    from art.attacks.evasion import MomentumIterativeMethod
+
+    x, y = batch()
+    attack = MomentumIterativeMethod(
+        library.oracle(model, (1, 16, 16), 3), eps=EPS, eps_step=EPS / 10, decay=1.0, max_iter=10, verbose=False
+    )
+    ours = adv.mi_fgsm(model, x, y, EPS, rng())
+    assert same(ours, attack.generate(x.numpy(), np.eye(3)[y]), 0.99)
+    assert not same(ours, adv.bim(model, x, y, EPS, steps=10, step=0.1), 0.99), "the momentum changes something"
+    without = adv.mi_fgsm(model, x, y, EPS, rng(), decay=0.0)
+    assert same(without, adv.bim(model, x, y, EPS, steps=10, step=0.1), 0.99)
+
+
+def test_an_attack_made_to_transfer_step_by_step(model):
+    """Momentum, smaller copies and the mean loss of two networks, written out once more for a single image."""
+    other = SmallResNet(1, 3).eval()
+    x, y = batch(1)
+    both = nn.ModuleList([model, other])
+    ours = adv.mi_fgsm(both, x, y, EPS, rng(5), steps=4, decay=0.7, diverse=0.5, smallest=0.6)
+    draws, at, total = rng(5), x.clone(), torch.zeros_like(x)
+    sides = []
+    for _ in range(4):
+        leaf = at.clone().requires_grad_()
+        seen = leaf
+        if torch.rand((), generator=draws) < 0.5:
+            side = int(torch.randint(10, 17, (), generator=draws))
+            top, left = torch.randint(0, 17 - side, (2,), generator=draws).tolist()
+            seen = torch.zeros_like(x)
+            small = nn.functional.interpolate(leaf, (side, side), mode="bilinear")
+            seen[:, :, top : top + side, left : left + side] = small
+            sides.append(side)
+        loss = 0.5 * nn.functional.cross_entropy(model(seen), y) + 0.5 * nn.functional.cross_entropy(other(seen), y)
+        loss.backward()
+        total = 0.7 * total + leaf.grad / leaf.grad.abs().sum() * leaf.numel()
+        at = (at + EPS / 4 * total.sign()).clamp(x - EPS, x + EPS).clamp(0, 1)
+    torch.testing.assert_close(ours, at)
+    assert sides, "or nothing was made smaller"
+    assert len(sides) < 4
+    with pytest.raises(InputError, match=r"0 steps, diverse 0, smallest 0\.9"):
+        adv.mi_fgsm(model, x, y, EPS, rng(), steps=0)
+
+
 def test_fgsm_is_the_toolboxs(model):
     from art.attacks.evasion import FastGradientMethod
 

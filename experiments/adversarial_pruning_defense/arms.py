@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
+from experiments import instruments
 from experiments.params import Params
 from experiments.params.adversarial_pruning_defense import EvasionParams
 from medsec import data
@@ -25,7 +26,7 @@ from medsec.core.settings import Recipe
 from medsec.data.cohort import tensors
 from medsec.evasion import training as robust
 from medsec.evidence import cells
-from medsec.nets import fit
+from medsec.nets import convnet, fit
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,34 @@ def load(setup: Setup, variant: str, seed: int) -> nn.Module | None:
 
 
 def network(setup: Setup, variant: str, seed: int) -> nn.Module:
-    """The committed network of an arm where there is one, else one that is trained now."""
+    """The committed network of an arm where there is one, else one that is trained now, once for all cells that need it."""
     stored = load(setup, variant, seed)
-    return train(setup, variant, seed) if stored is None else stored
+    if stored is not None:
+        return stored
+    return instruments.trained(
+        setup.cohort,
+        f"{variant}-seed{seed}",
+        {"network": identity(setup, variant), "seed": seed},
+        lambda: _untrained(setup, _arm(variant).cbam, seed),
+        lambda: train(setup, variant, seed),
+    )
+
+
+def convnet_of(setup: Setup, seed: int, width: int) -> nn.Module:
+    """A plain network of another architecture, trained as ``base`` is: no residuals, GELU, and a head that sees every place.
+
+    Its seed is derived, so that it shares not even the order of the images with the arms of ``seed``.
+    """
+    cohort, recipe, run = setup.cohort, setup.params.evasion.clean, derive_seed(seed, "another architecture")
+
+    def new() -> nn.Module:
+        return convnet.new(cohort.size, cohort.channels, cohort.n_classes, width=width, seed=run, norm=True)
+
+    def fitted() -> nn.Module:
+        return robust.fit(new(), *setup.splits["train"], recipe, seed=run, epochs=recipe.epochs, lr=recipe.lr)
+
+    decides = {"recipe": recipe.model_dump(), "train": setup.params.evasion.train, "seed": run, "width": width}
+    return instruments.trained(cohort, f"convnet-seed{seed}", decides, new, fitted)
 
 
 def seeds_with_checkpoints(setup: Setup, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ Scenarios: ``clean``; ``noise``, a control; attacks of the maximum norm ``fgsm``
 ``deepfool_capped``, ``square`` (no gradient), ``autoattack``; ``worst_case``, right under none of the white-box attacks;
 ``deepfool`` and ``cw_l2``, which have no eps: their ``median_norm`` counts. ``check``: the reviewer's questions, 1 if passed.
 
-With f the arm, f₀ the undefended ``base`` of the same seed:
+With f the arm, f₀ the undefended ``base`` of the same seed (of others: `transfer`):
 
 * ``dr_whitebox``: of what f classifies rightly, the share that it still does when the attack knows f;
 * ``dr_transfer``: the same when the examples were made for f₀;
@@ -13,10 +13,10 @@ With f the arm, f₀ the undefended ``base`` of the same seed:
 
 Scenario ``attribution``: ``pointing_game``, does the highest point of a map lie in the lesion, on images with one?
 
-Key columns: ``eps`` in [0, 1] units, ``norm``, ``prune`` (a share other than the headline's), ``map``.
+Key columns: ``eps`` in [0, 1] units, ``norm``, ``prune`` (a share other than the headline's), ``map``, ``f0`` (`transfer`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
+from experiments.adversarial_pruning_defense import transfer
 from experiments.adversarial_pruning_defense.arms import Setup, prepare
+from experiments.adversarial_pruning_defense.transfer import rates
 from experiments.params import Params
 from medsec.core.seeds import derive_seed
 from medsec.evasion import libraries, maps, pruning, sanity
@@ -47,27 +49,6 @@ def attacks_for(variant: str, wanted: Sequence[str]) -> list[str]:
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
-
-
-def rates(f: Mapping[str, np.ndarray], f0: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
-    """The three defence rates from outcomes (N,) bool, right or wrong.
-
-    Args:
-        f: of the arm: ``clean``, ``own`` (examples made for it), ``transfer`` (made for f₀); what is missing is left out.
-        f0: of the undefended model: ``clean`` and ``own``, on the same examples.
-
-    Returns:
-        Without a rate whose denominator is 0.
-    """
-    shares = {}
-    for rate, key in (("dr_whitebox", "own"), ("dr_transfer", "transfer")):
-        if key in f and f["clean"].any():
-            shares[rate] = float(f[key][f["clean"]].mean())
-    if f0 is not None and "transfer" in f:
-        turned = f0["clean"] & ~f0["own"]
-        if turned.any():
-            shares["dr_recovered"] = float(f["transfer"][turned].mean())
-    return shares
 
 
 @dataclass
@@ -259,21 +240,55 @@ def measure_attribution(run: Run) -> None:
 def summarise(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     """The summary of a runs table, with paired differences to ``base`` on the same seed, ``<metric>_minus_base``.
 
-    For ``clean`` (what a defence costs) and for the headline's eps (what it wins).
+    For ``clean`` (what a defence costs), for the headline's eps (what it wins), and for examples made for other networks. And
+    with the check that needs no run of its own (`one_step`).
     """
-    headline = runs[runs["eps"].isin(["", eps_key(params.evasion.eps / 255)]) & (runs["scenario"] != "check")]
-    headline = headline[headline["metric"].isin(["accuracy", "balanced_accuracy", "auc", "dr_whitebox"])]
+    runs = transfer.keyed(runs)
+    headline = compared(runs, params)
     is_base = headline["variant"] == "base"
     base = headline[is_base & (headline["prune"] == "")]
     paired = tables.minus(headline[~is_base], base, ["scenario", "eps", "norm"], "base")
-    return tables.summarise(pd.concat([runs, paired], ignore_index=True), KEYS)
+    parts = [runs, paired, transfer.paired(runs), *one_step(runs, params)]
+    return tables.summarise(pd.concat(parts, ignore_index=True), transfer.KEYS)
+
+
+def compared(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """The rows that paired differences are made of: without an attack, and at the headline's eps."""
+    rows = runs[
+        runs["eps"].isin(["", eps_key(params.evasion.eps / 255)]) & (runs["scenario"] != "check") & (runs["f0"] == "")
+    ]
+    return rows[rows["metric"].isin(["accuracy", "balanced_accuracy", "auc", "dr_whitebox"])]
+
+
+def one_step(runs: pd.DataFrame, params: Params) -> list[pd.DataFrame]:
+    """How much more FGSM leaves right than PGD, at every eps; and whether an arm trained on one step resists only that step.
+
+    Such an arm passes (``no_one_step_overfitting``) if the difference is at most ``review.one_step_gap`` of the images up to the
+    first swept eps that is ``review.times_training`` times that of its training, or more.
+    """
+    rows = runs[(runs["metric"] == "accuracy") & (runs["prune"] == "") & (runs["f0"] == "")]
+    fgsm, pgd = (rows[rows["scenario"] == scenario] for scenario in ("fgsm", "pgd20"))
+    gaps = tables.minus(fgsm, pgd, ["variant", "eps"], "pgd20").assign(scenario="check")
+    found = []
+    for (variant, _), part in gaps.groupby(["variant", "seed"], sort=False):
+        trained = getattr(params.evasion, evasion_arms.ARMS[variant].recipe).eps
+        if not trained:
+            continue
+        eps = 255 * part["eps"].astype(float)
+        beyond = eps[eps > params.review.times_training * trained - 1e-3]
+        asked = part[eps <= beyond.min() + 1e-3] if len(beyond) else part
+        passes = asked["value"].max() <= params.review.one_step_gap
+        found.append(asked[:1].assign(metric="no_one_step_overfitting", value=float(passes), eps="", unit="passes"))
+    return [gaps, *found]
 
 
 # What the notebook and its record run ---------------------------------------------------------------------------------
 
 
 def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
-    """One cell: an arm under every attack, or an arm pruned to another share."""
+    """One cell: an arm under every attack, an arm pruned to another share, or all arms on examples made for other networks."""
+    if cell.arm == "transfer":
+        return transfer.transfer_cell(cohort, p, cell), {}
     (variant,) = cell.variants
     if cell.arm == "prune":
         return prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"]), {}
@@ -289,4 +304,4 @@ def quick(p: Params, variants: Sequence[str]) -> list[cells.Cell]:
         cells.Cell("arm", seed, group=variant, variants=(variant,))
         for variant in reversed(variants)
         for seed in p.seeds.evaluation
-    ]
+    ] + transfer.plan(p, variants)

@@ -10,10 +10,10 @@ from torch import Tensor
 from medsec.show import plots
 from medsec.show.plots import WIDTH
 
-RATES = {  # colour, marker, offset, what the legend says
-    "dr_whitebox": ("#D55E00", "^", -0.16, "the attack knows the model (white-box)"),
-    "dr_transfer": ("#0072B2", "o", 0.0, "examples made for the undefended model (transfer)"),
-    "dr_recovered": ("#009E73", "s", 0.16, "of those that turned the undefended model (recovered)"),
+RATES = {  # by reading: colour, marker, offset, what the legend says
+    "white-box": ("#D55E00", "^", -0.16, "made for the network itself (white-box)"),
+    "transfer, related f₀": ("#009E73", "s", 0.0, "made for a plain network with its initial weights"),
+    "transfer, independent f₀": ("#0072B2", "o", 0.16, "made for an independent plain network"),
 }
 MAPS = {
     "integrated_gradients": ("#D55E00", "^", -0.24, "Integrated Gradients"),
@@ -22,16 +22,17 @@ MAPS = {
 
 
 def rates(table: pd.DataFrame, published: Mapping[str, float], title: str):
-    """Three numbers that have been called defence rate, arm by arm.
+    """What has been called defence rate, arm by arm, by the network that the examples were made for.
 
     Args:
-        table: columns ``variant, metric, value, low, high``; metrics as in `RATES`.
+        table: columns ``variant, group, value, low, high``; groups as in `RATES`, others are left out.
         published: label -> the paper's value, drawn as a line.
         title: of the figure.
     """
     lines = {f"published: {label}": value for label, value in published.items()}
-    table = table.rename(columns={"variant": "name", "metric": "group"})
-    return plots.forest(table, title, "defence rate (share of the examples)", RATES, lines=lines, xlim=(0, 1.02))
+    table = table[table["group"].isin(RATES)].rename(columns={"variant": "name"})
+    label = "defence rate (share of the network's right answers that it keeps)"
+    return plots.forest(table, title, label, RATES, lines=lines, xlim=(0, 1.02))
 
 
 def examples(

@@ -4,7 +4,7 @@ import pandas as pd
 
 from experiments import record_plans
 from experiments.adversarial_pruning_defense import arms as evasion_arms
-from experiments.adversarial_pruning_defense import cells
+from experiments.adversarial_pruning_defense import cells, transfer
 from experiments.params import Params
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell
@@ -12,10 +12,12 @@ from medsec.evidence.record import Design
 
 
 def plan(cohort: str, p: Params) -> list[Cell]:
-    """Every arm under every attack, seed by seed; then other shares of pruning."""
+    """Every arm under every attack, seed by seed; then other shares of pruning; then examples made for other networks."""
     sweep = p.record.evasion
     pruned = [variant for variant, arm in evasion_arms.ARMS.items() if arm.prune == "yes"]
     record_plans.check_names(sweep.variants, pruned, "record.evasion.variants")
+    for name in ("transfer", "transfer_dear"):
+        record_plans.check_names(getattr(sweep, name), evasion_arms.VARIANTS, f"record.evasion.{name}")
     record_plans.check_names(p.record.other_modality.evasion, evasion_arms.VARIANTS, "record.other_modality.evasion")
     arms = p.record.other_modality.evasion if record_plans.headline_only(cohort) else evasion_arms.VARIANTS
     change = record_plans.other_modality(p, "evasion") if record_plans.headline_only(cohort) else {}
@@ -32,21 +34,33 @@ def plan(cohort: str, p: Params) -> list[Cell]:
         for variant in sweep.variants
         for ratio in sweep.prune
     ]
-    return found
+    return found + transfer.plan(p, sweep.transfer, sweep.transfer_dear)
+
+
+CONTROLS = {  # what a method adds is the difference to the same training without it, not to a network trained for less
+    "plain": {"hardened": "hardened_plain"},
+    "finetune": {"prune": "finetune", "prune_cbam": "finetune"},
+}
 
 
 def summarise(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
-    """With ``dr_whitebox_minus_plain``: `hardened` less the same recipe without pruning and attention, on the same seed."""
-    rates = runs[(runs["metric"] == "dr_whitebox") & (runs["prune"] == "")]
-    own, plain = (rates[rates["variant"] == variant] for variant in ("hardened", "hardened_plain"))
-    paired = tables.minus(own, plain, ["scenario", "eps", "norm"], "plain")
-    return cells.summarise(pd.concat([runs, paired], ignore_index=True), p)
+    """With paired differences on the same seed: ``<metric>_minus_plain``, ``<metric>_minus_finetune`` (`CONTROLS`)."""
+    runs = transfer.keyed(runs)
+    rates = runs[(runs["metric"] == "dr_whitebox") & (runs["prune"] == "") & (runs["f0"] == "")]
+    both = pd.concat([cells.compared(runs, p), rates])
+    both = both[both["prune"] == ""].drop_duplicates()
+    paired = [
+        tables.minus(both[both["variant"] == arm], both[both["variant"] == control], ["scenario", "eps", "norm"], name)
+        for name, arms in CONTROLS.items()
+        for arm, control in arms.items()
+    ]
+    return cells.summarise(pd.concat([runs, *paired], ignore_index=True), p)
 
 
 def multiple(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured on two cores."""
-    if cell.arm == "prune":
-        return 1.0
+    if cell.arm in ("prune", "transfer"):
+        return 1.0 if cell.arm == "prune" else 5.0
     return 8.0 if cell.variants[0].startswith("hardened") else 6.0
 
 

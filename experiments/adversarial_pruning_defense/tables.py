@@ -5,18 +5,22 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import VARIANTS
-from experiments.params.adversarial_pruning_defense import EvasionParams
+from experiments.adversarial_pruning_defense.transfer import F0, MADE
+from experiments.params.adversarial_pruning_defense import EvasionParams, Review
 from medsec.evasion.sanity import QUESTIONS
 from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
 
 
 def rates(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
-    """The three defence rates of every arm under PGD at the headline's eps."""
-    rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
-    rows = rows[rows["scenario"] == "pgd20"]
-    white = rows["metric"] == "dr_whitebox"
-    return _in_order(pd.concat([rows[white], rows[rows["metric"].isin(["dr_transfer", "dr_recovered"])]]))
+    """What every arm keeps at the headline's eps, by what the attacker has (`READINGS`, column ``group``): `figures.rates`."""
+    parts = []
+    for reading, (_, where) in READINGS.items():
+        rows = summary[(summary["eps"] == eps_key(p.eps / 255)) & (summary[["norm", "prune", "map"]] == "").all(axis=1)]
+        for column, value in ({"scenario": "pgd20", "f0": ""} | where).items():
+            rows = rows[rows[column] == value]
+        parts.append(rows[rows["variant"].isin(VARIANTS)].assign(group=reading))
+    return _in_order(pd.concat(parts))
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +40,7 @@ def by_arm(summary: pd.DataFrame, columns: Mapping[str, tuple[int, dict]], arms:
     )
 
 
+TRANSFERRED = {"pgd20": "PGD", "deepfool_capped": "DeepFool, cut to eps", MADE: "MI-DI-FGSM"}  # by scenario, in words
 CLEAN = {  # what a defence costs
     "balanced accuracy": (3, {"scenario": "clean", "metric": "balanced_accuracy"}),
     "minus base": (3, {"scenario": "clean", "metric": "balanced_accuracy_minus_base"}),
@@ -54,7 +59,6 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     columns = CLEAN | {
         "worst case, rate": (2, worst | {"metric": "dr_whitebox"}),
         "worst case, of all images": (2, worst | {"metric": "accuracy"}),
-        "transfer": (2, {"scenario": "pgd20", "metric": "dr_transfer", "eps": at}),
     }
     n = [tables.row(summary, variant=arm, scenario="clean", metric="accuracy")["n"] for arm in arms]
     return by_arm(summary, columns, arms).assign(n=n)
@@ -63,9 +67,43 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
 def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     """One line an attack that knows the network, one column an arm: the defence rate at the headline's eps."""
     at = {"metric": "dr_whitebox", "eps": eps_key(p.eps / 255)}
-    rows = summary[(summary["metric"] == at["metric"]) & (summary["eps"] == at["eps"]) & (summary["prune"] == "")]
+    rows = summary[(summary["metric"] == at["metric"]) & (summary["eps"] == at["eps"])]
+    rows = rows[(rows[["prune", "f0"]] == "").all(axis=1)]
     columns = {s.replace("_", " "): (2, at | {"scenario": s}) for s in dict.fromkeys(rows["scenario"])}
     return by_arm(summary, columns, _arms(summary)).set_index("arm").T.rename_axis("attack").reset_index()
+
+
+def transferred(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """One line an f₀ and attack, one column an arm: what the arm keeps of its right answers on examples made for that f₀.
+
+    The column ``f₀ itself`` says what is left of those that the examples were made for: an attack must break them.
+    """
+    eps, lines = eps_key(p.eps / 255), []
+    there = summary[(summary["metric"] == "dr_transfer") & (summary["eps"] == eps)]
+    arms = [variant for variant in VARIANTS if variant in set(there.loc[there["f0"] != "", "variant"])]
+    for f0, told in F0.items():
+        for scenario, attack in TRANSFERRED.items():
+            kin = f0 == "same_seed" and scenario != MADE  # the arms' own cells have these
+            where = {"scenario": scenario, "eps": eps} | ({} if kin else {"f0": f0})
+            rate = where | {"metric": "dr_transfer"}
+            own = (
+                {"metric": "dr_whitebox", "variant": "base"}
+                if kin
+                else {"metric": "dr_whitebox", "variant": "surrogate"}
+            )
+            line = {variant: tables.cell(summary, 2, variant=variant, **rate) for variant in arms}
+            if any(line.values()):
+                of_f0 = tables.cell(summary, 2, **(where | own))
+                lines.append({"f₀": told, "attack": attack, "f₀ itself": of_f0} | line)
+    return pd.DataFrame(lines, columns=["f₀", "attack", "f₀ itself", *arms])
+
+
+def gaps(summary: pd.DataFrame) -> pd.DataFrame:
+    """One line an arm, one column an eps: which share of all images FGSM leaves right, and PGD does not."""
+    rows = summary[(summary["scenario"] == "check") & (summary["metric"] == "accuracy_minus_pgd20")]
+    where = {"scenario": "check", "metric": "accuracy_minus_pgd20"}
+    columns = {f"{255 * float(eps):.3g}/255": (2, where | {"eps": eps}) for eps in sorted(set(rows["eps"]), key=float)}
+    return by_arm(summary, columns, _arms(summary))
 
 
 def _arms(summary: pd.DataFrame) -> list[str]:
@@ -145,10 +183,11 @@ def distances(summary: pd.DataFrame) -> pd.DataFrame:
     return lines[(lines.drop(columns="arm") != "").any(axis=1)]
 
 
-READINGS = {  # of a "defence rate": the metric, and what the attacker must know
-    "white-box": ("dr_whitebox", "the defended network"),
-    "transfer": ("dr_transfer", "the plain network only"),
-    "recovered": ("dr_recovered", "the plain network only"),
+READINGS = {  # of a "defence rate": what the attacker must know, and what addresses the row
+    "white-box": ("the defended network", {"metric": "dr_whitebox"}),
+    "transfer, related f₀": ("a plain network with the same initial weights", {"metric": "dr_transfer"}),
+    "transfer, independent f₀": ("a plain network of another seed", {"metric": "dr_transfer", "f0": "other_seeds"}),
+    "recovered, independent f₀": ("the same", {"metric": "dr_recovered", "f0": "other_seeds"}),
 }
 PUBLISHED = {"pgd20": "PGD", "deepfool_capped": "DeepFool"}
 
@@ -163,8 +202,10 @@ def paper(summary: pd.DataFrame, p: EvasionParams, published: dict[str, float], 
     lines = []
     for scenario, attack in PUBLISHED.items():
         (name,) = (name for name in published if name.startswith(attack))
-        for reading, (metric, knows) in READINGS.items():
-            rows = summary[(summary["scenario"] == scenario) & (summary["metric"] == metric) & (summary["prune"] == "")]
+        for reading, (knows, row) in READINGS.items():
+            rows = summary[(summary["scenario"] == scenario) & (summary["prune"] == "")]
+            for column, value in ({"f0": ""} | row).items():
+                rows = rows[rows[column] == value]
             for eps in sorted(set(rows.loc[rows["variant"].isin(variants), "eps"]), key=float):
                 line = {
                     "published": f"{attack}, {published[name]:.4f}",
@@ -172,7 +213,7 @@ def paper(summary: pd.DataFrame, p: EvasionParams, published: dict[str, float], 
                     "the attacker knows": knows,
                 }
                 line["eps"] = f"{255 * float(eps):.3g}/255" + (", cut to it" if scenario == "deepfool_capped" else "")
-                where = {"scenario": scenario, "metric": metric, "eps": eps}
+                where = {"scenario": scenario, "eps": eps, **row}
                 lines.append(line | {v: tables.cell(summary, 2, variant=v, **where) for v in variants})
     return pd.DataFrame(lines)
 
@@ -195,15 +236,22 @@ def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -
     return {"accuracy, clean": rows[rows["scenario"] == "clean"], f"accuracy, PGD {p.eps:g}/255": rows[attacked]}
 
 
-def checks(summary: pd.DataFrame) -> pd.DataFrame:
+ONE_STEP = (
+    "trained against an attack: FGSM leaves at most {gap:g} of all images more right than PGD, up to the first eps that is "
+    "{times:g} times that of training"
+)
+
+
+def checks(summary: pd.DataFrame, p: Review) -> pd.DataFrame:
     """One line a check: in how many runs of all arms it passed, and the arms in which it did not always."""
+    asked = QUESTIONS | {"no_one_step_overfitting": ONE_STEP.format(gap=p.one_step_gap, times=p.times_training)}
     rows = summary[(summary["scenario"] == "check") & (summary["unit"] == "passes")]
     rows = rows.assign(passed=(rows["value"] * rows["n"]).round().astype(int))
     failed = [f"`{row.variant}`, {row.passed} of {row.n}" if row.passed < row.n else "" for row in rows.itertuples()]
     return pd.DataFrame(
         {
             "check": name.replace("_", " "),
-            "it passes where": QUESTIONS[name],
+            "it passes where": asked[name],
             "passed": f"{part['passed'].sum()} of {part['n'].sum()} runs",
             "arms in which it failed": "; ".join(filter(None, part["failed"])),
         }

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord
+from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord, Review, Transfer
 from experiments.params.backdoor_fedgan import FedGANRecord
 from experiments.params.data_and_threats import Threats
 from experiments.params.feddetect import FedDetectParams, FedDetectRecord
@@ -47,6 +47,8 @@ class Params(Section):
     feddetect: FedDetectParams
     inversion: InversionParams
     evasion: EvasionParams
+    transfer: Transfer
+    review: Review
     matrix: MatrixParams
     record: Records
 

@@ -1,10 +1,10 @@
-"""Sections ``evasion`` and ``record.evasion`` of the parameters."""
+"""Sections ``evasion``, ``transfer``, ``review`` and ``record.evasion`` of the parameters."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medsec.core.params import Count, Eps255, NotNegative, Positive, Section, Seed, Size, registered
+from medsec.core.params import Count, Eps255, NotNegative, Positive, Rate, Section, Seed, Size, registered
 from medsec.core.settings import AttentionParams, Recipe
 
 
@@ -81,9 +81,29 @@ class EvasionParams(Section):
         return self
 
 
+class Transfer(Section):
+    """Section ``transfer``: which networks examples are made for, and an attack made to transfer."""
+
+    networks: Size
+    other_width: int = Field(ge=0, le=1024)
+    steps: Count
+    decay: NotNegative
+    diverse: Rate
+    smallest: Annotated[float, Field(gt=0, le=1)]
+
+
+class Review(Section):
+    """Section ``review``: bounds of checks that are made from a finished table."""
+
+    one_step_gap: Annotated[float, Field(gt=0, le=1)]
+    times_training: Positive
+
+
 class EvasionRecord(Section):
-    """What notebook 04's record adds: other shares of pruning."""
+    """What notebook 04's record adds: other shares of pruning, and the arms that meet examples made for other networks."""
 
     seeds: Count
     prune: list[Annotated[float, Field(ge=0, lt=1)]]
     variants: list[str]
+    transfer: list[str]
+    transfer_dear: list[str]

@@ -149,6 +149,67 @@ def climb(
     return x_adv
 
 
+# Made to transfer -----------------------------------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def mi_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    generator: torch.Generator,
+    *,
+    steps: int = 10,
+    decay: float = 1.0,
+    diverse: float = 0.0,
+    smallest: float = 0.9,
+) -> Tensor:
+    """Steps of eps / ``steps`` along a running sum of gradients, so that what is particular to one network averages out.
+
+    Momentum is from Dong et al. (2018), algorithm 1. With ``diverse`` > 0 some gradients are taken at a smaller copy of the
+    images in a black frame, at a random place (DI-FGSM, Xie et al. 2019). With several networks the mean of their losses is
+    raised (the ensemble "in loss" of Dong et al.).
+
+    Args:
+        model: one network, or several as ``nn.ModuleList``.
+        steps: how many.
+        decay: factor on the sum before each new gradient is added, every gradient divided by its mean absolute value.
+        diverse: how often, of all steps, a smaller copy is looked at.
+        smallest: side of the smallest copy, in units of the image's.
+
+    Raises:
+        InputError: see `check_inputs`; or steps < 1, a share outside [0, 1].
+    """
+    networks = list(model) if isinstance(model, nn.ModuleList) else [model]
+    for network in networks:
+        check_inputs(network, x, y, eps)
+    if steps < 1 or not (0 <= diverse <= 1 and 0 < smallest <= 1):
+        raise InputError(
+            f"{steps} steps, diverse {diverse:g}, smallest {smallest:g}: need 1 step, and shares in [0, 1]"
+        )
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    x_adv, total = x.clone(), torch.zeros_like(x)
+    for _ in range(steps):
+        at = x_adv.clone().requires_grad_()
+        seen = framed(at, smallest, generator) if torch.rand((), generator=generator) < diverse else at
+        loss = sum(cross_entropy(network(seen), y).sum() for network in networks) / len(networks)
+        (gradient,) = torch.autograd.grad(loss, at)
+        size = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+        total = decay * total + gradient / size
+        x_adv = (x_adv + eps / steps * total.sign()).clamp(low, high)
+    return x_adv
+
+
+def framed(x: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
+    """Images (N, C, S, S), smaller by a random factor of at least ``smallest``, at a random place of a black S × S frame."""
+    whole = x.shape[-1]
+    side = int(torch.randint(round(smallest * whole), whole + 1, (), generator=generator))
+    top, left = torch.randint(0, whole - side + 1, (2,), generator=generator).tolist()
+    small = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+    return F.pad(small, (left, whole - side - left, top, whole - side - top))
+
+
 # DeepFool -------------------------------------------------------------------------------------------------------------
 
 
