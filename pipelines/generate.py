@@ -98,7 +98,7 @@ NOTEBOOKS = {
         "Adversarial examples, pruning and attention, and training against the attack",
         ("data_and_threats", "adversarial_pruning_defense"),
         ("medsec/evasion",),
-        ("seeds", "cohorts", "evasion"),
+        ("seeds", "cohorts", "evasion", "transfer", "review"),
         _all("examples", "rates", "eps", "maps", "sparsity") | {"pointing": False},
         claims="3-pruning",
         record=True,

@@ -15,12 +15,14 @@ from experiments.adversarial_pruning_defense import cells as ev
 from experiments.adversarial_pruning_defense import figures as evasion_plots
 from experiments.adversarial_pruning_defense import record as evasion_record
 from experiments.adversarial_pruning_defense import tables as evasion_tables
+from experiments.adversarial_pruning_defense import transfer
 from medsec.core import paths
 from medsec.core.errors import InputError
+from medsec.data import sources
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import maps as evasion_maps
 from medsec.evasion import sanity as evasion_checks
-from medsec.evidence import cells, claims, tables
+from medsec.evidence import cells, claims, record, tables
 from medsec.nets.models import SmallResNet
 
 RECIPE = {"epochs": 1, "batch": 32, "finetune_epochs": 1}
@@ -171,6 +173,164 @@ def test_training_sees_the_training_splits_only(p):
     assert set(setup.splits["test"][1].tolist()) == {0, 1}, "shuffled: the split is sorted by class"
 
 
+# Examples made for other networks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transferred(p):
+    """Two seeds of two arms, with an f₀ of another architecture."""
+    more = params.validate(params.merge(p.model_dump(), {"transfer": {"other_width": 4, "steps": 3}}))
+    plan = transfer.plan(more, ("base", "prune_cbam"), ("hardened",))
+    return more, plan, pd.concat([ev.run("npz", more, cell)[0] for cell in plan], ignore_index=True)
+
+
+def test_f0_is_of_another_seed_and_no_arm_meets_itself(p):
+    assert [transfer.others(p, seed) for seed in p.seeds.evaluation] == [[1, 9], [0, 9]], "then the tuning seeds"
+    full = params.load("full")
+    assert [transfer.others(full, seed) for seed in (0, 3, 4)] == [[1, 2], [4, 0], [0, 1]]
+    plan = {cell.seed: cell.variants for cell in transfer.plan(full, ("base",), ("hardened",))}
+    assert plan == {
+        0: ("base", "hardened"),
+        1: ("base", "hardened"),
+        2: ("base", "hardened"),
+        3: ("base",),
+        4: ("base",),
+    }
+
+
+def test_every_f0_has_its_rows(transferred):
+    _, _, runs = transferred
+    assert not runs.duplicated(["seed", "variant", "scenario", "metric", "f0"]).any()
+    assert set(runs["f0"]) == set(transfer.F0)
+    found = runs[(runs["metric"] == "dr_transfer") & (runs["variant"] == "base")].groupby("f0")["scenario"].agg(set)
+    whole = {"pgd20", "deepfool_capped", "mi_di_fgsm"}
+    of_one = {"other_seeds": whole, "other_architecture": whole}
+    assert found.to_dict() == of_one | {"same_seed": {"mi_di_fgsm"}, "ensemble": {"mi_di_fgsm"}}
+    assert set(runs.loc[runs["variant"] == "surrogate", "metric"]) == {"dr_whitebox"}
+    assert not ((runs["f0"] == "ensemble") & (runs["metric"] == "dr_recovered")).any(), "whose errors would these be?"
+    rates = runs[(runs["f0"] == "same_seed") & runs["metric"].isin(["dr_transfer", "dr_whitebox"])]
+    same = rates.set_index(["seed", "variant"])["value"]
+    assert same[0, "surrogate"] == same[0, "base"], "an arm that is its own f₀ is attacked white-box"
+
+
+def test_rates_by_f0_are_those_of_the_attack_itself(transferred):
+    """PGD's examples for one f₀, made and counted once more."""
+    p, plan, runs = transferred
+    setup, cell = evasion_arms.prepare("npz", p), plan[0]
+    x, y = setup.splits["test"]
+    arm = evasion_arms.network(setup, "prune_cbam", 0)
+    shares = []
+    for seed in cell.given["others"]:
+        f0 = evasion_arms.network(setup, "base", seed)
+        x_adv = ev.craft("pgd20", f0, x, y, p.evasion.eps / 255, p.evasion.attacks, 0, stop=False)
+        right = arm(x).argmax(1) == y
+        shares.append(float((arm(x_adv).argmax(1) == y)[right].float().mean()))
+    where = {
+        "variant": "prune_cbam",
+        "scenario": "pgd20",
+        "metric": "dr_transfer",
+        "f0": "other_seeds",
+        "eps": "0.0156863",
+    }
+    row = tables.select(runs[runs["seed"] == 0].drop(columns="unit"), where)
+    assert row["value"].item() == pytest.approx(np.mean(shares))
+    assert row["n_items"].item() == len(y)
+
+
+def test_old_cells_are_as_they_were():
+    """New parameters and arms change the identity of no cell that a record has: the committed ones are found again."""
+    full = params.load("full")
+    plan = evasion_record.plan("phantom", full)
+    fingerprint = record.about("04_adversarial_pruning_defense", "phantom")["cohort_fingerprint"]
+    names = cells.names_of(ev.EXPERIMENT, fingerprint, full, plan)
+    kept = record.committed(paths.ROOT / "records" / "phantom", "04_adversarial_pruning_defense")
+    known = kept.groupby("cell")["identity"].first()
+    assert known.equals(pd.Series(names)[known.index].rename_axis("cell").rename("identity"))
+    other = params.validate(
+        params.merge(full.model_dump(), {"transfer": {"steps": 5}, "review": {"one_step_gap": 0.1}})
+    )
+    changed = cells.names_of(ev.EXPERIMENT, fingerprint, other, evasion_record.plan("phantom", other))
+    assert {name for name in names if names[name] != changed[name]} == {c.name for c in plan if c.arm == "transfer"}
+
+
+def gap_rows(variant, gaps, seed=0):
+    """Runs of an arm: at each eps in 255ths FGSM leaves 0.9 right, PGD less by the gap."""
+    rows = []
+    for eps, gap in gaps.items():
+        for scenario, value in (("fgsm", 0.9), ("pgd20", 0.9 - gap)):
+            rows.append(
+                tables.run_row(ev.KEYS, seed, variant, scenario, "accuracy", value, 10, eps=ev.eps_key(eps / 255))
+            )
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("gaps", "passes"),
+    [
+        ({2: 0.0, 4: 0.1, 8: 0.1, 16: 0.5}, 1),  # trained at 3/255: asked up to 8/255
+        ({2: 0.0, 4: 0.1, 8: 0.35, 16: 0.3}, 0),
+        ({2: 0.25, 4: 0.0, 8: 0.0, 16: 0.0}, 0),
+        ({2: 0.0, 4: 0.3}, 0),
+    ],
+)
+def test_one_step_overfitting_is_found_up_to_twice_the_eps_of_training(gaps, passes):
+    p = params.load()
+    assert (p.evasion.hardened.eps, p.review.times_training, p.review.one_step_gap) == (3, 2, 0.2)
+    summary = ev.summarise(pd.DataFrame(gap_rows("hardened", gaps) + gap_rows("base", dict.fromkeys(gaps, 0.6))), p)
+    row = tables.row(summary, variant="hardened", scenario="check", metric="no_one_step_overfitting")
+    assert row["value"] == passes
+    asked = summary[summary["metric"] == "no_one_step_overfitting"]
+    assert set(asked["variant"]) == {"hardened"}, "a network that was trained on no step cannot have overfitted to it"
+    table = evasion_tables.gaps(pd.concat([summary, clean_row("base"), clean_row("hardened")])).set_index("arm")
+    assert [float(cell) for cell in table.loc["hardened"]] == pytest.approx(list(gaps.values()))
+
+
+def clean_row(variant):
+    row = {"variant": variant, "scenario": "clean", "metric": "accuracy", "value": 0.9, "low": 0.9, "high": 0.9, "n": 1}
+    return pd.DataFrame(
+        [row | {"n_items": 10, "unit": "share", "eps": "", "norm": "", "prune": "", "map": "", "f0": ""}]
+    )
+
+
+def test_what_a_method_adds_is_paired_with_the_same_training_without_it():
+    def row(variant, seed, value):
+        return tables.run_row(ev.KEYS, seed, variant, "clean", "auc", value, 10)
+
+    rows = [row(v, s, x + s / 100) for v, x in (("base", 0.5), ("finetune", 0.9), ("prune", 0.8)) for s in (0, 1)]
+    rows += [row(v, s, x) for v, x in (("hardened", 0.7), ("hardened_plain", 0.75)) for s in (0, 1)]
+    p = params.load("full")
+    summary = evasion_record.summarise(pd.DataFrame(rows), p)
+    table = evasion_tables.added(summary, p.evasion).set_index("measure")
+    assert table.loc["AUC, clean", "prune − finetune"] == "-0.100 [-0.100, -0.100]"
+    assert table.loc["AUC, clean", "hardened − hardened_plain"] == "-0.050 [-0.050, -0.050]"
+    assert table.loc["AUC, clean", "prune_cbam − finetune"] == "", "not in this table"
+
+
+def test_the_bound_that_only_drawings_give():
+    one = np.zeros((3, 1, 4, 4), np.uint8)
+    other = one.copy()
+    other[0, 0, 1, 1], other[1, 0, 2, 2] = 10, 30
+    assert [evasion_checks.ceiling(one, other, eps) for eps in (0, 4.9, 5, 14, 15)] == pytest.approx(
+        [5 / 6, 5 / 6, 4 / 6, 4 / 6, 0.5]
+    ), "the last pair is one image: half of it is lost without any attack"
+    middle = (one.astype(int) + other) // 2  # within eps of both, so one answer for two classes
+    assert np.abs(middle - one).max() <= 15
+    assert np.abs(middle - other).max() <= 15
+
+
+@pytest.mark.parametrize("name", ["phantom", "fundus"])
+def test_twins_are_the_test_images_and_differ_by_the_lesion_alone(cohorts, name):
+    cohorts = params.load().cohorts if name == "phantom" else cohorts  # the stored one, or a small one
+    healthy, ill = sources.twins(name, cohorts)
+    test = sources.SOURCES[name](cohorts)["test"]
+    drawn = {0: {i.tobytes() for i in healthy}, 1: {i.tobytes() for i in ill}}
+    assert all(image.tobytes() in drawn[int(label)] for image, label in zip(test.images, test.labels, strict=True))
+    assert healthy.shape == ill.shape == test.images.shape
+    assert evasion_checks.ceiling(healthy, ill, 255) == 0.5
+    assert evasion_checks.ceiling(healthy, ill, 0) == 1
+    assert sources.twins("pneumoniamnist", cohorts) is None
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +348,11 @@ def test_a_checkpoint_is_used_as_long_as_nothing_has_changed(p, tmp_path, monkey
     changed = params.merge(p.model_dump(), {"evasion": {"robust": {"eps": 8.0}}})
     other = evasion_arms.Setup(params.validate(changed), setup.cohort, setup.splits)
     assert evasion_arms.load(other, "at_cbam", 0) is None, "another recipe"
-    monkeypatch.setattr(evasion_arms, "train", lambda *_: "trained now")
-    assert evasion_arms.network(other, "at_cbam", 0) == "trained now"
+    trained = []
+    monkeypatch.setattr(evasion_arms, "train", lambda *_: trained.append(1) or model)
+    for _ in range(2):  # the second time it lies beside the finished cells
+        assert torch.equal(evasion_arms.network(other, "at_cbam", 0)(x), model(x))
+    assert trained == [1]
     assert file.stat().st_size < 2.3 * sum(v.numel() for v in model.state_dict().values()), "two bytes a weight"
 
 
@@ -455,23 +618,41 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         where = claim["where"]
         known = evasion_arms.VARIANTS if "record_only" in claim else evasion_arms.QUICK
         assert where["variant"] in known, claim["id"]
-        assert where["scenario"] in {"clean", *p.attacks.scenarios}, claim["id"]
-        assert where["metric"].removesuffix("_minus_base").removesuffix("_minus_plain") in tables.metrics(), claim["id"]
+        assert where["scenario"] in {"clean", transfer.MADE, *p.attacks.scenarios}, claim["id"]
+        assert where["metric"] in tables.metrics(), claim["id"]
+        assert where.get("f0", "other_seeds") in transfer.F0, claim["id"]
         elsewhere = attacked if "record_only" in claim else {at}
         assert where.get("eps", "") in ({""} if where["scenario"] == "clean" else elsewhere), claim["id"]
 
 
-def test_views_of_a_summary(p):
+def test_views_of_a_summary(p, transferred):
     """A small record, through every table and figure of the notebook."""
     p = params.validate(params.merge(p.model_dump(), {"evasion": {"attacks": {"slow_images": 20}}}))
     runs = [ev.arm_cell("npz", p, variant, seed) for variant in ("base", "prune_cbam") for seed in (0, 1)]
+    runs += [transferred[2][lambda t: t["variant"] != "hardened"]]
     runs += [ev.prune_cell("npz", p, "prune", 0, ratio) for ratio in (0.0, 0.5)]
     summary = ev.summarise(pd.concat(runs), p)
     e = p.evasion
     told_eps = ev.eps_key(e.eps / 255)
     rates = evasion_tables.rates(summary, e)
     assert rates["variant"].unique().tolist() == ["base", "prune_cbam"]
-    assert set(rates.loc[rates["variant"] == "base", "metric"]) == {"dr_whitebox"}
+    assert set(rates.loc[rates["variant"] == "base", "group"]) == set(evasion_tables.READINGS) - {
+        "transfer, related f₀"
+    }
+    assert not rates.duplicated(["variant", "group"]).any()
+    made = evasion_tables.transferred(summary, e)
+    assert list(made.columns) == ["f₀", "attack", "f₀ itself", "base", "prune_cbam"]
+    assert len(made) == 3 + 3 + 3 + 1, "of the same seed, other seeds, another architecture, several"
+    assert (made["f₀ itself"] != "").all()
+    kin = made.set_index(["f₀", "attack"]).loc[("same seed", "PGD")]
+    where = {"variant": "prune_cbam", "scenario": "pgd20", "metric": "dr_transfer", "eps": told_eps}
+    assert kin["base"] == "", "an arm's own cell has no transfer from itself"
+    assert kin["prune_cbam"] == tables.cell(summary, 2, **where)
+    paired = tables.row(summary, **where | {"metric": "dr_transfer_minus_base", "f0": "other_seeds"})
+    values = [
+        tables.row(summary, **where | {"variant": v, "f0": "other_seeds"})["value"] for v in ("prune_cbam", "base")
+    ]
+    assert paired["value"] == pytest.approx(values[0] - values[1])
     fig, _ = evasion_plots.rates(rates, {"a": 0.5}, "")
     plt.close(fig)
     table = evasion_tables.headline(summary, e)
@@ -479,13 +660,16 @@ def test_views_of_a_summary(p):
     worst = {"variant": "base", "scenario": "worst_case", "eps": told_eps}
     assert table.loc[0, "worst case, rate"] == tables.cell(summary, 2, **worst, metric="dr_whitebox")
     assert table.loc[0, "worst case, of all images"] == tables.cell(summary, 2, **worst, metric="accuracy")
-    assert table.loc[0, "transfer"] == ""
     known = evasion_tables.whitebox(summary, e)
     assert list(known.columns) == ["attack", "base", "prune_cbam"]
     assert {"noise", "pgd20", "autoattack", "worst case"} <= set(known["attack"])
     assert known.loc[(known == "").any(axis=1), "attack"].tolist() == ["pgd detached"], "the plain network has no gates"
     curve = evasion_tables.over_eps(summary, ["base"])
     assert curve["x"].tolist() == pytest.approx([0, 4, 2, 8], abs=1e-3)
+    pair = np.zeros((2, 1, 4, 4), np.uint8), np.full((2, 1, 4, 4), 8, np.uint8)
+    bound = evasion_tables.over_eps(summary, ["base"], pair)
+    bound = bound[bound["name"] == evasion_tables.BOUND]
+    assert dict(zip(bound["x"], bound["value"], strict=True)) == {0: 1, 2: 1, 4: 0.5, 8: 0.5}
     assert {k: v["x"].tolist() for k, v in evasion_tables.over_pruning(summary, e, ["prune"]).items()} == {
         "accuracy, clean": [0, 0.5],
         "accuracy, PGD 4/255": [0, 0.5],
@@ -496,9 +680,10 @@ def test_views_of_a_summary(p):
     told = shown.set_index(["published", "read as", "eps"])
     expected = tables.cell(summary, 2, variant="prune_cbam", scenario="pgd20", metric="dr_whitebox", eps="0.0313725")
     assert told.loc[("PGD, 0.0700", "white-box", "8/255"), "prune_cbam"] == expected
-    assert set(told.loc["DeepFool, 0.0600"].index) == {(r, "4/255, cut to it") for r in evasion_tables.READINGS}
+    assert {r for r, _ in told.loc["DeepFool, 0.0600"].index} == set(evasion_tables.READINGS)
+    assert {eps for _, eps in told.loc["DeepFool, 0.0600"].index} == {"4/255, cut to it"}
     assert (shown["retrain"] == "").all(), "no such arm in this table"
-    checks = evasion_tables.checks(summary)
+    checks = evasion_tables.checks(summary, p.review)
     assert list(checks.columns) == ["check", "it passes where", "passed", "arms in which it failed"]
     assert set(checks["check"]) == {name.replace("_", " ") for name in evasion_checks.QUESTIONS}
     checks = checks.set_index("check")
@@ -536,7 +721,9 @@ def test_views_of_a_summary(p):
 def test_a_check_that_fails_names_its_arm():
     rows = [("base", 1.0), ("cbam", 0.6), ("prune", 0.0)]
     summary = pd.DataFrame([{"variant": v, "value": x, "n": 5} for v, x in rows])
-    told = evasion_tables.checks(summary.assign(scenario="check", metric="converged", unit="passes"))
+    told = evasion_tables.checks(
+        summary.assign(scenario="check", metric="converged", unit="passes"), params.load().review
+    )
     assert told["passed"].tolist() == ["8 of 15 runs"]
     assert told["arms in which it failed"].tolist() == ["`cbam`, 3 of 5; `prune`, 0 of 5"]
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import VARIANTS
 from experiments.adversarial_pruning_defense.transfer import F0, MADE
 from experiments.params.adversarial_pruning_defense import EvasionParams, Review
-from medsec.evasion.sanity import QUESTIONS
+from medsec.evasion.sanity import QUESTIONS, ceiling
 from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
 
@@ -158,6 +159,26 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
     return by_arm(summary, columns, ["base", "at", "hardened_plain", "hardened"])
 
 
+def added(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
+    """What pruning and attention add to the same training without them: paired differences, one line a measure."""
+    at = eps_key(p.eps / 255)
+    measures = {
+        "AUC, clean": ("clean", "auc", ""),
+        "balanced accuracy, clean": ("clean", "balanced_accuracy", ""),
+        f"rate, PGD {p.eps:g}/255": ("pgd20", "dr_whitebox", at),
+        f"rate, AutoAttack {p.eps:g}/255": ("autoattack", "dr_whitebox", at),
+    }
+    controls = {"prune": "finetune", "prune_cbam": "finetune", "hardened": "plain"}
+    lines = []
+    for told, (scenario, metric, eps) in measures.items():
+        line = {"measure": told}
+        for arm, control in controls.items():
+            where = {"variant": arm, "scenario": scenario, "metric": f"{metric}_minus_{control}", "eps": eps}
+            line[f"{arm} − {control.replace('plain', 'hardened_plain')}"] = tables.cell(summary, 3, **where)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def distances(summary: pd.DataFrame) -> pd.DataFrame:
     """Median length of the change that turns an answer, by attacks without a cap: one line an arm."""
     attacks = {
@@ -183,6 +204,7 @@ def distances(summary: pd.DataFrame) -> pd.DataFrame:
     return lines[(lines.drop(columns="arm") != "").any(axis=1)]
 
 
+BOUND = "upper bound, any network"
 READINGS = {  # of a "defence rate": what the attacker must know, and what addresses the row
     "white-box": ("the defended network", {"metric": "dr_whitebox"}),
     "transfer, related f₀": ("a plain network with the same initial weights", {"metric": "dr_transfer"}),
@@ -218,12 +240,22 @@ def paper(summary: pd.DataFrame, p: EvasionParams, published: dict[str, float], 
     return pd.DataFrame(lines)
 
 
-def over_eps(summary: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
-    """Accuracy under PGD over eps in 255ths, and at 0 without an attack (`medsec.show.plots.curves`)."""
+def over_eps(
+    summary: pd.DataFrame, variants: list[str], twins: tuple[np.ndarray, np.ndarray] | None = None
+) -> pd.DataFrame:
+    """Accuracy under PGD over eps in 255ths, and at 0 without an attack (`medsec.show.plots.curves`).
+
+    Args:
+        twins: every patient drawn healthy and ill (`medsec.data.sources.twins`): adds what no network can exceed.
+    """
     rows = summary[summary["variant"].isin(variants) & (summary["metric"] == "accuracy") & (summary["prune"] == "")]
     rows = rows[rows["scenario"].isin(["clean", "pgd20"])]
-    x = 255 * pd.to_numeric(rows["eps"].where(rows["eps"] != "", "0"))
-    return rows.assign(name=rows["variant"], x=x)
+    x = (255 * pd.to_numeric(rows["eps"].where(rows["eps"] != "", "0"))).round(3)
+    rows = rows.assign(name=rows["variant"], x=x)
+    if twins is None:
+        return rows
+    bound = pd.DataFrame({"name": BOUND, "x": eps, "value": ceiling(*twins, eps)} for eps in sorted(set(x)))
+    return pd.concat([rows, bound.assign(low=bound["value"], high=bound["value"])])
 
 
 def over_pruning(summary: pd.DataFrame, p: EvasionParams, variants: list[str]) -> dict[str, pd.DataFrame]:

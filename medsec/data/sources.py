@@ -82,6 +82,24 @@ def _fundus(cohort: FundusCohort, size: int) -> Cohort:
     return _drawn("fundus", arrays, tuple(grades[grade] for grade in chosen), styles, source)
 
 
+def twins(name: str, cohorts: Cohorts) -> tuple[np.ndarray, np.ndarray] | None:
+    """Every patient of a drawn cohort's split ``test`` twice, healthy and with the last class's lesions: nothing else differs.
+
+    Returns:
+        Two arrays (N, C, S, S) uint8, in the order of the drawing; None for images that were not drawn.
+    """
+    if name not in ("phantom", "fundus"):
+        return None
+    cohort, chest = getattr(cohorts, name), name == "phantom"
+    drawing = medphantom.chest if chest else medphantom.fundus
+    ill = (len(medphantom.chest.CLASSES) if chest else len(medphantom.fundus.GRADES)) - 1
+    roles, letters = _roles(cohort, 2 if chest else cohort.grades, tuple(drawing.STYLES))
+    of_test = np.flatnonzero(roles["split"] == SPLITS.index("test"))
+    where = {"seed": cohort.seed, "size": cohort.size, "style": letters[of_test]}
+    pair = (drawing.render(of_test, np.full(len(of_test), label), **where).images for label in (0, ill))
+    return tuple(images[:, None] if chest else np.moveaxis(images, 3, 1) for images in pair)
+
+
 def _drawn(name: str, arrays: dict[str, np.ndarray], classes, sites, source: str) -> Cohort:
     """A cohort of our own drawing; ``arrays`` (N, …): images, labels, site, split, and the masks that there are."""
     splits = {}

@@ -192,6 +192,31 @@ def _readout(model: nn.Module, corners: Tensor) -> _Readout | None:
     return _Readout(model, w.float(), (0.5 * (score[0] + score[1:].max())).float()).eval()
 
 
+# What no network can reach --------------------------------------------------------------------------------------------
+
+
+def ceiling(one: np.ndarray, other: np.ndarray, eps: float) -> float:
+    """Upper bound of robust accuracy over pairs of images of different classes, each pair equally likely to show either.
+
+    Where two images lie at most 2 eps apart, the one half way between them lies within eps of both. A classifier gives it one
+    answer, which is wrong for one of the two: half of each such pair is lost to an attacker, whatever the network.
+
+    Args:
+        one, other: (N, C, S, S) uint8, pair by pair.
+        eps: radius of the ball (maximum norm), in 255ths.
+
+    >>> one, other = np.zeros((2, 1, 1, 1), np.uint8), np.array([8, 9], np.uint8).reshape(2, 1, 1, 1)
+    >>> ceiling(one, other, 4), ceiling(one, other, 3), ceiling(one, other, 4.5)
+    (0.75, 1.0, 0.5)
+    """
+    return float(1 - 0.5 * (largest_change(one, other) <= 2 * eps).mean())
+
+
+def largest_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(N,) largest difference at a pixel, in 255ths, of (N, C, S, S) uint8 images."""
+    return np.abs(one.astype(int) - other).max((1, 2, 3))
+
+
 # All of it ------------------------------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,12 @@ def evasion(cohort: str, arm: str, *variants: str, **keys) -> Golden:
     return recorded("04_adversarial_pruning_defense", cohort, *each)
 
 
+def transferred(cohort: str, *variants: str) -> Golden:
+    own = {"networks": 2, "other_width": 4, "steps": 3, "decay": 1.0, "diverse": 0.5, "smallest": 0.8}
+    cell = Cell("transfer", SEED, variants=variants, given={"transfer": own, "others": [1, 2]})
+    return recorded("04_adversarial_pruning_defense", cohort, cell)
+
+
 def matrix(cohort: str, *rows: str) -> Golden:
     return Golden("05_threat_matrix", cohort, lambda cohort, p: matrix_eval.rows_of(cohort, p, rows, SEED))
 
@@ -176,6 +182,7 @@ CELLS = {
     "04-clean": evasion("fundus", "arm", "finetune", "prune", "retrain", "cbam", "prune_cbam"),
     "04-robust": evasion("fundus", "arm", "at", "at_prune", "at_cbam"),
     "04-prune": evasion("fundus", "prune", "at_prune", prune=0.5),
+    "04-transfer": transferred("phantom", "base", "prune_cbam"),
     "05-none": matrix("phantom", "none", "none_again"),
     "05-server": matrix("phantom", "feddetect_released", "feddetect_described", "feddetect_hardened", "norm_clip"),
     "05-images": matrix("phantom", *SHADOW, "public_only"),
@@ -185,7 +192,7 @@ CELLS = {
     "01-summary": summary("01_backdoor_fedgan", "01-headline"),
     "02-summary": summary("02_feddetect", "02-false_alarms", "02-aggregators", "02-honest", "02-boost_liar"),
     "03-summary": summary("03_gia_defense", "03-gradients", "03-noise", "03-controls", "03-federation"),
-    "04-summary": summary("04_adversarial_pruning_defense", "04-hardened"),
+    "04-summary": summary("04_adversarial_pruning_defense", "04-hardened", "04-transfer"),
     "05-summary": summary("05_threat_matrix", "05-none", "05-server", "05-images", "05-network", "05-stacks"),
 }
 
