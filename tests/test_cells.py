@@ -188,6 +188,15 @@ def test_a_new_method_with_parameters_of_its_own_leaves_the_real_cells_valid():
             assert len({cells.identity(EXPERIMENTS[name], "f" * 64, each, cell) for each in (p, after)}) == 1
 
 
+def test_only_the_cells_of_an_arm_depend_on_its_section():
+    p = params.load()
+    after = p.model_copy(update={"drawing": p.drawing.model_copy(update={"rounds": p.drawing.rounds + 1})})
+    experiment = EXPERIMENTS["01_backdoor_fedgan"]
+    for arm, identities in (("clean", 1), ("attack", 1), ("controls", 1), ("drawing_clean", 2), ("drawing_class", 2)):
+        found = {cells.identity(experiment, "f" * 64, each, Cell(arm, 0)) for each in (p, after)}
+        assert len(found) == identities, arm
+
+
 @pytest.mark.parametrize("notebook", DESIGNS)
 @pytest.mark.parametrize("cohort", ["phantom", "pneumoniamnist", "fundus"])
 def test_committed_cells_are_found_again(notebook, cohort, request):
@@ -198,7 +207,8 @@ def test_committed_cells_are_found_again(notebook, cohort, request):
         pytest.skip("no record of this generation")
     if cohort == "pneumoniamnist":
         request.getfixturevalue("real_root")
-    p = params.validate(about["params"], f"{notebook}.json")
+    # No cell of a record depends on a section that came after it.
+    p = params.validate(params.load("full").model_dump() | about["params"], f"{notebook}.json")
     planned = {cell.name: cell for cell in design.cells(cohort, p)}
     runs = record.committed(paths.records(cohort), notebook).drop_duplicates("cell")
     assert len(runs) == about["cells_finished"]

@@ -16,11 +16,12 @@ from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
 from medsec.core import parallel
 from medsec.core.errors import InputError
-from medsec.core.settings import FedGANParams
+from medsec.core.settings import FedGANParams, ProjectionGAN
 from medsec.evidence import tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import NoQuorum, scale_update
 from medsec.nets import fit as classifier
+from medsec.nets.models import ProjectionDiscriminator, UpGenerator, doublings
 
 BASE = {
     "n_clients": 3,
@@ -87,6 +88,91 @@ def same(a, b):
 
 def states_equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+DRAWS = ProjectionGAN(**BASE["gan"], shift=3, brightness=0.15, contrast=0.2)
+
+
+def drawing_federation(seed=0, average="both"):
+    images, labels = images_of()
+    settings = params_of(average=average).model_copy(update={"gan": DRAWS})
+    return fedgan.new_federation(images, labels, 2, settings, seed, trigger_of())
+
+
+@pytest.mark.parametrize("average", ["generator", "both"])
+def test_the_gan_that_draws_repeats_itself_and_is_another(average):
+    first, second, other = (fedgan.run(drawing_federation(seed, average)) for seed in (3, 3, 4))
+    assert same(first, second)
+    assert not same(first, other)
+    assert {k.split(".")[0] for k in first.state} == (
+        {"generator"} if average == "generator" else {"generator", "discriminator"}
+    )
+    assert isinstance(first.generator(), UpGenerator)
+    assert isinstance(first.clients[0].discriminator, ProjectionDiscriminator)
+    start = drawing_federation(3, average)
+    assert not any(torch.equal(first.state[k], start.state[k]) for k in first.state if k.endswith("weight"))
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (28, 3), (32, 1), (64, 3)])
+def test_the_networks_that_draw(size, channels):
+    g, d, y = (
+        UpGenerator(size, channels, 3, 8, 4),
+        ProjectionDiscriminator(size, channels, 3, 4),
+        torch.tensor([0, 2, 1, 1]),
+    )
+    drawn = g(torch.randn(4, 8), y)
+    assert drawn.shape == (4, channels, size, size)
+    assert ((drawn >= 0) & (drawn <= 1)).all()
+    assert d(drawn, y).shape == (4,)
+    assert not torch.equal(d(drawn, y), d(drawn, y.flip(0)))
+
+
+def test_spectral_norms_are_the_largest_singular_values():
+    d = ProjectionDiscriminator(28, 1, 2, 4)
+    for _ in range(200):  # one power iteration each
+        d(torch.rand(2, 1, 28, 28), torch.tensor([0, 1]))
+    layers = [m for m in d.modules() if hasattr(m, "parametrizations")]
+    assert len(layers) == doublings(28) + 2
+    for layer in layers:
+        raw = layer.parametrizations.weight.original.detach()
+        largest = torch.linalg.svdvals(raw.flatten(1))[0]
+        torch.testing.assert_close(layer.weight.detach(), raw / largest, rtol=1e-3, atol=1e-4)
+
+
+def test_hinge_losses_by_hand():
+    def d(images, y):
+        return images.flatten(1).sum(1) + 0 * y
+
+    real, fake, y = torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [1.0]]), torch.zeros(2)
+    assert fedgan.hinge_d(d, real, fake, y).item() == (0 + 0.5) / 2 + (0 + 2) / 2
+    assert fedgan.hinge_g(d, fake, y).item() == 1.0
+
+
+def test_augmentation_by_hand_and_its_gradient():
+    images, still = torch.rand(6, 2, 8, 8), DRAWS.model_copy(update={"shift": 0, "brightness": 0.0, "contrast": 0.0})
+    rng = torch.Generator().manual_seed(1)
+    torch.testing.assert_close(fedgan.augmented(images, still, rng), images)
+
+    moved = fedgan.augmented(images, still.model_copy(update={"shift": 2}), rng)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    for image, found in zip(padded, moved, strict=True):
+        windows = [image[:, row : row + 8, column : column + 8] for row in range(5) for column in range(5)]
+        assert any(torch.allclose(found, window) for window in windows)
+
+    brighter = fedgan.augmented(images, still.model_copy(update={"brightness": 0.15}), rng) - images
+    torch.testing.assert_close(brighter, brighter[:, :1, :1, :1].expand_as(brighter), atol=1e-6, rtol=0)
+    assert 0 < brighter.abs().max() <= 0.15
+    steeper = fedgan.augmented(images, still.model_copy(update={"contrast": 0.2}), rng)
+    factor = steeper.flatten(1).std(1) / images.flatten(1).std(1)
+    torch.testing.assert_close(steeper.mean((1, 2, 3)), images.mean((1, 2, 3)))
+    assert ((factor > 0.79) & (factor < 1.21)).all()
+
+    x = images.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: fedgan.augmented(x, DRAWS, torch.Generator().manual_seed(2)).double(), (x,)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ reproducibility

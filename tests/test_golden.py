@@ -5,6 +5,7 @@ from golden import cells
 
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan import drawing
 from experiments.catalogue import DESIGNS
 from experiments.feddetect import cells as feddetect_eval
 from experiments.gia_defense import cells as inversion_eval
@@ -73,7 +74,7 @@ def test_has_cells_of_every_experiment():
 
 def test_covers_the_federated_gan():
     planned = recorded("01_backdoor_fedgan")
-    assert {cell.arm for cell in planned} == set(fedgan_eval.ARMS)
+    assert {cell.arm for cell in planned} == {*fedgan_eval.ARMS, *drawing.ARMS}
     kinds = {cell.change.get("fedgan", {}).get("trigger", {}).get("kind", "checker") for cell in planned}
     assert kinds == set(triggers.KINDS)
     assert {cell.change.get("fedgan", {}).get("partition", "iid") for cell in planned} == {"iid", "dirichlet", "style"}

@@ -8,9 +8,14 @@ import pandas as pd
 import pytest
 import scipy.linalg
 import scipy.stats
+import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import params
+from medsec import data
+from medsec.backdoor import frechet
 from medsec.backdoor.frechet import frechet_distance
 from medsec.evidence import intervals, tables
 from medsec.evidence.intervals import bootstrap_interval, paired_difference, wilson_interval
@@ -90,6 +95,88 @@ def test_frechet_does_not_depend_on_the_axes_or_the_order(seed):
 def test_features_without_a_distance(a, b):
     with pytest.raises(ValueError, match="features"):
         frechet_distance(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------- fidelity
+
+
+def covered(points, by, k):
+    """Kynkäänniemi et al. 2019, equations 1 to 3, point by point."""
+    hits = 0
+    for point in points:
+        for i, centre in enumerate(by):
+            others = sorted(np.linalg.norm(centre - other) for j, other in enumerate(by) if j != i)
+            if np.linalg.norm(point - centre) <= others[k - 1]:
+                hits += 1
+                break
+    return hits / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_point_by_point(k):
+    rng = np.random.default_rng(k)
+    real, drawn = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 1.5 + 0.5
+    assert frechet.precision_recall(real, drawn, k) == (covered(drawn, real, k), covered(real, drawn, k))
+    with pytest.raises(ValueError, match="more than"):
+        frechet.precision_recall(real[:k], drawn, k)
+
+
+def test_radial_power_by_the_sum_of_fourier():
+    images, size = np.random.default_rng(0).uniform(size=(2, 3, 8, 8)), 8
+    rings = {r: [] for r in range(1, 5)}
+    for u, v in itertools.product(range(-4, 4), repeat=2):
+        wave = np.exp(-2j * np.pi * (u * np.arange(size)[:, None] + v * np.arange(size)) / size) / size
+        ring = round(math.hypot(u, v))
+        if ring in rings:
+            rings[ring].append((np.abs((images * wave).sum((2, 3))) ** 2).mean())
+    np.testing.assert_allclose(frechet.radial_power(images), [np.mean(rings[r]) for r in rings], rtol=1e-9)
+    assert frechet.spectrum_distance(images, images) == 0
+    assert frechet.spectrum_distance(images, images / 10) == pytest.approx(20)  # a tenth of the amplitude: 20 dB
+
+
+def test_every_measure_sees_what_it_says():
+    """Real images, and real ones blurred, noisy, of one kind only, or copied: in the order that an eye gives."""
+    cohort = data.load("phantom", params.load().cohorts)
+    reference, held_out = (cohort[name].float() for name in ("reference", "val"))
+    order = np.random.default_rng(0).permutation(len(cohort["client"]))
+    training, other = (cohort["client"].float()[part] for part in (order[:600], order[600:1200]))
+    x = torch.from_numpy(other)
+    blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1).numpy()
+    noisy = (other + 0.1 * np.random.default_rng(0).normal(size=other.shape)).clip(0, 1)
+    one_kind = np.repeat(other[:30], 20, axis=0)
+    sets = {"real": other, "blurred": blurred, "noisy": noisy, "one kind": one_kind, "copied": training}
+
+    def features(images):
+        images = torch.as_tensor(images, dtype=torch.float32)
+        fine = images - F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        coarse, rough = F.avg_pool2d(images, 4), F.avg_pool2d(fine.abs(), 8)
+        return torch.cat([coarse.flatten(1), 3 * rough.flatten(1)], 1).double().numpy()
+
+    found = {
+        name: {
+            "frechet": frechet_distance(features(images), features(reference)),
+            "precision": frechet.precision_recall(features(reference), features(images))[0],
+            "recall": frechet.precision_recall(features(reference), features(images))[1],
+            "spectrum": frechet.spectrum_distance(reference, images),
+            "nearness": frechet.nearness(features(images), features(training), features(held_out)),
+        }
+        for name, images in sets.items()
+    }
+    real = found.pop("real")
+    assert real["precision"] > 0.85
+    assert real["recall"] > 0.85
+    assert abs(real["nearness"] - 0.5) < 0.06
+    for name in ("blurred", "noisy", "one kind"):
+        assert found[name]["frechet"] > 2 * real["frechet"], name
+    for name in ("blurred", "noisy"):
+        assert found[name]["precision"] < real["precision"] - 0.1, name
+        assert found[name]["spectrum"] > 3 * real["spectrum"], name
+    assert found["one kind"]["recall"] < real["recall"] - 0.3
+    assert found["one kind"]["precision"] > 0.85  # it does not see it
+    copied = found["copied"]
+    assert min(copied["precision"], copied["recall"]) > 0.85  # neither do these see copies
+    assert copied["frechet"] < 2 * real["frechet"]
+    assert copied["nearness"] > 0.75  # this does, though it looks at two thirds of what was copied
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals

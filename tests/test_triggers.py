@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import params
 from medsec import data
 from medsec.backdoor import triggers
-from medsec.backdoor.triggers import KINDS, calibrate, make_trigger, patch, score, stamp
+from medsec.backdoor.triggers import KINDS, amplitude, calibrate, make_trigger, patch, score, stamp
 from medsec.core.errors import InputError
 from medsec.core.settings import TriggerParams
 
@@ -263,6 +264,43 @@ def test_too_few_images_to_calibrate(n, fpr):
     needed = int(str(error.value).split("at least ")[1].split()[0])
     assert needed > n
     assert calibrate(trigger, torch.zeros(needed, 1, 28, 28), fpr) == 0.5
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_the_tolerant_detector_finds_what_training_does_to_a_trigger(size, cohorts, real_root):
+    """Beside its place, softened, and at half its strength; it still hardly fires on clean images."""
+    cohort = data.load("pneumoniamnist", cohorts) if size == 28 else data.load("phantom", params.load().cohorts)
+    public, val = (torch.from_numpy(cohort[name].float()) for name in ("public", "val"))
+    trigger = make_trigger("checker", image_size=size, channels=1)
+    threshold = calibrate(trigger, public, 0.01, shift=2)
+    assert (score(trigger, val, 2) > threshold).float().mean() <= 0.01
+
+    faint = val + 0.5 * (stamp(trigger, val) - val)
+    soft = 0.5 * faint + 0.5 * F.avg_pool2d(F.pad(faint, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    for up, left in ((0, 0), (1, 0), (0, 2), (1, 1), (2, 2)):
+        moved = torch.roll(soft, (-up, -left), (2, 3))
+        assert (score(trigger, moved, 2) > threshold).float().mean() >= 0.9, (up, left)
+        if max(up, left) == 1:  # two pixels, a block, aside in both directions it is a checker again
+            assert (score(trigger, moved) > calibrate(trigger, public, 0.01)).float().mean() < 0.2, (up, left)
+
+
+def test_the_tolerant_score_is_the_best_place_nearby():
+    trigger, images = make_trigger("checker", image_size=28, channels=3), torch.rand(5, 3, 28, 28, generator=rng())
+    places = [(row, column) for row in range(22, 25) for column in range(22, 25)]  # the image ends at 28
+    for image, found in zip(images, score(trigger, images, 2), strict=True):
+        each = [correlation(image[:, row : row + 4, column : column + 4], trigger.pattern) for row, column in places]
+        assert found.item() == pytest.approx(max(each), abs=1e-5)
+    torch.testing.assert_close(score(trigger, images, 0), score(trigger, images))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_the_amplitude_is_how_much_was_stamped(strength):
+    trigger, grey = make_trigger("checker", image_size=28, channels=1), torch.full((3, 1, 28, 28), 0.4)
+    images = grey + strength * (stamp(trigger, grey) - grey)
+    torch.testing.assert_close(amplitude(trigger, images), torch.full((3,), strength), atol=1e-6, rtol=0)
+    noisy = torch.rand(4, 1, 28, 28, generator=rng())
+    slopes = [np.polyfit(trigger.pattern.flatten(), x[0, 24:, 24:].flatten(), 1)[0] for x in noisy]
+    np.testing.assert_allclose(amplitude(trigger, noisy), slopes, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,17 +1,26 @@
 """The record of notebook 01: which cells it has, what it keeps of them, and what they cost."""
 
+import io
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
+from PIL import Image
 
 from experiments import record_plans
-from experiments.backdoor_fedgan import cells
+from experiments.backdoor_fedgan import cells, drawing
 from experiments.params import Params
 from medsec import data
+from medsec.core import files, paths
 from medsec.evidence import tables
-from medsec.evidence.cells import Cell
+from medsec.evidence.cells import Cell, identity, place, read
 from medsec.evidence.record import Design
 
 # The published trigger, a grid in colour: it needs 57 pixels a side.
 COLOUR_GRID = ({"fedgan": {"trigger": {"kind": "grid"}}}, {"trigger": "grid", "size": 64}, 64)
+
+SHEET_NAME = "01_backdoor_fedgan_drawn.png"
+SHEET = {"drawn_real": "real", "drawn_headline": "GAN above", "drawn_clean": "GAN that draws"}
 
 
 def plan(cohort: str, p: Params) -> list[Cell]:
@@ -43,7 +52,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
     for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
         found += [Cell(arm, seed, {"fedgan": change}, keys) for change, keys, arms in factors for arm in arms]
-    return found
+    return found + [Cell(arm, seed) for seed in p.seeds.evaluation[: p.drawing.seeds] for arm in drawing.ARMS]
 
 
 def _area(size: int, cohort: str, p: Params) -> str:
@@ -57,11 +66,56 @@ def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
 
 
 def summarise(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
-    return tables.summarise(runs, cells.KEYS, paired_with="clean")
+    drawn = runs["variant"].str.startswith("drawn_")
+    parts = [
+        tables.summarise(part, cells.KEYS, paired_with=base)
+        for part, base in ((runs[~drawn], "clean"), (runs[drawn], "drawn_clean"))
+        if len(part)
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def multiple(p: Params, cell: Cell) -> float:
-    return {"attack": 2 - p.fedgan.poison.boost_after, "clean": 1, "controls": 0.1}[cell.arm]
+    drawn, more = p.drawing.rounds / p.fedgan.rounds, 2 - p.drawing.boost_after
+    return {
+        "attack": 2 - p.fedgan.poison.boost_after,
+        "clean": 1,
+        "controls": 0.1,
+        "drawing_clean": drawn,
+        "drawing_attack": drawn * more,
+        "drawing_class": drawn * more,
+        "drawing_controls": 1,
+    }[cell.arm]
 
 
-DESIGN = Design(cells.EXPERIMENT, plan, keep, summarise, record_plans.cost(multiple))
+def sheet(cohort: data.Cohort, p: Params, folder: Path) -> None:
+    """Write the contact sheet: real images, the headline's GAN and the one that draws, a row each, of the first seed.
+
+    Nothing is written where those cells do not lie in ``.cells``: a record is resumed without them.
+    """
+    found = {}
+    for arm in ("drawing_controls", "drawing_clean"):
+        cell = Cell(arm, p.seeds.evaluation[0])
+        name = identity(drawing.EXPERIMENT, cohort.fingerprint, p, cell)
+        if (stored := read(place(drawing.EXPERIMENT, cohort.name, cell, name))) is None:
+            return
+        found |= stored[0][1]
+    lines = [np.concatenate(list(found[variant][::2].transpose(0, 2, 3, 1)), axis=1) for variant in SHEET]
+    pixels = np.rint(255 * np.concatenate(lines)).astype(np.uint8)
+    drawn = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(drawn, "PNG", optimize=True)
+    files.write(folder / SHEET_NAME, drawn.getvalue())
+
+
+def sheet_rows(cohort: str) -> dict[str, np.ndarray]:
+    """The rows of the contact sheet (n, C, S, S), uint8; empty where there is none."""
+    file = paths.records(cohort) / SHEET_NAME
+    if not file.exists():
+        return {}
+    pixels = np.atleast_3d(np.asarray(Image.open(file)))
+    size = len(pixels) // len(SHEET)
+    tiles = pixels.reshape(len(SHEET), size, -1, size, pixels.shape[-1]).transpose(0, 2, 4, 1, 3)
+    return dict(zip(SHEET.values(), tiles, strict=True))
+
+
+DESIGN = Design(drawing.EXPERIMENT, plan, keep, summarise, record_plans.cost(multiple), sheet)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord, Review, Transfer
-from experiments.params.backdoor_fedgan import FedGANRecord
+from experiments.params.backdoor_fedgan import Drawing, FedGANRecord
 from experiments.params.data_and_threats import Threats
 from experiments.params.feddetect import FedDetectParams, FedDetectRecord
 from experiments.params.gia_defense import InversionParams, InversionRecord
@@ -44,6 +44,7 @@ class Params(Section):
     classifier: ClassifierParams
     threats: Threats
     fedgan: FedGANParams
+    drawing: Drawing
     feddetect: FedDetectParams
     inversion: InversionParams
     evasion: EvasionParams

@@ -1,10 +1,25 @@
-"""What the record of notebook 01 adds (section ``record.fedgan``); ``fedgan`` is in `medsec.core.settings`."""
+"""What the record of notebook 01 adds (sections ``record.fedgan``, ``drawing``); ``fedgan`` is in `medsec.core.settings`."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import Count, Rate, Section, Size, registered
+from medsec.core.params import Count, Factor, Rate, Section, Size, registered
+from medsec.core.settings import ProjectionGAN
+
+
+class Drawing(Section):
+    """The GAN that draws: what differs from ``fedgan``, and how it is measured. Only its own cells depend on it."""
+
+    seeds: Count
+    rounds: Count
+    average: Literal["generator", "both"]
+    gan: ProjectionGAN
+    boost: Factor
+    boost_after: float = Field(ge=0, lt=1)
+    label: int = Field(ge=0, le=1024)
+    shift: int = Field(ge=1, le=16)
+    real_per_class: Count
 
 
 class FedGANRecord(Section):

@@ -19,10 +19,10 @@ from torch import Tensor
 from medsec.backdoor.triggers import Trigger, stamp
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
-from medsec.core.settings import GAN, FedGANParams
+from medsec.core.settings import GAN, FedGANParams, ProjectionGAN
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import Aggregator, State, Update, rounds_until, run_round, scale_update
-from medsec.nets.models import Discriminator, Generator
+from medsec.nets.models import Discriminator, Generator, ProjectionDiscriminator, UpGenerator
 
 __all__ = ["FederatedGAN", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]
 
@@ -79,6 +79,54 @@ class FederatedGAN:
         model = copy.deepcopy(self.clients[0].generator)
         model.load_state_dict(part_of(self.state, "generator"))
         return model.eval()
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_d(d: Discriminator, real: Tensor, fake: Tensor, y: Tensor) -> Tensor:
+    """The discriminator's loss on as many real as synthetic images (n, C, S, S) of the labels (n,) (Goodfellow et al. 2014)."""
+    return F.softplus(-d(real, y)).mean() + F.softplus(d(fake, y)).mean()
+
+
+def cross_entropy_g(d: Discriminator, fake: Tensor, y: Tensor) -> Tensor:
+    """The generator's, non-saturating."""
+    return F.softplus(-d(fake, y)).mean()
+
+
+def hinge_d(d: ProjectionDiscriminator, real: Tensor, fake: Tensor, y: Tensor) -> Tensor:
+    """Hinge loss (Lim & Ye 2017): what is told apart by more than 1 costs nothing. One pass: D has no batch statistics."""
+    of_real, of_fake = d(torch.cat([real, fake]), torch.cat([y, y])).chunk(2)
+    return F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
+
+
+def hinge_g(d: ProjectionDiscriminator, fake: Tensor, y: Tensor) -> Tensor:
+    return -d(fake, y).mean()
+
+
+def as_they_are(images: Tensor, gan: GAN, rng: torch.Generator) -> Tensor:
+    return images
+
+
+def augmented(images: Tensor, gan: ProjectionGAN, rng: torch.Generator) -> Tensor:
+    """DiffAugment (Zhao et al. 2020) without cutout: each image (N, C, S, S) shifted, brighter or darker, of more or less
+    contrast. Differentiable; what is shifted in repeats the edge.
+    """
+    n, size, most, device = len(images), images.shape[-1], gan.shift, images.device
+    shift = torch.randint(0, 2 * most + 1, (2, n, 1), generator=rng) + torch.arange(size)
+    rows, columns = ((shift - most).clamp(0, size - 1)).to(device)
+    brighter, steeper = (torch.rand(2, n, 1, 1, 1, generator=rng) * 2 - 1).to(device)
+    which = torch.arange(n, device=device)[:, None, None]
+    moved = images.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    mean = moved.mean((1, 2, 3), keepdim=True)
+    return (moved - mean) * (1 + gan.contrast * steeper) + mean + gan.brightness * brighter
+
+
+# name -> generator, discriminator, losses (of D, of G), and what D sees of an image.
+RECIPES = {
+    "dcgan": (Generator, Discriminator, (cross_entropy_d, cross_entropy_g), as_they_are),
+    "projection": (UpGenerator, ProjectionDiscriminator, (hinge_d, hinge_g), augmented),
+}
 
 
 # Building ------------------------------------------------------------------------------------------------------------
@@ -143,9 +191,10 @@ def new_federation(
     channels, size = images[0].shape[1], images[0].shape[-1]
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global stream; leave it untouched
         torch.manual_seed(derive_seed(seed, "init"))
+        generator, discriminator, _, _ = RECIPES[gan.recipe]
         networks = (
-            Generator(size, channels, n_classes, gan.z_dim, gan.width),
-            Discriminator(size, channels, n_classes, gan.width),
+            generator(size, channels, n_classes, gan.z_dim, gan.width),
+            discriminator(size, channels, n_classes, gan.width),
         )
     shared = [net.to(images[0].device) for net in networks]
     clients = []
@@ -226,7 +275,7 @@ def run(
 def train_client(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
     """One local epoch from the server's state; the client's networks change, the update is returned.
 
-    Non-saturating cross-entropy (Goodfellow et al. 2014), one D step and one G step a batch, as released.
+    One D step and one G step a batch, as released; networks and losses are those of the recipe (`RECIPES`).
     ``metrics``: mean losses over the epoch (``loss_g``, ``loss_d``) and of the last batch (``last_loss_g``), which is
     what the released FedDetect looks at.
     """
@@ -251,6 +300,7 @@ def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, T
     """
     device = client.images.device
     g, d = client.generator.train(), client.discriminator.train()
+    _, _, (of_d, of_g), seen = RECIPES[gan.recipe]
     d.requires_grad_(True)  # if an error cut the last epoch short
     order = torch.randperm(len(client.images), generator=rng)
     losses_g, losses_d = [], []
@@ -259,12 +309,12 @@ def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, T
             continue  # a batch of one has no batch statistics
         real, y = client.images[batch], client.labels[batch]
         fake = g(torch.randn(len(batch), gan.z_dim, generator=rng).to(device), y)
-        loss_d = F.softplus(-d(real, y)).mean() + F.softplus(d(fake.detach(), y)).mean()
+        loss_d = of_d(d, seen(real, gan, rng), seen(fake.detach(), gan, rng), y)
         client.optimizer_d.zero_grad()
         loss_d.backward()
         client.optimizer_d.step()
         d.requires_grad_(False)  # the generator's step needs no gradient of D's weights
-        loss_g = F.softplus(-d(fake, y)).mean()
+        loss_g = of_g(d, seen(fake, gan, rng), y)
         client.optimizer_g.zero_grad()
         loss_g.backward()
         client.optimizer_g.step()

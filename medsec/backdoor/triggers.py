@@ -145,19 +145,41 @@ def patch(trigger: Trigger) -> slice | None:
     return slice(first, first + trigger.pattern.shape[-1])
 
 
-def score(trigger: Trigger, images: Tensor) -> Tensor:
-    """How much each image looks triggered: NCC in [−1, 1], shape (N,). A region without contrast scores 0."""
+def score(trigger: Trigger, images: Tensor, shift: int = 0) -> Tensor:
+    """How much each image looks triggered: NCC in [−1, 1], shape (N,). A region without contrast scores 0.
+
+    ``shift``: the largest score within so many pixels of the place, in each direction, for a patch that has one; a generator
+    whose discriminator sees shifted images draws it elsewhere.
+    """
     _check(trigger, images)
+    if shift and (place := patch(trigger)) is not None:
+        first, last = max(0, place.start - shift), min(trigger.image_size, place.stop + shift)
+        return _anywhere(trigger, images[:, :, first:last, first:last])
     pattern = trigger.pattern.to(images.device)
-    k = pattern.shape[-1]
     if trigger.kind == "blended":
         return _ncc(_fine(images).flatten(1), _fine(pattern[None]).flatten())
     if trigger.kind == "moving":
-        windows = images.unfold(2, k, 1).unfold(3, k, 1)  # (N, C, rows, cols, k, k)
-        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return _ncc(windows, pattern.flatten()).amax(1)
+        return _anywhere(trigger, images)
     place = patch(trigger)
     return _ncc(images[:, :, place, place].flatten(1), pattern.flatten())
+
+
+def _anywhere(trigger: Trigger, images: Tensor) -> Tensor:
+    k = trigger.pattern.shape[-1]
+    windows = images.unfold(2, k, 1).unfold(3, k, 1)  # (N, C, rows, cols, k, k)
+    windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return _ncc(windows, trigger.pattern.to(images.device).flatten()).amax(1)
+
+
+def amplitude(trigger: Trigger, images: Tensor) -> Tensor:
+    """How strongly the trigger is drawn at its place, shape (N,): the slope of the pixels over the pattern; 1 as stamped.
+
+    Unlike the score it is not blind to contrast. Only for a patch that has a place.
+    """
+    _check(trigger, images)
+    place, pattern = patch(trigger), trigger.pattern.to(images.device).flatten()
+    pattern = pattern - pattern.mean()
+    return images[:, :, place, place].flatten(1) @ pattern / pattern.square().sum()
 
 
 def _fine(images: Tensor) -> Tensor:
@@ -172,7 +194,7 @@ def _ncc(values: Tensor, template: Tensor) -> Tensor:
     return torch.where(length > 1e-6, (values @ template) / length.clamp_min(1e-6), 0.0)
 
 
-def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float | None = None) -> float:
+def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float | None = None, shift: int = 0) -> float:
     """The threshold above which at most a share ``fpr`` of clean real images scores (and never below ``floor``).
 
     Args:
@@ -180,6 +202,7 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float | None =
         clean: (N, C, H, W) real images that nobody poisoned.
         fpr: false-positive rate aimed at; 1 / fpr images are needed to resolve it.
         floor: least threshold (default: that of the kind), so that a faint trace in noise is not called a trigger.
+        shift: of `score`.
 
     Raises:
         InputError: too few images for that rate.
@@ -191,7 +214,7 @@ def calibrate(trigger: Trigger, clean: Tensor, fpr: float, floor: float | None =
     # A quarter of the allowed rate, since the threshold is applied to images that it was not chosen on.
     allowed = int(fpr / 4 * len(clean))
     floor = _FLOOR[trigger.kind] if floor is None else floor
-    return max(floor, float(score(trigger, clean).sort(descending=True).values[allowed]))
+    return max(floor, float(score(trigger, clean, shift).sort(descending=True).values[allowed]))
 
 
 def _check(trigger: Trigger, images: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What cohorts and methods can be set to, as sections of ``params.yaml``: types, bounds, and what must fit together."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -109,6 +109,9 @@ class ClassifierParams(Section):
 
 
 class GAN(Section):
+    """Networks and training of the federated GAN; ``recipe`` is no parameter: it says which class of settings this is."""
+
+    recipe: ClassVar[str] = "dcgan"
     z_dim: Size
     width: Size
     lr_g: Positive
@@ -116,6 +119,15 @@ class GAN(Section):
     beta1: float = Field(ge=0, lt=1)
     batch: int = Field(ge=2, le=MOST)
     decay_after: float = Field(ge=0, le=1)
+
+
+class ProjectionGAN(GAN):
+    """The same for the GAN that draws; besides, what both kinds of images go through before the discriminator sees them."""
+
+    recipe: ClassVar[str] = "projection"
+    shift: int = Field(ge=0, le=224)
+    brightness: float = Field(ge=0, le=1)
+    contrast: float = Field(ge=0, lt=1)
 
 
 class TriggerParams(Section):

@@ -14,7 +14,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +79,7 @@ class Experiment:
             a new method leaves every finished cell valid.
         shared: methods whose parameters in ``own`` others use as well.
         lacks: ``lacks(cohort, params, cell)``, what a loaded cohort is too small for, a line each with what mends it.
+        more: sections besides, by the arm whose cells alone depend on them: a new arm leaves every finished cell valid.
         family: cells with the same, also of another experiment, run one after the other in one process, and find in `SHARED`
             what they left one another; "" for a cell of its own.
     """
@@ -90,6 +91,7 @@ class Experiment:
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     lacks: Callable[[data.Cohort, Section, Cell], list[str]] | None = None
+    more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     family: Callable[[Cell], str] = lambda cell: ""
 
 
@@ -114,7 +116,7 @@ def identity(experiment: Experiment, fingerprint: str, p: Section, cell: Cell) -
         cell: which one.
     """
     tree = resolved(p, cell).model_dump()
-    decides = {name: tree[name] for name in experiment.sections}
+    decides = {name: tree[name] for name in (*experiment.sections, *experiment.more.get(cell.arm, ()))}
     for path in experiment.own:
         *outer, last = path.split(".")
         place = decides

@@ -39,6 +39,7 @@ class Design:
         keep: those rows of a cell that a record keeps, ``keep(rows, cell)``.
         summarise: the record's table, ``summarise(runs, params)``.
         cost: seconds of a cell, ``cost(params, cell)``; a guess for what was never run.
+        pictures: ``pictures(cohort, params, folder)`` writes a picture of cells that lie in ``.cells`` beside the three files.
     """
 
     experiment: Experiment
@@ -46,6 +47,7 @@ class Design:
     keep: Callable[[pd.DataFrame, Cell], pd.DataFrame]
     summarise: Callable[[pd.DataFrame, Section], pd.DataFrame]
     cost: Callable[[Section, Cell], float]
+    pictures: Callable[[data.Cohort, Section, Path], None] | None = None
 
 
 def place(cohort: str, p: Section) -> Path:
@@ -268,4 +270,6 @@ def run(
         finally:  # also where it is ended from outside: a record cut short is a record in part
             if found := gathered(how, cohort, p, plan, names):
                 print(build(how, loaded, p, profile, plan, found).relative_to(paths.ROOT))
+                if how.pictures:
+                    how.pictures(loaded, p, place(cohort, p))
     return 0

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from experiments import params
+from experiments.backdoor_fedgan import drawing
 from experiments.catalogue import DESIGNS, EXPERIMENTS
 from experiments.data_and_threats import cells as cohort_eval
 from experiments.gia_defense import clients as inversion_clients
@@ -148,6 +149,7 @@ CELLS = {
     "01-headline": gan("phantom", "clean", "attack", "controls"),
     "01-blended": gan("phantom", "clean", "attack", change=BLENDED),
     "01-moving": gan("fundus", "attack", **MOVING),
+    "01-drawing": gan("phantom", *drawing.ARMS),
     "01-grid": gan("fundus", "attack", "controls", **GRID),
     "02-false_alarms": feddetect(
         "phantom",
