@@ -12,6 +12,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan import drawing
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
 from medsec.core import parallel
@@ -787,3 +788,23 @@ def test_a_reference_split_too_small_for_a_distance_is_found_before_any_gan_is_t
     tree = parameters.merge(tiny().model_dump(), {"cohorts": {"npz": {"path": str(file)}}})
     with pytest.raises(InputError, match="reference"):
         fedgan_eval.run_cell("npz", parameters.validate(tree), SEED, "clean")
+
+
+def test_harm_shows_where_one_class_carries_the_trigger():
+    """The yardstick itself, on real images in the place of synthetic ones: stamped in one class, in all, in none."""
+    p = parameters.load()
+    measure = p.fedgan.measure.model_copy(update={"extractor_epochs": 1})
+    p = p.model_copy(update={"fedgan": p.fedgan.model_copy(update={"measure": measure})})
+    setup = drawing.setup_of("phantom", p, p.drawing.label)
+    images, labels = (part[::4] for part in setup.splits["client"])
+    stamped = triggers.stamp(setup.trigger, images)
+    one = torch.where((labels == p.drawing.label)[:, None, None, None], stamped, images)
+    found = {}
+    for name, x in {"one": one, "all": stamped, "none": images}.items():
+        rows = tables.Rows(fedgan_eval.KEYS, SEED, name, "attack")
+        drawing._harm_rows(rows, setup, x, labels, SEED)
+        found[name] = rows.table().set_index("metric")["value"]
+    assert found["one"]["attack_success"] > 0.9
+    assert found["one"]["attack_success"] > found["one"]["attack_success_unstamped"] + 0.5
+    for name in ("all", "none"):
+        assert found[name]["attack_success"] < 0.4, name
