@@ -94,7 +94,14 @@ def test_covers_every_defence_of_images_and_gradients():
     trained = {v for cell in recorded("03_gia_defense") if cell.arm == "federation" for v in cell.variants}
     assert trained == set(cells.TRAINED)
     assert column("03", "attack") >= {"dlg", "ig", "bn", "prior", *inversion_eval.ADAPTIVE}
-    assert {cell.arm for cell in recorded("03_gia_defense")} == {"attack", "federation", "rounds", "strength"}
+    assert {cell.arm for cell in recorded("03_gia_defense")} == {
+        "attack",
+        "federation",
+        "rounds",
+        "strength",
+        "fingerprint",
+        "fingerprint_later",
+    }
 
 
 def test_covers_every_arm_and_attack_of_evasion():

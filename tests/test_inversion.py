@@ -14,7 +14,7 @@ from torch import nn
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import InversionSettings
-from medsec.inversion import attacks, defences
+from medsec.inversion import attacks, defences, fingerprint
 from medsec.inversion import scores as reconstruction
 from medsec.inversion.attacks import (
     ATTACKS,
@@ -429,3 +429,132 @@ def test_examples_in_docstrings(module):
     outcome = doctest.testmod(module)
     assert outcome.attempted
     assert not outcome.failed
+
+
+# Whose gradient is it, without a reconstruction -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    """(network, images, labels, gradients in one row each by a plain loop)."""
+    model, x, y = network(), smooth(30, seed=5), torch.arange(30) % 2
+    return model, x, y, torch.stack([plain(model, x[i : i + 1], y[i : i + 1]) for i in range(30)])
+
+
+def plain(model, x, y):
+    return convnet.flat(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
+
+
+def everybody(scores):
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+def test_a_gallery_is_what_a_plain_loop_gives_and_a_match_the_cosine(candidates, monkeypatch):
+    model, x, y, rows = candidates
+    monkeypatch.setattr(fingerprint, "TOGETHER", 7)
+    torch.testing.assert_close(fingerprint.each_gradient(model, x, y), rows, rtol=1e-4, atol=1e-6)
+    noisy = rows[:4] + 0.01 * torch.randn(4, rows.shape[1], generator=rng(1))
+    naive = torch.tensor([[float(torch.dot(r, g) / r.norm() / g.norm()) for g in rows] for r in noisy])
+    torch.testing.assert_close(fingerprint.Gallery(rows).match(noisy), naive, rtol=1e-4, atol=1e-5)
+    sent = noisy * (noisy.abs() > noisy.abs().quantile(0.9, dim=1, keepdim=True))
+    naive = torch.stack([torch.cosine_similarity(r[None, r != 0], rows[:, r != 0]) for r in sent])
+    torch.testing.assert_close(fingerprint.Gallery(rows).match(sent, sent_only=True), naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [None, 20], ids=["more entries than candidates", "fewer"])
+def test_a_joint_fit_is_ridge_regression(candidates, entries):
+    rows = candidates[3][:, :entries].double()
+    seen = (rows[:4].mean(0) + 1e-3 * torch.randn(rows.shape[1], generator=rng(2)))[None]
+    fit = torch.linalg.lstsq(rows.T, seen[0]).solution
+    n, p = rows.shape
+    noise = (seen[0] - rows.T @ fit).square().sum() / (p - n) if p > n else 0.0
+    values = torch.linalg.eigvalsh(rows @ rows.T)
+    penalty = max(float(noise) * 4 * n, fingerprint.FLOOR * float(values.max()))
+    inner = rows.T @ rows + penalty * torch.eye(p, dtype=torch.float64)
+    naive = rows @ torch.linalg.solve(inner, seen[0])
+    found = fingerprint.Gallery(rows.float()).joint(seen.float(), 4)[0].double()
+    torch.testing.assert_close(found, naive, rtol=0.02, atol=float(naive.abs().max()) * 2e-3)
+
+
+def test_the_undefended_are_found_in_any_batch_and_nobody_in_noise(candidates):
+    rows = candidates[3]
+    gallery, n = fingerprint.Gallery(rows), len(rows)
+    for batch in (1, 2, 5):
+        members = torch.randperm(n, generator=rng(batch)).view(-1, batch)
+        scores = gallery.joint(rows[members].mean(1), batch)
+        assert fingerprint.identified(scores, members, everybody(scores), 1).mean() == 1
+        area, rate = fingerprint.membership(scores, members, everybody(scores), 0.01)
+        assert area.min() == rate.min() == 1
+    members = torch.arange(n).repeat(40)[:, None]
+    for scores in (gallery.match, lambda r: gallery.joint(r, 1)):
+        noise = scores(torch.randn(len(members), rows.shape[1], generator=rng(3)))
+        for most in (1, 10):
+            by_luck = fingerprint.chance(everybody(noise), 1, most)
+            assert by_luck == pytest.approx(most / n)
+            found = fingerprint.identified(noise, members, everybody(noise), most).mean()
+            assert found == pytest.approx(by_luck, abs=4 * (by_luck * (1 - by_luck) / len(members)) ** 0.5)
+        area, rate = fingerprint.membership(noise, members, everybody(noise), 0.1)
+        assert area.mean() == pytest.approx(0.5, abs=0.04)
+        assert rate.mean() == pytest.approx(0.1, abs=0.04)
+
+
+def test_who_is_first_by_hand():
+    scores = torch.tensor([[3.0, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    members, all_of_them = torch.tensor([[1], [0]]), torch.ones(2, 4, dtype=torch.bool)
+    assert fingerprint.identified(scores, members, all_of_them, 1).tolist() == [0, 0.25]
+    assert fingerprint.identified(scores, members, all_of_them, 2).tolist() == [0.5, 0.5]  # equal: in random order
+    area, rate = fingerprint.membership(scores, members, all_of_them, 0.01)
+    assert area.tolist() == [0.5, 0.5]  # 1 of 3 above, 1 as high
+    assert rate.tolist() == [0, 0.25]
+    without = all_of_them.clone()
+    without[0, 0] = False  # not in question
+    assert fingerprint.identified(scores, members, without, 1)[0] == 0.5
+    both = torch.tensor([[0, 3]])  # a batch: the server names two
+    assert fingerprint.identified(scores[:1], both, all_of_them[:1], 1).tolist() == [0.5]
+    area, rate = fingerprint.membership(scores[:1], both, all_of_them[:1], 0.01)
+    assert (area.tolist(), rate.tolist()) == ([0.5], [0.5])
+
+
+def test_a_gradient_without_an_entry_matches_nobody(candidates):
+    rows = candidates[3]
+    gallery, nothing = fingerprint.Gallery(rows), torch.zeros(1, rows.shape[1])
+    for scores in (
+        gallery.match(nothing),
+        gallery.match(nothing, sent_only=True),
+        gallery.joint(nothing, 2),
+        gallery.joint(nothing, 2, sent_only=True),
+    ):
+        found = fingerprint.identified(scores, torch.tensor([[0]]), everybody(scores), 1)
+        assert found.item() == pytest.approx(1 / len(rows))
+
+
+def test_what_does_not_fit_is_said_in_a_line(candidates):
+    model, x, y, rows = candidates
+    gradients = [torch.stack([p, p]) for p in model.parameters()]
+    gallery = fingerprint.Gallery(rows)
+    scores = gallery.match(rows[:2])
+    broken = [g.clone() for g in gradients]
+    broken[1].view(-1)[0] = math.nan
+    for call, said in (
+        (lambda: fingerprint.received(model, gradients[1:]), "parameters"),
+        (lambda: fingerprint.received(model, [g[:, :1] for g in gradients]), "received gradient of"),
+        (lambda: fingerprint.received(model, broken), "NaN"),
+        (lambda: fingerprint.each_gradient(model, x[:0], y[:0]), "candidates of shape"),
+        (lambda: fingerprint.each_gradient(model, x * math.nan, y), "NaN"),
+        (lambda: gallery.match(rows[:, 1:]), "entries"),
+        (lambda: gallery.joint(rows[:1], 31), "a batch of 31 images, but a gallery of 30"),
+        (lambda: fingerprint.identified(scores, torch.tensor([[30], [0]]), everybody(scores), 1), "not in the gallery"),
+        (
+            lambda: fingerprint.identified(scores, torch.tensor([[0], [0]]), ~everybody(scores), 1),
+            "not in the gallery",
+        ),
+        (lambda: fingerprint.identified(scores, torch.arange(62).view(2, 31), everybody(scores), 1), "a batch of 31"),
+        (lambda: fingerprint.identified(scores * math.nan, torch.tensor([[0], [1]]), everybody(scores), 1), "NaN"),
+        (
+            lambda: fingerprint.membership(scores[:, :1], torch.tensor([[0], [0]]), everybody(scores[:, :1]), 1),
+            "larger",
+        ),
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            call()
+        assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import cells as ev
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense import figures as inversion_plots
+from experiments.gia_defense import fingerprint as fingerprints
 from experiments.gia_defense import record
 from experiments.gia_defense import tables as inversion_tables
 from medsec.core import paths
@@ -655,3 +656,81 @@ def test_a_case_asks_a_defence_with_memory_once(setup):
     assert asked == [2, 2]
     torch.testing.assert_close(found.changed, x + 0.1)
     assert torch.equal(found.y, y)
+
+
+# Whose gradient is it -------------------------------------------------------------------------------------------------
+
+GIVEN = {"victims": 6, "batches": [1, 3], "gallery": None, "copies": 3}
+FINGERPRINTED = ("none", "topk", "soteria", "image_noise", "shadow_hardened", "autoencoder_only", "public_only")
+
+
+@pytest.mark.parametrize("variant", FINGERPRINTED)
+def test_a_fingerprint_has_the_rows_that_it_promises(p, variant):
+    table, _ = ev.run("npz", p, fingerprints.plan(variant, 0, GIVEN))
+    assert set(table["scenario"]) == {"fingerprint"}
+    assert not table.duplicated(["metric", *ev.KEYS]).any()
+    assert (table["n_items"] == 6).all()
+    headline = table[table["attack"].eq("") & table["labels"].eq("")]
+    wanted = {"candidates", "identified_top1", "identified_top10", "membership_auc", "membership_tpr"}
+    assert all(set(part["metric"]) == wanted for _, part in headline.groupby("batch"))
+    assert set(headline["batch"]) == {"", "3"}
+    special = {"match"} if variant in fingerprints.SPECIAL else set()
+    like = {"like"} if variant in instruments.STAND_INS else set()
+    first = table[table["batch"] == ""]
+    assert set(first["attack"]) == {"", *special, *like}
+    assert set(first["labels"]) == {"", "unknown"}
+    found = headline[headline["metric"] == "identified_top1"].set_index("batch")["value"]
+    if variant in ("none", "topk", "soteria"):  # (the tiny generator draws everybody alike)
+        assert found[""] == 1
+    if variant == "none":
+        assert found["3"] == 1
+    size = headline[headline["metric"] == "candidates"].set_index("batch")["value"]
+    own = (
+        variant in fingerprints.COPIED
+    )  # then all images of the client are known, and nobody else's come into question
+    assert size[""] == (6 if own else 12)
+    assert size["3"] <= (12 if own else 24)
+
+
+def test_a_smaller_gallery_holds_the_victims_and_no_victim_is_no_candidate(p):
+    run = ev._begin("npz", p, "none", 0, 1)
+    whole, small = fingerprints.candidates(run, None), fingerprints.candidates(run, 8)
+    index = attackers.victims(run.setup, run.images[0], 4, 1, run.seed)[:, 0]
+    assert (len(whole.images), len(small.images), int(small.own.sum())) == (24, 8, 4)
+    for found in (whole, small):
+        assert torch.equal(found.images[:4], run.images[0][index])
+        assert torch.equal(found.labels[:4], run.labels[0][index])
+    table, _ = ev.run("npz", p, fingerprints.plan("none", 0, GIVEN | {"gallery": 8, "batches": [1]}))
+    assert set(table["n_items"]) == {4}
+    with pytest.raises(InputError, match=r"lower fingerprint\.batches"):
+        ev.run("npz", p, fingerprints.plan("none", 0, GIVEN | {"gallery": 8, "batches": [5]}))
+
+
+def test_a_fingerprint_of_a_network_that_has_learnt(p):
+    given = GIVEN | {"shares": [1.0], "may_diverge": True}
+    table, _ = ev.run("npz", p, fingerprints.plan("none", 0, given))
+    assert set(table["round"]) == {"1"}
+    assert table.loc[table["metric"] == "identified_top1", "value"].iloc[0] == 1
+
+
+def test_a_fingerprint_of_a_federation_that_diverges_is_a_row(p, monkeypatch):
+    def train(*_):
+        raise InputError("gradient of a holds NaN or infinite values: the model diverged; lower its lr")
+
+    monkeypatch.setattr(fingerprints.fedcls, "train", train)
+    given = GIVEN | {"shares": [1.0], "may_diverge": True}
+    lost, _ = ev.run("npz", p, fingerprints.plan("none", 0, given))
+    assert lost[["scenario", "metric", "round"]].to_numpy().tolist() == [["fingerprint", "failed", "1"]]
+
+
+def test_its_parameters_are_in_no_other_cells_identity(p):
+    other = params.validate(params.merge(p.model_dump(), {"fingerprint": {"victims": 9, "batches": [2]}}))
+    assert other != p
+    for cell in ev.quick(p):
+        same = cells.identity(ev.EXPERIMENT, "a cohort", p, cell) == cells.identity(
+            ev.EXPERIMENT, "a cohort", other, cell
+        )
+        assert same, "a cell is given its own, in its plan"
+    planned = {cell.name: cell for cell in ev.quick(p)}
+    moved = [c for c in ev.quick(other) if c.given != planned[c.name].given]
+    assert {cell.arm for cell in moved} == {"fingerprint"}

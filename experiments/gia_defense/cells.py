@@ -8,6 +8,7 @@ best that an attacker who knows it can do, per victim. The clients are in `exper
 Scenarios: ``naive``, the attacks as if there were no defence; ``adaptive``, those and all that knowledge of the defence
 allows; ``ceiling``, what an attacker has who recovers the changed image x′ exactly (image-space defences only); ``change``,
 what is added to the image: ``rms``, ``offset_share`` (of its energy) and ``lesion_ratio`` (rms inside lesions over outside);
+``fingerprint``, whose gradient it is, without a reconstruction (`experiments.gia_defense.fingerprint`);
 ``prior_only``, the floor: what an attacker has without any gradient; ``utility``, the classifier that comes out.
 
 Key columns: ``attack``, one attack by itself; ``batch``, ``labels``, ``steps``, ``round`` (as a share of all rounds): empty
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import clients as instruments
+from experiments.gia_defense import fingerprint as fingerprints
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import BASELINES, Setup, prepare
 from experiments.params import Params
@@ -51,6 +53,7 @@ QUICK = {  # what the notebook itself runs: variants under attack, and those who
     ),
     "utility": ("none", "shadow_hardened", "public_only"),
 }
+QUICK["fingerprint"] = (*QUICK["attack"], "public_only")
 ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
@@ -453,7 +456,11 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
         if cell.keys:
             return sweep_cell(cohort, p, variant, cell.seed, **cell.keys), {}
         return attack_cell(cohort, p, variant, cell.seed)
+    if cell.arm == fingerprints.SCENARIO:
+        return fingerprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
     try:
+        if cell.arm == fingerprints.LATER:
+            return fingerprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
         if cell.arm == "strength":
             return strength_cell(cohort, p, variant, cell.seed, cell.keys["strength"]), {}
         if cell.arm == "federation":
@@ -468,6 +475,10 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
 
 def _diverged(cell: cells.Cell) -> pd.DataFrame:
     """A federation that found no classifier under its defence: a result, not a gap in the record."""
+    if cell.arm == fingerprints.LATER:
+        rows = tables.Rows(KEYS, cell.seed, cell.variants[0], fingerprints.SCENARIO)
+        rows.add("failed", 1.0, 1, round="1")
+        return rows.table()
     rows = tables.Rows(KEYS, cell.seed, cell.variants[0], "utility")
     keys = {"strength": f"{cell.keys['strength']:g}"} if cell.arm == "strength" else {}
     rows.add("failed", 1.0, 1, **keys, **({"round": "1"} if cell.arm == "rounds" else {}))
@@ -476,20 +487,30 @@ def _diverged(cell: cells.Cell) -> pd.DataFrame:
 
 def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    if cell.arm in (fingerprints.SCENARIO, fingerprints.LATER):
+        return instruments.lacks(cohort, p, cell.variants, cell.seed, max(cell.given["batches"]))
     victims = 1 if cell.arm != "attack" else p.inversion.sweep_victims if cell.keys else p.inversion.victims
     return instruments.lacks(cohort, p, cell.variants, cell.seed, victims * int(cell.keys.get("batch", 1)))
 
 
 EXPERIMENT = cells.Experiment(
-    "03_gia_defense", 1, ("inversion",), run, own=("inversion.defences",), shared=("shadow_hardened",), lacks=lacks
+    "03_gia_defense",
+    1,
+    ("inversion",),
+    run,
+    own=("inversion.defences",),
+    shared=("shadow_hardened",),
+    lacks=lacks,
+    family=fingerprints.family,
 )
 
 
 def quick(p: Params) -> list[cells.Cell]:
-    """What the notebook itself runs: attacks, then federations."""
+    """What the notebook itself runs: attacks, federations, then whose gradient it is."""
+    given = p.fingerprint.model_dump()
     return [
         cells.Cell(arm, seed, group=variant, variants=(variant,))
         for arm, variants in (("attack", QUICK["attack"]), ("federation", QUICK["utility"]))
         for seed in p.seeds.evaluation
         for variant in variants
-    ]
+    ] + [fingerprints.plan(variant, seed, given) for seed in p.seeds.evaluation for variant in QUICK["fingerprint"]]

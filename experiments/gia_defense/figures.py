@@ -36,6 +36,24 @@ def privacy(table: pd.DataFrame, floor: float, title: str):
     )
 
 
+def named(table: pd.DataFrame, batch: str, chance: float, title: str):
+    """Of how many victims a server says whose image it is: by a reconstruction, and by comparing gradients.
+
+    Args:
+        table: `tables.named`.
+        batch: images in the largest batch, "" if there is none.
+        chance: for one image, drawn as a line.
+        title: of the figure.
+    """
+    looks = {
+        "reconstruction": ("#0072B2", "o", -0.2, "the best reconstruction, one image a batch"),
+        "one": ("#D55E00", "^", 0.0, "gradients compared (fingerprint), one image a batch"),
+        "batch": ("#000000", "s", 0.2, f"gradients compared, batch of {batch}" if batch else ""),
+    }
+    label = "share of the victims that are named; lower is more private"
+    return plots.forest(table, title, label, looks, lines={"chance, one image": chance}, xlim=(-0.03, 1.03))
+
+
 def plane(points: pd.DataFrame, family: dict[str, str], floor: float, title: str):
     """Privacy against utility: every defence as a point with both intervals, its name in a column at the right.
 

@@ -5,6 +5,7 @@ import pandas as pd
 from experiments import params, record_plans
 from experiments.gia_defense import cells
 from experiments.gia_defense import clients as inversion_clients
+from experiments.gia_defense import fingerprint as fingerprints
 from experiments.params import Params
 from medsec.core.errors import InputError
 from medsec.evidence.cells import Cell
@@ -35,6 +36,10 @@ def plan(cohort: str, p: Params) -> list[Cell]:
             for seed in p.seeds.evaluation
             for variant in p.record.other_modality.inversion
             for arm, given in (("attack", {}), ("federation", DIVERGES))
+        ] + [
+            fingerprints.plan(variant, seed, p.fingerprint.model_dump(), change=change)
+            for seed in p.seeds.evaluation
+            for variant in p.record.other_modality.inversion
         ]
     sweep, found = p.record.inversion, []
     rounds = {"shares": sweep.shares, **DIVERGES}
@@ -75,7 +80,33 @@ def plan(cohort: str, p: Params) -> list[Cell]:
         if seed not in p.seeds.evaluation
         for variant in sweep.utility_variants
     ]
-    return found
+    return found + _fingerprints(p)
+
+
+def _fingerprints(p: Params) -> list[Cell]:
+    """Whose gradient is it: every defence on every seed; other strengths, and networks that have learnt, on fewer."""
+    given, more = p.fingerprint.model_dump(), p.record.inversion.fingerprint
+    record_plans.check_names(more.later, inversion_clients.VARIANTS, "record.inversion.fingerprint.later")
+    scale = more.released_scale
+    others = [*_strengths(p), ("shadow_released", scale, {"inversion": {"shadow": {"scale": scale}}})]
+    first, found = given | {"batches": given["batches"][:1]}, []
+    for seed in p.seeds.evaluation:
+        found += [
+            fingerprints.plan(variant, seed, given)
+            for variant in inversion_clients.VARIANTS
+            if variant not in inversion_clients.CONTROLS
+        ]
+        if seed not in p.seeds.evaluation[: more.seeds]:
+            continue
+        found += [fingerprints.plan(variant, seed, first) for variant in inversion_clients.CONTROLS]
+        found += [
+            fingerprints.plan(variant, seed, first, change=change, keys={"strength": value})
+            for variant, value, change in others
+        ]
+    later = given | {"batches": more.batches, "shares": more.shares} | DIVERGES
+    return found + [
+        fingerprints.plan(variant, seed, later) for seed in p.seeds.evaluation[: more.seeds] for variant in more.later
+    ]
 
 
 def _strengths(p: Params) -> list[tuple[str, float, dict]]:
@@ -108,7 +139,8 @@ def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
 
 def multiple(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured: an attack costs about as much as training."""
-    return {"attack": 3 if not cell.keys else 1, "federation": 0.6, "rounds": 2, "strength": 1}[cell.arm]
+    others = {"federation": 0.6, "rounds": 2, "strength": 1, "fingerprint": 0.3, "fingerprint_later": 1}
+    return (1 if cell.keys else 3) if cell.arm == "attack" else others[cell.arm]
 
 
 DESIGN = Design(cells.EXPERIMENT, plan, keep, cells.summarise, record_plans.cost(multiple))

@@ -1,5 +1,7 @@
 """Views of notebook 03's summary table: what its figures and tables show. All read a table, none computes a reconstruction."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from experiments.gia_defense.clients import VARIANTS
@@ -41,15 +43,111 @@ def _seeds(summary: pd.DataFrame, variant: str, scenario: str, metric: str, **ke
 
 
 def identified(summary: pd.DataFrame, variant: str) -> str:
-    """Retrieval by the attack that identifies most, and its name: a reconstruction best by PSNR need not be the most telling."""
-    rows = summary[(summary["variant"] == variant) & (summary["metric"] == "retrieval")]
-    rows = rows[rows["scenario"].isin(["naive", "adaptive"])]
-    others = [key for key in tables.keys(rows)[3:] if key != "attack"]
-    rows = rows[(rows[others] == "").all(axis=1)]
+    """Of one image a batch, by the attack that identifies most, and its name; see `identifications`."""
+    rows = identifications(summary)
+    rows = rows[(rows["variant"] == variant) & (rows["strength"] == "")]
     if rows.empty:
         return ""
     best = rows.loc[rows["value"].idxmax()]
-    return f"{tables.interval(best)} ({best['attack'] or 'best by PSNR'})"
+    return f"{tables.interval(best)} ({best['by']})"
+
+
+def identifications(summary: pd.DataFrame) -> pd.DataFrame:
+    """Rows of all attacks that say whose image it is, one image a batch, in the first round, and ``by``, the attack's name.
+
+    A reconstruction that is best by PSNR need not be the most telling, and the fingerprint needs none.
+    """
+    built = summary["scenario"].isin(["naive", "adaptive"]) & summary["metric"].isin(
+        ["retrieval", "retrieval_projected"]
+    )
+    compared = (summary["scenario"] == "fingerprint") & (summary["metric"] == "identified_top1")
+    rows = summary[built | compared]
+    others = [key for key in tables.keys(rows)[3:] if key not in ("attack", "strength")]
+    rows = rows[(rows[others] == "").all(axis=1)]
+    first = rows["scenario"].map({"fingerprint": "fingerprint"}).fillna("best by PSNR")
+    by = rows["attack"].where(rows["attack"] != "", first)
+    return rows.assign(by=by + rows["metric"].map({"retrieval_projected": ", projected"}).fillna(""))
+
+
+def fingerprints(summary: pd.DataFrame) -> pd.DataFrame:
+    """One line a defence and strength: what a comparison of gradients tells, chance in brackets; empty without such rows."""
+    rows = summary[(summary["scenario"] == "fingerprint") & (summary["round"] == "")]
+    lines = []
+    for variant in VARIANTS:
+        for strength in dict.fromkeys(rows["strength"][rows["variant"] == variant]):
+            line = {"defence": variant, "strength": strength}
+            for batch in dict.fromkeys(rows["batch"]):
+                where = {"variant": variant, "strength": strength, "batch": batch}
+                images = f", batch of {batch}" if batch else ""
+                for most, name in ((1, "named"), (10, "among ten")):
+                    line[name + images] = _share(summary, most, **where)
+                line[f"member, AUC{images}"] = tables.cell(
+                    summary, 2, **where, scenario="fingerprint", metric="membership_auc"
+                )
+            line["member, true positives"] = tables.cell(
+                summary, 2, **where | {"batch": ""}, scenario="fingerprint", metric="membership_tpr"
+            )
+            lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
+def _share(summary: pd.DataFrame, most: int, **where: str) -> str:
+    row = tables.select(summary, where | {"scenario": "fingerprint", "metric": f"identified_top{most}"})
+    return f"{tables.interval(row.iloc[0])} ({by_chance(summary, most, **where):.2g})" if len(row) else ""
+
+
+def by_chance(summary: pd.DataFrame, most: int, **where: str) -> float:
+    """What `identified_top<most>` gives who guesses: the images that are named over the candidates."""
+    size = tables.row(summary, **where, scenario="fingerprint", metric="candidates")["value"]
+    return min(1.0, most * int(where.get("batch") or 1) / size)
+
+
+def exposed(summary: pd.DataFrame, variants: Sequence[str] = VARIANTS) -> dict[str, bool]:
+    """By a defence at its usual strength: whether it is above chance that the victim is among ten candidates (one image)."""
+    found = {}
+    for variant in variants:
+        where = {"variant": variant, "scenario": "fingerprint", "metric": "identified_top10"}
+        row = tables.select(summary, where)
+        if len(row):
+            found[variant] = bool(row.iloc[0]["low"] > by_chance(summary, 10, variant=variant))
+    return found
+
+
+def told(summary: pd.DataFrame) -> str:
+    """What `fingerprints` says, in words that follow from its rows; needs those of ``none`` and ``shadow_hardened``."""
+    above, batch = exposed(summary), largest(summary)
+    hidden = ", ".join(f"`{variant}`" for variant, seen in above.items() if not seen)
+    more = f" ({_share(summary, 1, variant='none', batch=batch)} in a batch of {batch})" if batch else ""
+    repair = {most: _share(summary, most, variant="shadow_hardened") for most in (1, 10)}
+    left = "a short list of patients remains" if above["shadow_hardened"] else "no more than by chance"
+    return (
+        f"Without a defence comparing gradients names **{_share(summary, 1, variant='none')}** of the victims{more}; in brackets "
+        f"at the end: chance. Not shown to be above chance, among ten: {hidden or 'none'}. Public stand-ins, to a server "
+        f"that has all of the client's images: {repair[1]} named, {repair[10]} among ten: {left}."
+    )
+
+
+def named(summary: pd.DataFrame) -> pd.DataFrame:
+    """Who is named, ``name, group, value, low, high``: by the best ``reconstruction``, by gradients of ``one`` image and of a
+    ``batch``, the largest there is; only defences whose gradients were compared."""
+    rows = identifications(summary)
+    rows = rows[rows["strength"] == ""].sort_values("value")
+    rows = rows.assign(group=rows["scenario"].map({"fingerprint": "one"}).fillna("reconstruction"))
+    best = rows.groupby(["variant", "group"]).tail(1)
+    most = largest(summary)
+    batch = summary[(summary["metric"] == "identified_top1") & (summary["batch"] == most) & (most != "")]
+    batch = batch[(batch[["attack", "labels", "round", "strength"]] == "").all(axis=1)]
+    listed = pd.concat([best, batch.assign(group="batch")])
+    listed = listed[listed["variant"].isin(rows["variant"][rows["group"] == "one"])]
+    order = {variant: place for place, variant in enumerate(VARIANTS)}
+    listed = listed.sort_values("variant", key=lambda column: column.map(order), kind="stable")
+    return listed.rename(columns={"variant": "name"})[["name", "group", "value", "low", "high"]].reset_index(drop=True)
+
+
+def largest(summary: pd.DataFrame) -> str:
+    """The largest batch whose gradients were compared; "" if only single images were."""
+    batches = summary["batch"][summary["scenario"] == "fingerprint"]
+    return max(batches, key=lambda batch: int(batch or 0), default="")
 
 
 def diverged(summary: pd.DataFrame, variant: str, strength: str = "") -> int:
@@ -67,15 +165,18 @@ def plane(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
     ``diverged`` counts the seeds on which training found no classifier; a defence that never found one is left out.
 
     Columns ``variant, strength``; ``x, x_low, x_high``: AUC, difference to no defence on the same seeds; ``y, …``: adaptive
-    PSNR; ``z, …``: adaptive retrieval in a projected gallery.
+    PSNR; ``z, …``: identified, by the attack that identifies most (`identifications`).
     """
     axes = {}
     for axis, scenario, metric in (
         ("x", "utility", "auc_minus_none"),
         ("y", "adaptive", "psnr"),
-        ("z", "adaptive", "retrieval_projected"),
+        ("z", "", ""),
     ):
         rows = summary[(summary["scenario"] == scenario) & (summary["metric"] == metric)]
+        if axis == "z":
+            rows = identifications(summary).sort_values("value").groupby(["variant", "strength"]).tail(1)
+            rows = rows.assign(attack="").drop(columns="by")
         if axis == "x":  # the reference itself has no difference
             none = tables.headline(summary, "auc")
             rows = pd.concat([none[none["variant"] == "none"].assign(value=0.0, low=0.0, high=0.0), rows])
@@ -112,10 +213,11 @@ TOO_FEW = "too few runs"
 def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
     """Every point of `plane` against a defence at its usual strength.
 
-    There are three measures: the PSNR (below the floor, which needs no gradient, it counts as the floor), retrieval, AUC. One
-    is ``ahead`` that is clearly better in one of them (the intervals do not meet) and clearly worse in none; ``behind`` the
-    other way round; ``trade`` if it is better in one and worse in another; else they are ``alike``. Fewer than
-    `medsec.evidence.claims.LEAST_RUNS` runs have intervals of next to no width, which would decide anything: ``too few runs``.
+    There are three measures: the PSNR (below the floor, which needs no gradient, it counts as the floor), the share that is
+    identified, AUC. One is ``ahead`` that is clearly better in one of them (the intervals do not meet) and clearly worse in
+    none; ``behind`` the other way round; ``trade`` if it is better in one and worse in another; else they are ``alike``. Fewer
+    than `medsec.evidence.claims.LEAST_RUNS` runs have intervals of next to no width, which would decide anything: ``too few
+    runs``.
     """
     (own,) = points[(points["variant"] == variant) & points["usual"]].to_dict("records")
 
@@ -134,7 +236,7 @@ def standing(points: pd.DataFrame, variant: str, floor: float) -> pd.DataFrame:
             )
             for name, axis, digits in (
                 ("PSNR, adaptive", "y", 1),
-                ("retrieval projected, adaptive", "z", 2),
+                ("identified", "z", 2),
                 ("AUC, minus none", "x", 3),
             )
         }

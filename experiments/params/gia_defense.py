@@ -1,10 +1,10 @@
-"""Sections ``inversion`` and ``record.inversion`` of the parameters."""
+"""Sections ``inversion``, ``fingerprint`` and ``record.inversion`` of the parameters."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from medsec.core.params import MOST, Count, NotNegative, Section, Seed, registered
+from medsec.core.params import MOST, Count, NotNegative, Section, Seed, Size, registered
 from medsec.core.settings import AutoencoderParams, FedClsParams, InversionSettings, PurifierParams, ShadowParams
 
 Strength = Annotated[int, Field(ge=0, le=MOST)] | NotNegative
@@ -39,6 +39,23 @@ class InversionParams(Section):
         return own
 
 
+class FingerprintParams(Section):
+    victims: Count
+    batches: list[Count] = Field(min_length=1)
+    gallery: Count | None
+    copies: Size
+
+
+class FingerprintRecord(Section):
+    """What the record adds to the fingerprint of every defence: on networks that have learnt, and other strengths."""
+
+    seeds: Count
+    later: list[str]
+    batches: list[Count] = Field(min_length=1)
+    shares: list[Annotated[float, Field(ge=0, le=1)]]
+    released_scale: NotNegative
+
+
 class InversionRecord(Section):
     """What notebook 03's record adds to every attack on every defence."""
 
@@ -56,3 +73,4 @@ class InversionRecord(Section):
     condition_seeds: Count
     released_batch: Count
     strengths: dict[str, dict[str, list[Strength]]]
+    fingerprint: FingerprintRecord

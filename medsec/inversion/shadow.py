@@ -239,9 +239,10 @@ def shadow_released(size: int, channels: int, settings: ShadowParams, *, latent:
     n = m − α sign(m) c, α = clip(t / T, ``alpha``), δ = |max(x) / max(n) · ``scale`` · exp(t / T)| n, image by image.
 
     Grey images are treated as the release treats them, as three equal channels; our network, which has one, sees the mean
-    of the three channels of δ. Released images are standardised: with a standard deviation of about a quarter, the same
-    ``scale`` is there about half as much noise in units of [0, 1]. The latent vector of an image is drawn once, as with the
-    released option ``no_pretrained_z``.
+    of the three channels of δ. Released images are standardised (mean 0.533, standard deviation 0.253), so that
+    their max(x) is (max(x) − 0.533) / 0.253: in units of [0, 1], where max(x) is 1, the release has 0.467 times our noise, and
+    ours is 2.14 times the release's. The latent vector of an image is drawn once, as with the released option
+    ``no_pretrained_z``.
     """
     if channels not in (1, 3):
         raise InputError(f"shadow_released: {channels} channels; the released code takes 3, and 1 as three equal ones")

@@ -141,6 +141,8 @@ HARDENED = ("none", "feddetect_hardened")
 GRADIENTS = ("none", "gradient_noise", "dp_sgd", "topk", "soteria")  # listed: a new defence changes no golden cell
 SUBSTITUTES = ("shadow_hardened", "random_grouping", "shadow_suppressed", "autoencoder_only", "public_only")
 TRAINED = (*GRADIENTS, "image_noise", "shadow_released", "shadow_described", *SUBSTITUTES)
+FINGERPRINTED = ("gradient_noise", "topk", "soteria", "shadow_released", "shadow_hardened", "public_only")
+COMPARED = {"victims": 4, "batches": [1, 2], "gallery": None, "copies": 2}
 SHADOW = ("shadow_released", "shadow_described", "shadow_hardened")
 
 CELLS = {
@@ -180,6 +182,8 @@ CELLS = {
     "03-steps": inversion("fundus", "attack", "none", steps=2),
     "03-rounds": inversion("phantom", "rounds", "none", "shadow_hardened", given={"shares": [0.5, 1.0]}),
     "03-strength": inversion("phantom", "strength", "gradient_noise", change=WEAKER, strength=1.0),
+    "03-fingerprint": inversion("phantom", "fingerprint", *FINGERPRINTED, given=COMPARED),
+    "03-fingerprint_later": inversion("phantom", "fingerprint_later", "none", given=COMPARED | {"shares": [1.0]}),
     "04-hardened": evasion("phantom", "arm", "base", "hardened", "hardened_plain"),
     "04-clean": evasion("fundus", "arm", "finetune", "prune", "retrain", "cbam", "prune_cbam"),
     "04-robust": evasion("fundus", "arm", "at", "at_prune", "at_cbam"),
