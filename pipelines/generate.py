@@ -38,6 +38,7 @@ class Notebook:
         claims: its ledger.
         more: other tables that it writes.
         record: it shows a record.
+        recorded: sections that only its record uses.
         networks: it attacks stored networks.
     """
 
@@ -49,6 +50,7 @@ class Notebook:
     claims: str | None = None
     more: tuple[str, ...] = ()
     record: bool = False
+    recorded: tuple[str, ...] = ()
     networks: bool = False
     metrics: bool = True
 
@@ -75,6 +77,7 @@ NOTEBOOKS = {
         claims="1-fedgan",
         more=("01_rounds.csv",),
         record=True,
+        recorded=("drawing",),
     ),
     "02_feddetect": Notebook(
         "FedDetect as released, described and hardened, against attackers who know it",
@@ -174,7 +177,7 @@ def record_stage(name: str, cohort: str) -> Stage:
         f"Record of notebook {name[:2]} (hours, started by hand)",
         f"python -m experiments record {name} --cohort {cohort}",
         [images(cohort), "profiles/full.yaml"],
-        (*(section for section in notebook.params if not section.startswith("record")), "record"),
+        (*(section for section in notebook.params if not section.startswith("record")), *notebook.recorded, "record"),
         used(notebook),
         [f"{place}_runs.csv.gz", f"{place}.csv", f"{place}.json"],
         frozen=True,
