@@ -517,11 +517,11 @@ def test_every_claim_asks_for_a_row_that_can_exist():
     assert ledger["table"] == "03_gia_defense"
     for claim in ledger["claims"]:
         where = claim["where"]
-        assert set(where) - {"attack", "region"} == {"variant", "scenario", "metric"}, claim["id"]
-        kind = "utility" if where["scenario"] == "utility" else "attack"
+        assert set(where) - {"attack", "region", "batch", "strength"} == {"variant", "scenario", "metric"}, claim["id"]
+        kind = where["scenario"] if where["scenario"] in ev.QUICK else "attack"
         known = instruments.VARIANTS if "record_only" in claim else ev.QUICK[kind]
         assert where["variant"] in known, claim["id"]
-        assert where["scenario"] in {"naive", "adaptive", "ceiling", "utility"}, claim["id"]
+        assert where["scenario"] in {"naive", "adaptive", "ceiling", "utility", "fingerprint"}, claim["id"]
         assert where["metric"] in tables.metrics(), claim["id"]
         assert where.get("attack", "known") in ev.ADAPTIVE, claim["id"]
 
@@ -529,7 +529,8 @@ def test_every_claim_asks_for_a_row_that_can_exist():
 def test_the_attack_that_identifies_most_need_not_be_the_best_by_psnr():
     rows = [("", 0.5), ("joint", 0.9), ("ig", 0.2)]
     columns = {"variant": "gradient_noise", "scenario": "adaptive", "metric": "retrieval", "unit": "share", "n": 5}
-    table = pd.DataFrame([{**columns, "attack": a, "value": v, "low": v, "high": v, "batch": ""} for a, v in rows])
+    keys = {"batch": "", "strength": ""}
+    table = pd.DataFrame([{**columns, "attack": a, "value": v, "low": v, "high": v} | keys for a, v in rows])
     assert inversion_tables.identified(table, "gradient_noise") == "0.90 [0.90, 0.90] (joint)"
     assert inversion_tables.identified(table[table["attack"] != "joint"], "gradient_noise").endswith("(best by PSNR)")
     assert inversion_tables.identified(table, "topk") == ""
@@ -734,3 +735,66 @@ def test_its_parameters_are_in_no_other_cells_identity(p):
     planned = {cell.name: cell for cell in ev.quick(p)}
     moved = [c for c in ev.quick(other) if c.given != planned[c.name].given]
     assert {cell.arm for cell in moved} == {"fingerprint"}
+
+
+def compared(variant, value, metric="identified_top1", n=5, **keys):
+    """A row of a summary, by default of a fingerprint of one image."""
+    fixed = {"variant": variant, "scenario": "fingerprint", "metric": metric, "value": value, "unit": "share"}
+    spread = {"low": value - 0.01, "high": value + 0.01, "n": n, "n_items": 320}
+    return fixed | spread | dict.fromkeys(ev.KEYS, "") | keys
+
+
+def test_who_is_named_is_said_from_the_rows():
+    built = {"scenario": "adaptive", "metric": "retrieval"}
+    rows = [
+        compared("topk", 0.0) | built,
+        compared("topk", 0.9),
+        compared("topk", 0.95, strength="0.1"),
+        compared("topk", 0.4, attack="match"),
+        compared("none", 1.0),
+        compared("none", 1.0, "identified_top10"),
+        compared("none", 0.8, batch="4"),
+        compared("none", 0.1, batch="4", attack="match"),
+        compared("none", 0.7, batch="16"),
+        compared("none", 1.0, labels="unknown"),
+        compared("none", 1.0, round="1", batch="16"),
+        compared("shadow_hardened", 0.25),
+        compared("shadow_hardened", 0.9, "identified_top10"),
+        compared("public_only", 0.02, "identified_top10"),
+        compared("public_only", 0.0),
+        compared("dp_sgd", 0.9, "identified_top10", n=2),
+        *(compared(v, 400.0, "candidates") for v in ("none", "topk", "public_only", "dp_sgd")),
+        compared("none", 800.0, "candidates", batch="4"),
+        compared("none", 800.0, "candidates", batch="16"),
+        compared("shadow_hardened", 200.0, "candidates"),
+        compared("topk", 400.0, "candidates", strength="0.1"),
+    ]
+    summary = pd.DataFrame(rows)
+    assert inversion_tables.identified(summary, "topk") == "0.90 [0.89, 0.91] (fingerprint)"
+    assert inversion_tables.identified(summary.iloc[:1], "topk") == "0.00 [-0.01, 0.01] (best by PSNR)"
+    assert inversion_tables.by_chance(summary, 10, variant="shadow_hardened") == 0.05
+    assert inversion_tables.by_chance(summary, 1, variant="none", batch="16") == 16 / 800
+    expected = {"none": True, "dp_sgd": False, "shadow_hardened": True, "public_only": False}  # two runs show nothing
+    assert inversion_tables.exposed(summary) == expected
+    said = inversion_tables.told(summary)
+    assert "(0.70 [0.69, 0.71] (0.02) in a batch of 16)" in said
+    assert "`dp_sgd`, `public_only`" in said
+    assert "short list" in said
+    hidden = summary.copy()
+    hidden.loc[12, ["value", "low"]] = 0.04
+    assert "no more than by chance" in inversion_tables.told(hidden)
+    shown = inversion_tables.named(summary).set_index(["name", "group"])["value"].to_dict()
+    assert shown == {
+        ("none", "one"): 1.0,
+        ("none", "batch"): 0.7,
+        ("topk", "reconstruction"): 0.0,
+        ("topk", "one"): 0.9,
+        ("shadow_hardened", "one"): 0.25,
+        ("public_only", "one"): 0.0,
+    }
+    lines = inversion_tables.fingerprints(summary).set_index(["defence", "strength"])
+    assert lines.loc[("topk", "0.1"), "named"] == "0.95 [0.94, 0.96] (0.0025)"
+    assert lines.loc[("none", ""), "named, batch of 4"] == "0.80 [0.79, 0.81] (0.005)"
+    fig, ax = inversion_plots.named(inversion_tables.named(summary), "16", 1 / 400, "title")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == list(dict.fromkeys(name for name, _ in shown))
+    plt.close(fig)

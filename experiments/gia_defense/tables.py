@@ -79,8 +79,9 @@ def fingerprints(summary: pd.DataFrame) -> pd.DataFrame:
             for batch in dict.fromkeys(rows["batch"]):
                 where = {"variant": variant, "strength": strength, "batch": batch}
                 images = f", batch of {batch}" if batch else ""
-                for most, name in ((1, "named"), (10, "among ten")):
-                    line[name + images] = _share(summary, most, **where)
+                line["named" + images] = _share(summary, 1, **where)
+                if not batch:
+                    line["among ten"] = _share(summary, 10, **where)
                 line[f"member, AUC{images}"] = tables.cell(
                     summary, 2, **where, scenario="fingerprint", metric="membership_auc"
                 )
@@ -103,13 +104,17 @@ def by_chance(summary: pd.DataFrame, most: int, **where: str) -> float:
 
 
 def exposed(summary: pd.DataFrame, variants: Sequence[str] = VARIANTS) -> dict[str, bool]:
-    """By a defence at its usual strength: whether it is above chance that the victim is among ten candidates (one image)."""
+    """By a defence at its usual strength: whether it is shown that the victim is among ten candidates more often than by chance.
+
+    Of one image a batch; shown by the whole interval, of at least `medsec.evidence.claims.LEAST_RUNS` runs.
+    """
     found = {}
     for variant in variants:
         where = {"variant": variant, "scenario": "fingerprint", "metric": "identified_top10"}
         row = tables.select(summary, where)
         if len(row):
-            found[variant] = bool(row.iloc[0]["low"] > by_chance(summary, 10, variant=variant))
+            enough = row.iloc[0]["n"] >= claims.LEAST_RUNS
+            found[variant] = bool(enough and row.iloc[0]["low"] > by_chance(summary, 10, variant=variant))
     return found
 
 
@@ -119,11 +124,13 @@ def told(summary: pd.DataFrame) -> str:
     hidden = ", ".join(f"`{variant}`" for variant, seen in above.items() if not seen)
     more = f" ({_share(summary, 1, variant='none', batch=batch)} in a batch of {batch})" if batch else ""
     repair = {most: _share(summary, most, variant="shadow_hardened") for most in (1, 10)}
+    outside = _share(summary, 10, variant="shadow_hardened", attack="like")
+    less = f" ({outside} to one that has all clients' images and not whose they are)" if outside else ""
     left = "a short list of patients remains" if above["shadow_hardened"] else "no more than by chance"
     return (
         f"Without a defence comparing gradients names **{_share(summary, 1, variant='none')}** of the victims{more}; in brackets "
         f"at the end: chance. Not shown to be above chance, among ten: {hidden or 'none'}. Public stand-ins, to a server "
-        f"that has all of the client's images: {repair[1]} named, {repair[10]} among ten: {left}."
+        f"that has all of the client's images: {repair[1]} named, {repair[10]} among ten{less}: {left}."
     )
 
 
