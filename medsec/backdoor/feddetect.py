@@ -117,7 +117,7 @@ class Released:
     those present have sunk to zero (after about 120 flags), they count equally.
 
     Args:
-        warm_up: rounds without action (released: 10).
+        warm_up: rounds without action (released: 11, since its option of 10 is compared with ``epoch > 10``).
         decay: released: 0.9.
     """
 
