@@ -39,7 +39,7 @@ HERO = {
         ),
         "public stand-ins (repaired)": (
             ("2-shadow", "hardened-psnr", True),
-            ("2-shadow", "hardened-private", True),
+            ("2-shadow", "hardened-fingerprint", True),
             ("2-shadow", "hardened-utility", True),
         ),
     },
