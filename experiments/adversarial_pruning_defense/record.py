@@ -44,11 +44,11 @@ CONTROLS = {  # what a method adds is the difference to the same training withou
 
 
 def summarise(runs: pd.DataFrame, p: Params) -> pd.DataFrame:
-    """With paired differences on the same seed: ``<metric>_minus_plain``, ``<metric>_minus_finetune`` (`CONTROLS`)."""
+    """With paired differences on the same seed, clean, under PGD and AutoAttack: ``<metric>_minus_<control>`` (`CONTROLS`)."""
     runs = transfer.keyed(runs)
-    rates = runs[(runs["metric"] == "dr_whitebox") & (runs["prune"] == "") & (runs["f0"] == "")]
-    both = pd.concat([cells.compared(runs, p), rates])
-    both = both[both["prune"] == ""].drop_duplicates()
+    rates = runs[(runs["metric"] == "dr_whitebox") & (runs["f0"] == "")]
+    both = pd.concat([cells.compared(runs, p), rates]).drop_duplicates()
+    both = both[both["scenario"].isin(["clean", "pgd20", "autoattack"]) & (both["prune"] == "")]
     paired = [
         tables.minus(both[both["variant"] == arm], both[both["variant"] == control], ["scenario", "eps", "norm"], name)
         for name, arms in CONTROLS.items()
