@@ -13,12 +13,14 @@ from joblib.externals.loky import get_reusable_executor
 from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.backdoor_fedgan import drawing
+from experiments.backdoor_fedgan import record as fedgan_record
+from medsec import data
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
-from medsec.core import parallel
+from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 from medsec.core.settings import FedGANParams, ProjectionGAN
-from medsec.evidence import tables
+from medsec.evidence import cells, tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import NoQuorum, scale_update
 from medsec.nets import fit as classifier
@@ -808,3 +810,29 @@ def test_harm_shows_where_one_class_carries_the_trigger():
     assert found["one"]["attack_success"] > found["one"]["attack_success_unstamped"] + 0.5
     for name in ("all", "none"):
         assert found[name]["attack_success"] < 0.4, name
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_contact_sheet_shows_the_cells_pictures(channels, tmp_path, monkeypatch):
+    p = parameters.load()
+    cohort = data.load("phantom", p.cohorts)
+    monkeypatch.setattr(paths, "records", lambda name: tmp_path)
+    fedgan_record.sheet(cohort, p, tmp_path)
+    assert fedgan_record.sheet_rows("phantom") == {}, "no cells, no sheet"
+    rng = np.random.default_rng(0)
+    shown = {name: rng.uniform(size=(drawing.GALLERY, channels, 8, 8)) for name in fedgan_record.SHEET}
+    note = dict.fromkeys(cells.NOTE, 0)
+    for arm, names in (("drawing_controls", ("drawn_real", "drawn_headline")), ("drawing_clean", ("drawn_clean",))):
+        cell = cells.Cell(arm, p.seeds.evaluation[0])
+        identity = cells.identity(drawing.EXPERIMENT, cohort.fingerprint, p, cell)
+        place = cells.place(drawing.EXPERIMENT, "phantom", cell, identity)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        rows = tables.Rows(fedgan_eval.KEYS, 0, names[0], "control")
+        rows.add("frechet", 1.0, 1)
+        finished = rows.table(), {name: shown[name] for name in names}
+        cells.write(place, finished, note | {"identity": identity})
+    fedgan_record.sheet(cohort, p, tmp_path)
+    found = fedgan_record.sheet_rows("phantom")
+    assert list(found) == list(fedgan_record.SHEET.values())
+    for name, label in fedgan_record.SHEET.items():
+        np.testing.assert_allclose(found[label] / 255, shown[name][::2], atol=0.002)
