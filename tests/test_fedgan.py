@@ -822,7 +822,10 @@ def test_the_contact_sheet_shows_the_cells_pictures(channels, tmp_path, monkeypa
     rng = np.random.default_rng(0)
     shown = {name: rng.uniform(size=(drawing.GALLERY, channels, 8, 8)) for name in fedgan_record.SHEET}
     note = dict.fromkeys(cells.NOTE, 0)
-    for arm, names in (("drawing_controls", ("drawn_real", "drawn_headline")), ("drawing_clean", ("drawn_clean",))):
+    for arm, measured in drawing.ARMS.items():
+        names = [name for name in measured if name in shown]
+        if not names:
+            continue
         cell = cells.Cell(arm, p.seeds.evaluation[0])
         identity = cells.identity(drawing.EXPERIMENT, cohort.fingerprint, p, cell)
         place = cells.place(drawing.EXPERIMENT, "phantom", cell, identity)

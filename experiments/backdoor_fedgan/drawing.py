@@ -144,7 +144,7 @@ def _federation_rows(rows: tables.Rows, setup: GANSetup, fed: FederatedGAN) -> n
     rows.add("tolerant_rate_class", tolerant_rate(setup, target), len(target))
     late = [entry["rate"] for entry in fed.history if "rate" in entry]
     rows.add("tolerant_rate_late", np.mean(late), len(late) * plain.PER_ROUND)
-    if triggers.patch(setup.trigger):
+    if triggers.patch(setup.trigger):  # at its exact place: little of one that is drawn beside it
         rows.add("trigger_amplitude", triggers.amplitude(setup.trigger, target).mean(), len(target))
     _harm_rows(rows, setup, images, labels, fed.seed)
     at = torch.cat([(labels == k).nonzero().flatten()[: GALLERY // setup.cohort.n_classes] for k in labels.unique()])

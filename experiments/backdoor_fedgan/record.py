@@ -20,7 +20,12 @@ from medsec.evidence.record import Design
 COLOUR_GRID = ({"fedgan": {"trigger": {"kind": "grid"}}}, {"trigger": "grid", "size": 64}, 64)
 
 SHEET_NAME = "01_backdoor_fedgan_drawn.png"
-SHEET = {"drawn_real": "real", "drawn_headline": "GAN above", "drawn_clean": "GAN that draws"}
+SHEET = {
+    "drawn_real": "real",
+    "drawn_headline": "GAN above",
+    "drawn_clean": "GAN that draws",
+    "drawn_boost_class": "attacked",
+}
 
 
 def plan(cohort: str, p: Params) -> list[Cell]:
@@ -89,12 +94,12 @@ def multiple(p: Params, cell: Cell) -> float:
 
 
 def sheet(cohort: data.Cohort, p: Params, folder: Path) -> None:
-    """Write the contact sheet: real images, the headline's GAN and the one that draws, a row each, of the first seed.
+    """Write the contact sheet of the first seed, a row each: real images, the headline's GAN, the one that draws, clean and attacked.
 
     Nothing is written where those cells do not lie in ``.cells``: a record is resumed without them.
     """
     found = {}
-    for arm in ("drawing_controls", "drawing_clean"):
+    for arm in ("drawing_controls", "drawing_clean", "drawing_class"):
         cell = Cell(arm, p.seeds.evaluation[0])
         name = identity(drawing.EXPERIMENT, cohort.fingerprint, p, cell)
         if (stored := read(place(drawing.EXPERIMENT, cohort.name, cell, name))) is None:
