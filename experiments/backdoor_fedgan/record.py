@@ -94,7 +94,7 @@ def multiple(p: Params, cell: Cell) -> float:
 
 
 def sheet(cohort: data.Cohort, p: Params, folder: Path) -> None:
-    """Write the contact sheet of the first seed, a row each: real images, the headline's GAN, the one that draws, clean and attacked.
+    """Write the contact sheet of the first seed, a row each: real images, the headline's GAN, the one that draws, and it attacked.
 
     Nothing is written where those cells do not lie in ``.cells``: a record is resumed without them.
     """
