@@ -94,7 +94,7 @@ def multiple(p: Params, cell: Cell) -> float:
 
 
 def sheet(cohort: data.Cohort, p: Params, folder: Path) -> None:
-    """Write the contact sheet of the first seed, a row each: real images, the headline's GAN, the one that draws, and it attacked.
+    """Write the contact sheet of the first seed, a row each: real, the headline's GAN, the one that draws, and it attacked.
 
     Nothing is written where those cells do not lie in ``.cells``: a record is resumed without them.
     """
@@ -105,7 +105,7 @@ def sheet(cohort: data.Cohort, p: Params, folder: Path) -> None:
         if (stored := read(place(drawing.EXPERIMENT, cohort.name, cell, name))) is None:
             return
         found |= stored[0][1]
-    lines = [np.concatenate(list(found[variant][::2].transpose(0, 2, 3, 1)), axis=1) for variant in SHEET]
+    lines = [np.concatenate(list(found[variant][::3].transpose(0, 2, 3, 1)), axis=1) for variant in SHEET]
     pixels = np.rint(255 * np.concatenate(lines)).astype(np.uint8)
     drawn = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(drawn, "PNG", optimize=True)
