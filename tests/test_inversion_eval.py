@@ -763,6 +763,7 @@ def test_who_is_named_is_said_from_the_rows():
         compared("public_only", 0.02, "identified_top10"),
         compared("public_only", 0.0),
         compared("dp_sgd", 0.9, "identified_top10", n=2),
+        compared("public_only", 0.6, "membership_auc"),
         *(compared(v, 400.0, "candidates") for v in ("none", "topk", "public_only", "dp_sgd")),
         compared("none", 800.0, "candidates", batch="4"),
         compared("none", 800.0, "candidates", batch="16"),
@@ -779,6 +780,7 @@ def test_who_is_named_is_said_from_the_rows():
     said = inversion_tables.told(summary)
     assert "(0.70 [0.69, 0.71] (0.02) in a batch of 16)" in said
     assert "`dp_sgd`, `public_only`" in said
+    assert "membership is above chance under `public_only`)" in said
     assert "short list" in said
     hidden = summary.copy()
     hidden.loc[12, ["value", "low"]] = 0.04

@@ -16,7 +16,7 @@ the server knows which labels are in the batch, else ``unknown``. The candidates
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,8 +34,7 @@ from medsec.inversion import fingerprint
 from medsec.inversion.fingerprint import Gallery
 from medsec.nets import convnet
 
-if TYPE_CHECKING:
-    from experiments.gia_defense.cells import Run
+Run = Any  # `experiments.gia_defense.cells.Run`, which cannot be imported here: that module imports this one
 
 SCENARIO, LATER = "fingerprint", "fingerprint_later"  # arms, the first also the scenario of both
 COPIED = (*STAND_INS, *DRAWINGS)
@@ -62,7 +61,7 @@ class Candidates:
         return (self.labels[None, None] == labels[:, :, None]).any(1)
 
 
-def candidates(run: "Run", n: int | None) -> Candidates:
+def candidates(run: Run, n: int | None) -> Candidates:
     """At most ``n`` in all, as many of each client; of the first client in the order in which `victims` are drawn."""
     each = [len(x) if n is None else min(len(x), max(1, n // len(run.images))) for x in run.images]
     chosen = [
@@ -76,7 +75,7 @@ def candidates(run: "Run", n: int | None) -> Candidates:
     return Candidates(images, labels, own)
 
 
-def cell(run: "Run", cell: cells.Cell) -> pd.DataFrame:
+def cell(run: Run, cell: cells.Cell) -> pd.DataFrame:
     """One seed of one defence; ``cell.given``: section ``fingerprint`` of the parameters, and ``shares`` of the rounds.
 
     Without ``shares`` the untrained network; with them the network after so many of the rounds, trained with the defence.
@@ -95,7 +94,7 @@ def cell(run: "Run", cell: cells.Cell) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _measured(run: "Run", model: nn.Module, own: Client | None, round: int, given: dict, keys: dict) -> pd.DataFrame:
+def _measured(run: Run, model: nn.Module, own: Client | None, round: int, given: dict, keys: dict) -> pd.DataFrame:
     """``own``: the client as it is in that round; None: a fresh one for every batch size."""
     rows, found = run.rows(SCENARIO), candidates(run, given["gallery"])
     server = Server(run, model, found, _gallery(run, model, found, shared=round == 0), given["copies"])
@@ -137,7 +136,7 @@ def _add(rows, scores: Tensor, members: Tensor, possible: Tensor, where: dict) -
 # The comparisons -----------------------------------------------------------------------------------------------------
 
 
-def _gallery(run: "Run", model: nn.Module, found: Candidates, shared: bool) -> Gallery:
+def _gallery(run: Run, model: nn.Module, found: Candidates, shared: bool) -> Gallery:
     """The candidates' gradients; on the untrained network the same for all defences of a seed."""
     key = f"fingerprint {content(convnet.flat(list(model.parameters())))} {content(found.images)}"
     if shared and key in cells.SHARED:
@@ -156,7 +155,7 @@ def _alike(gallery: Gallery, seen: Tensor, batch: int, sent_only: bool = False) 
 class Server:
     """What the attacker has: the candidates, their gradients ``plain``, and some ``copies`` of the defence."""
 
-    run: "Run"
+    run: Run
     model: nn.Module
     found: Candidates
     plain: Gallery

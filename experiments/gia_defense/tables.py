@@ -122,6 +122,10 @@ def told(summary: pd.DataFrame) -> str:
     """What `fingerprints` says, in words that follow from its rows; needs those of ``none`` and ``shadow_hardened``."""
     above, batch = exposed(summary), largest(summary)
     hidden = ", ".join(f"`{variant}`" for variant, seen in above.items() if not seen)
+    where = {"scenario": "fingerprint", "metric": "membership_auc"}
+    areas = {v: tables.select(summary, where | {"variant": v}) for v in above}
+    leaks = [f"`{v}`" for v, row in areas.items() if not above[v] and len(row) and row.iloc[0]["low"] > 0.5]
+    member = f" (yet membership is above chance under {', '.join(leaks)})" if leaks else ""
     more = f" ({_share(summary, 1, variant='none', batch=batch)} in a batch of {batch})" if batch else ""
     repair = {most: _share(summary, most, variant="shadow_hardened") for most in (1, 10)}
     outside = _share(summary, 10, variant="shadow_hardened", attack="like")
@@ -129,7 +133,7 @@ def told(summary: pd.DataFrame) -> str:
     left = "a short list of patients remains" if above["shadow_hardened"] else "no more than by chance"
     return (
         f"Without a defence comparing gradients names **{_share(summary, 1, variant='none')}** of the victims{more}; in brackets "
-        f"at the end: chance. Not shown to be above chance, among ten: {hidden or 'none'}. Public stand-ins, to a server "
+        f"at the end: chance. Not shown to be above chance, among ten: {hidden or 'none'}{member}. Public stand-ins, to a server "
         f"that has all of the client's images: {repair[1]} named, {repair[10]} among ten{less}: {left}."
     )
 
