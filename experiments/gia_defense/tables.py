@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from scipy import stats
 
 from experiments.gia_defense.clients import VARIANTS
 from experiments.params import Params
 from medsec.evidence import claims, tables
 
+RARE = 0.025  # chance of so many hits by luck, below which they are more than luck
 MEASURED = {  # column: digits and row
     f"{metric.replace('_', ' ')}, {scenario}": (digits, {"scenario": scenario, "metric": metric})
     for scenario, metric, digits in (
@@ -106,15 +108,18 @@ def by_chance(summary: pd.DataFrame, most: int, **where: str) -> float:
 def exposed(summary: pd.DataFrame, variants: Sequence[str] = VARIANTS) -> dict[str, bool]:
     """By a defence at its usual strength: whether it is shown that the victim is among ten candidates more often than by chance.
 
-    Of one image a batch; shown by the whole interval, of at least `medsec.evidence.claims.LEAST_RUNS` runs.
+    Of one image a batch; shown by the whole interval, of at least `medsec.evidence.claims.LEAST_RUNS` runs, and by a binomial
+    test over all victims (the interval of three runs is too narrow).
     """
     found = {}
     for variant in variants:
         where = {"variant": variant, "scenario": "fingerprint", "metric": "identified_top10"}
         row = tables.select(summary, where)
         if len(row):
-            enough = row.iloc[0]["n"] >= claims.LEAST_RUNS
-            found[variant] = bool(enough and row.iloc[0]["low"] > by_chance(summary, 10, variant=variant))
+            row, luck = row.iloc[0], by_chance(summary, 10, variant=variant)
+            hits = round(row["value"] * row["n_items"])
+            rare = stats.binomtest(hits, int(row["n_items"]), luck, alternative="greater").pvalue < RARE
+            found[variant] = bool(row["n"] >= claims.LEAST_RUNS and row["low"] > luck and rare)
     return found
 
 
