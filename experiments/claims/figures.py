@@ -44,7 +44,11 @@ HERO = {
         ),
     },
     "Adversarial examples": {
-        "pruning and attention": (("3-pruning", "pgd-transfer-independent", True), ("3-pruning", "pgd-whitebox", True), None),
+        "pruning and attention": (
+            ("3-pruning", "pgd-transfer-independent", True),
+            ("3-pruning", "pgd-whitebox", True),
+            None,
+        ),
         "trained against the attack": (
             None,
             ("3-pruning", "hardened-autoattack", True),
