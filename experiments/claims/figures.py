@@ -16,6 +16,7 @@ LOOKS = {  # of a verdict: colour, marker, how it is filled, what the legend say
 ANSWERS = {1: "yes", 0: "not decided", -1: "no", 2: "untested: nothing to stop, or nothing learnt"}
 
 # Three threats, their defences, and three questions: the claim that answers each, and whether it is good news where it holds.
+# (A transfer rate alone proves nothing: asked is what it is beside that of a network without a defence.)
 QUESTIONS = ("Does it stop the attack?", "And one who knows it?", "Harmless without attack?")
 HERO = {
     "Backdoor in a federated GAN": {
@@ -45,7 +46,7 @@ HERO = {
     },
     "Adversarial examples": {
         "pruning and attention": (
-            ("3-pruning", "pgd-transfer-independent", True),
+            ("3-pruning", "undefended-transfer", False),
             ("3-pruning", "pgd-whitebox", True),
             None,
         ),
