@@ -208,7 +208,7 @@ def test_committed_cells_are_found_again(notebook, cohort, request):
     if cohort == "pneumoniamnist":
         request.getfixturevalue("real_root")
     # No cell of a record depends on a section that came after it.
-    p = params.validate(params.load("full").model_dump() | about["params"], f"{notebook}.json")
+    p = params.validate(params.merge(params.load("full").model_dump(), about["params"]), f"{notebook}.json")
     planned = {cell.name: cell for cell in design.cells(cohort, p)}
     runs = record.committed(paths.records(cohort), notebook).drop_duplicates("cell")
     assert len(runs) == about["cells_finished"]
