@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from medsec.core.paths import OWN
 
 MADE = ("executed", "results", "records", "networks", "pipelines", ".cells")  # by cohort
-OURS = ("results", "tests", "docs", "book")  # where this repository keeps pictures of its own
+OURS = ("results", "records", "tests", "docs", "book")  # where this repository keeps pictures of its own
 STARTS = {b"\x89PNG": "a PNG", b"\xff\xd8\xff": "a JPEG", b"PK\x03\x04": "an npz or another zip archive"}
 
 

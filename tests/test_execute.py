@@ -255,7 +255,7 @@ COPY = """import shutil
 from medsec.core import paths
 target = paths.results(cohort)
 target.mkdir(parents=True, exist_ok=True)
-for file in (paths.ROOT / "results" / cohort).glob(f"{NOTEBOOK}*.csv"):
+for file in (paths.ROOT / "results" / cohort).glob(f"{NOTEBOOK}*.csv*"):
     shutil.copy(file, target)
 """
 
