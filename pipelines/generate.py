@@ -116,7 +116,6 @@ NOTEBOOKS = {
         claims="5-matrix",
     ),
 }
-LEDGERS = tuple(notebook.claims for notebook in NOTEBOOKS.values() if notebook.claims)
 JUDGED = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.claims)
 RECORDED = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.record)
 
