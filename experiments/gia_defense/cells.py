@@ -74,7 +74,7 @@ def measures(setup: Setup, images: Sequence[Tensor], labels: Sequence[Tensor], i
         index: (V, B) the victims' places in the first client's images.
     """
     gallery = torch.cat(list(images))
-    projected, own = _projected(setup, gallery), _latents(setup, images[0])
+    projected, own = _projected(setup, gallery), instruments.latents(setup, images[0])
     gallery = gallery.numpy()
     other = labels[0][None, :] != labels[0][index.flatten()][:, None]  # (V·B, N) of another class
 
@@ -90,7 +90,7 @@ def measures(setup: Setup, images: Sequence[Tensor], labels: Sequence[Tensor], i
                 _projected(setup, torch.from_numpy(ordered)), projected, at
             ),
             "retrieval_latent": (
-                torch.cdist(_latents(setup, torch.from_numpy(ordered)), own)
+                torch.cdist(instruments.latents(setup, torch.from_numpy(ordered)), own)
                 .masked_fill(other, torch.inf)
                 .argmin(1)
                 .numpy()
@@ -105,13 +105,6 @@ def measures(setup: Setup, images: Sequence[Tensor], labels: Sequence[Tensor], i
 def _projected(setup: Setup, images: Tensor) -> np.ndarray:
     with torch.no_grad():
         return setup.autoencoder(images).numpy()
-
-
-def _latents(setup: Setup, images: Tensor) -> Tensor:
-    """In units of the public images' standard deviation, as the stand-ins are chosen."""
-    with torch.no_grad():
-        scale = setup.autoencoder.encode(setup.splits["public"][0]).std(0).clamp_min(1e-6)
-        return setup.autoencoder.encode(images) / scale
 
 
 def paired(found: np.ndarray, truth: np.ndarray) -> np.ndarray:

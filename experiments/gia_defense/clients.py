@@ -205,3 +205,12 @@ def _perturbation(variant: str, setup: Setup, images: Tensor, labels: Tensor, se
     if variant in CONTROLS:
         return perturbation.controlled(described, CONTROLS[variant], seed=seed)
     return described
+
+
+def latents(setup: Setup, images: Tensor) -> Tensor:
+    """(N, d) the autoencoder's latents of images (N, C, S, S), in units of the public images' standard deviation: so
+    stand-ins are chosen.
+    """
+    with torch.no_grad():
+        scale = setup.autoencoder.encode(setup.splits["public"][0]).std(0).clamp_min(1e-6)
+        return setup.autoencoder.encode(images) / scale

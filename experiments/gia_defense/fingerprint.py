@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import clients as instruments
-from experiments.gia_defense.clients import DRAWINGS, STAND_INS, Client, Setup
+from experiments.gia_defense.clients import DRAWINGS, STAND_INS, Client
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.seeds import fingerprint as content
@@ -198,18 +198,12 @@ class Server:
         alike = _alike(self.public, seen, batch)
         alike = alike.masked_fill(~(labels[None, None] == y[:, :, None]).any(1), -torch.inf)
         used = alike.topk(min(batch, len(images)), 1).indices
-        z, public = _latents(setup, self.found.images), _latents(setup, images)
+        z, public = instruments.latents(setup, self.found.images), instruments.latents(setup, images)
         return torch.stack([-torch.cdist(z, public[at]).amin(1) for at in used])
 
     @functools.cached_property
     def public(self) -> Gallery:
         return Gallery(fingerprint.each_gradient(self.model, *self.run.setup.splits["public"]))
-
-
-def _latents(setup: Setup, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        scale = setup.autoencoder.encode(setup.splits["public"][0]).std(0).clamp_min(1e-6)
-        return setup.autoencoder.encode(images) / scale
 
 
 def plan(variant: str, seed: int, given: dict, *, change: dict | None = None, keys: dict | None = None) -> cells.Cell:
