@@ -18,7 +18,7 @@ from medsec import data
 from medsec.backdoor import frechet
 from medsec.backdoor.frechet import frechet_distance
 from medsec.evidence import intervals, tables
-from medsec.evidence.intervals import bootstrap_interval, paired_difference, wilson_interval
+from medsec.evidence.intervals import bootstrap_interval, paired_difference, two_level_interval, wilson_interval
 from medsec.evidence.tables import summarise
 
 # ------------------------------------------------------------------------------------------------------------ Fréchet
@@ -272,6 +272,88 @@ def test_wilson_by_the_book():
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
+@given(st.integers(1, 500), st.data())
+def test_wilson_as_scipy_has_it(n, data):
+    k = data.draw(st.integers(0, n))
+    theirs = scipy.stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+SIMULATED = 600
+
+
+def shares(rng: np.random.Generator, seeds: int, images: int, spread: float, hard: float, shift: float = 0.0):
+    """(seeds, images) right or wrong: some images are hard for every network, and networks differ; made ``SIMULATED`` times."""
+    network = spread * rng.normal(size=(SIMULATED, seeds, 1))
+    image = hard * rng.normal(size=(SIMULATED, 1, images))
+    return rng.random((SIMULATED, seeds, images)) < scipy.special.expit(1.0 + shift + network + image)
+
+
+def truth(spread: float, hard: float, shift: float = 0.0) -> float:
+    z = np.random.default_rng(1).normal(size=2_000_000)
+    return float(scipy.special.expit(1.0 + shift + math.hypot(spread, hard) * z).mean())
+
+
+@pytest.mark.parametrize(("images", "hard"), [(60, 3.0), (60, 0.5), (600, 3.0)])
+def test_coverage_for_other_images(images, hard, monkeypatch):
+    """Runs that share their images: an interval over runs alone takes these images for all there are."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 2000)
+    runs = shares(np.random.default_rng(2026), 5, images, 0.1, hard).mean(2)
+    there = truth(0.1, hard)
+    both = np.mean([low <= there <= high for low, high in (two_level_interval(v, images, same=True) for v in runs)])
+    assert both >= 0.95
+    if hard > 1:  # what makes an image hard is the same in all runs
+        over_runs = np.mean([low <= there <= high for low, high in map(bootstrap_interval, runs)])
+        assert over_runs < 0.8  # about two thirds, instead of the nine tenths of runs with images of their own
+
+
+def test_coverage_of_a_difference_on_the_same_images(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 2000)
+    rng, own = np.random.default_rng(2026), np.random.default_rng(2026)
+    base = shares(rng, 5, 60, 0.1, 3.0).mean(2)
+    mine = shares(own, 5, 60, 0.1, 3.0, shift=-0.5).mean(
+        2
+    )  # the same draws: the same images and networks, all a bit worse
+    there = truth(0.1, 3.0, -0.5) - truth(0.1, 3.0)
+    ends = [two_level_interval(m - b, 60, same=True, base=b) for m, b in zip(mine, base, strict=True)]
+    assert np.mean([low <= there <= high for low, high in ends]) >= 0.95
+
+
+def test_images_of_each_run_only_widen_what_would_be_too_narrow():
+    assert two_level_interval([1.0] * 5, 64, same=False) == pytest.approx(wilson_interval(320, 320))
+    spread = [0.2, 0.5, 0.9, 0.4, 0.7]
+    assert two_level_interval(spread, 1000, same=False) == pytest.approx(bootstrap_interval(spread))
+
+
+def test_one_set_of_images_counts_once():
+    assert two_level_interval([1.0] * 5, 64, same=True) == pytest.approx(wilson_interval(64, 64))
+    assert two_level_interval([0.25], 8, same=True) == pytest.approx(wilson_interval(2, 8))
+
+
+def test_both_doubts_add_up_as_squares():
+    values, items = [0.6, 0.7, 0.8, 0.65, 0.75], 100
+    (low, high), (least, most) = bootstrap_interval(values), wilson_interval(70, 100)
+    expected = 0.7 - math.hypot(0.7 - low, 0.7 - least), 0.7 + math.hypot(high - 0.7, most - 0.7)
+    assert two_level_interval(values, items, same=True) == pytest.approx(expected)
+
+
+def test_a_difference_by_the_book():
+    """Newcombe 1998 (Stat Med 17:873), table II, method 10: 9 of 10 less 3 of 10."""
+    assert two_level_interval([0.6], 10, same=True, base=[0.3]) == pytest.approx((0.1705, 0.8090), abs=5e-5)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), st.integers(1, 50), st.booleans())
+def test_an_interval_of_shares_stays_among_shares(pairs, items, same):
+    first, second = (np.array(values) for values in zip(*pairs, strict=True))
+    low, high = two_level_interval(first, items, same=same)
+    assert 0 <= low <= first.mean() + 1e-9
+    assert first.mean() - 1e-9 <= high <= 1
+    low, high = two_level_interval(first - second, items, same=same, base=second)
+    mean = (first - second).mean()
+    assert -1 <= low <= mean + 1e-9
+    assert mean - 1e-9 <= high <= 1
+
+
 @pytest.mark.parametrize(("k", "n"), [(1, 0), (0, 0), (-1, 5), (6, 5)])
 def test_no_proportion(k, n):
     with pytest.raises(ValueError, match="no proportion"):
@@ -300,6 +382,21 @@ def test_unequal_runs_are_no_pairs():
 
 
 # ----------------------------------------------------------------------------------------------------------- summaries
+
+
+def test_a_summary_knows_whose_items_it_counts():
+    rows = [(s, "base", "clean", "accuracy", 0.9) for s in SEEDS] + [(s, "at", "clean", "accuracy", 0.8) for s in SEEDS]
+    table = runs(*rows)
+    paired = tables.minus(table[table["variant"] == "at"], table[table["variant"] == "base"], ["scenario"], "base")
+    summary = summarise(pd.concat([table, paired], ignore_index=True), ["client", "round"])
+    assert tuple(summary.loc[0, ["low", "high"]]) == pytest.approx(wilson_interval(9, 10))
+    difference = summary[summary["metric"] == "accuracy_minus_base"].iloc[0]
+    expected = two_level_interval([-0.1] * 3, 10, same=True, base=[0.9] * 3)
+    assert (difference["low"], difference["high"]) == pytest.approx(expected)
+    assert (difference["n"], difference["n_items"], difference["sd"]) == pytest.approx((3, 30, 0))
+    again = summarise(table, ["client", "round"], paired_with="base")
+    last = again[again["scenario"] == "minus_base"].iloc[0]
+    assert (last["low"], last["high"]) == pytest.approx(expected)
 
 
 def runs(*rows, keys=("client", "round")):

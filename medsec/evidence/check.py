@@ -2,8 +2,8 @@
 
 ``python -m experiments check`` compares the tables in the working tree with those of the last commit; the last cell of a
 notebook compares what it has just written with the repository's (`against_reference`). Every row has a tolerance: its
-metric's entry in ``claims/metrics.yaml`` plus the width of the committed interval (for `SCALED` metrics, plus a share of
-the value).
+metric's entry in ``claims/metrics.yaml`` plus twice the committed standard deviation between seeds (for `SCALED` metrics, plus
+a share of the value). The interval itself would allow too much where few images make it wide: they are the same images.
 
 On the processor and versions that made a table nothing moves at all. On another one rounding differs, and a network that is
 trained takes another path: its single rounds are then other draws, so a curve over rounds is judged by its mean; an interval
@@ -74,7 +74,7 @@ def _same(is_: int | str, was: int | str, room: float) -> bool:
 def _moved(row: dict, allowed: float, by: list[str]) -> list[str]:
     """The first of value, low and high that lies too far from the committed one."""
     share = SCALED.get(row["metric"], 1e-5)
-    slack = allowed + (row["high_was"] - row["low_was"]) + share * abs(row["value_was"])
+    slack = allowed + 2 * row["sd_was"] + share * abs(row["value_was"])
     for column, room in (("value", slack), ("low", 2 * slack), ("high", 2 * slack)):
         is_, was = row[f"{column}_is"], row[f"{column}_was"]
         if not abs(is_ - was) <= room:
@@ -87,7 +87,7 @@ def _moved_curves(both: pd.DataFrame, allowed: dict[str, float], by: list[str]) 
     if "round" not in by:
         return []
     curves = both[(both["where"] == "both") & both["round"].str.isdigit() & np.isfinite(both["value_is"])]
-    columns = [f"{column}_{when}" for column in ("value", "low", "high") for when in ("was", "is")]
+    columns = [f"{column}_{when}" for column in ("value", "low", "high", "sd") for when in ("was", "is")]
     lines = []
     for _, curve in curves.groupby([key for key in by if key != "round"], sort=False):
         rounds = " to ".join(dict.fromkeys(curve["round"].iloc[[0, -1]]))

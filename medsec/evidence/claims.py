@@ -3,19 +3,24 @@
 `medsec.evidence.ledger` puts the verdicts of all cohorts together.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pydantic import model_validator
+from scipy import stats
 
 from medsec.core import files, paths
 from medsec.core.errors import InputError
 from medsec.core.params import Section, validated
 from medsec.evidence import tables
+from medsec.evidence.intervals import LEVEL
 
-__all__ = ["beside", "load", "names", "verdict", "verdicts"]
+__all__ = ["beside", "holm", "load", "names", "verdict", "verdicts"]
 
-LEAST_RUNS = 3
+LEAST_RUNS = 3  # that one run of a notebook must have to say anything
+SETTLED_RUNS = 5  # that a record must have to settle a claim: the interval over 3 is their range, and covers 75 %
 HOLDS, FAILS, OPEN, NOT_HERE = "holds", "does not hold", "undecided", "not testable here"
 NOT_YET, UNTESTED = "not measured yet", "untested"
 MOST_DIGITS = 4
@@ -79,17 +84,20 @@ def load(name: str) -> dict:
     return ledger
 
 
-def verdict(claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> dict:
+def verdict(
+    claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False, least: int = LEAST_RUNS
+) -> dict:
     """One claim against a summary table.
 
     Args:
         cohort: whose table it is, for a claim about the images of certain ``cohorts`` only.
         unfinished: of a record: a row that it lacks is *not measured yet*.
+        least: runs that a verdict needs.
 
     Returns:
-        ``id, by, claim, decides, verdict, n, measured``; ``decides`` is the quantity and its bound (`decides`), ``measured``
-        what the row has; the verdict is *holds* if the whole interval lies beyond the bound,
-        *does not hold* if it lies wholly on the other side, else (or with fewer than `LEAST_RUNS` runs) *undecided*;
+        ``id, by, claim, decides, verdict, n, measured, p``; ``decides`` is the quantity and its bound (`decides`), ``measured``
+        what the row has, ``p`` see `p_value`; the verdict is *holds* if the whole interval lies beyond the bound,
+        *does not hold* if it lies wholly on the other side, else (or with fewer than ``least`` runs) *undecided*;
         *not testable here* for a claim marked ``record_only`` whose row the table lacks, for one about other images, and for
         one at an eps at which nothing was attacked;
         *untested* where it would hold, but the claim that it is ``given`` does not (a stopped attack that does not work
@@ -101,19 +109,50 @@ def verdict(claim: dict, table: pd.DataFrame, cohort: str = "", *, unfinished: b
     base = {"id": claim["id"], "by": claim["by"], "claim": claim["text"], "decides": decides(claim)}
     if absent := _absent(claim, table, cohort, unfinished):
         word, why = absent
-        return {**base, "verdict": word, "n": 0, "measured": why}
-    row = tables.row(table, **claim["where"])
+        return {**base, "verdict": word, "n": 0, "measured": why, "p": 1.0}
+    row, bound = tables.row(table, **claim["where"]), claim.get("above", claim.get("below"))
     if "above" in claim:
         holds, fails = row["low"] > claim["above"], row["high"] <= claim["above"]
     else:
         holds, fails = row["high"] < claim["below"], row["low"] >= claim["below"]
-    enough = row["n"] >= LEAST_RUNS  # fewer give an interval of next to no width, which would decide anything
+    enough = row["n"] >= least  # fewer give an interval of next to no width, which would decide anything
     word = HOLDS if holds and enough else FAILS if fails and enough else OPEN
     others = [claim[key] for key in ("needs", *["given"] * (word == HOLDS)) if key in claim]
-    if any(verdict(other, table, cohort, unfinished=unfinished)["verdict"] != HOLDS for other in others):
+    if any(verdict(other, table, cohort, unfinished=unfinished, least=least)["verdict"] != HOLDS for other in others):
         word = UNTESTED
-    measured = _measured(row, claim.get("above", claim.get("below")))
-    return {**base, "verdict": word, "n": int(row["n"]), "measured": measured}
+    found = {"verdict": word, "n": int(row["n"]), "measured": _measured(row, bound), "p": p_value(row, bound)}
+    return {**base, **found}
+
+
+def p_value(row: pd.Series, bound: float) -> float:
+    """How probable a mean at least as far from the bound were, if the bound were the truth (two-sided).
+
+    It reads the end of the row's interval that faces the bound as Student's t would have put it there, whatever it is made of.
+    """
+    if row["n"] < 2:
+        return 1.0
+    distance = row["value"] - bound
+    half = row["value"] - row["low"] if distance > 0 else row["high"] - row["value"]
+    if half <= 0 or distance == 0:
+        return float(distance == 0)
+    t = abs(distance) / half * stats.t.ppf((1 + LEVEL) / 2, row["n"] - 1)
+    return float(2 * stats.t.sf(t, row["n"] - 1))
+
+
+def holm(p: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which of several tests stand if all are to be right together, with probability ``level`` (Holm 1979).
+
+    >>> holm([0.04, 0.001, 0.02])
+    [True, True, True]
+    >>> holm([0.04, 0.001, 0.04])
+    [False, True, False]
+    """
+    order, stands = np.argsort(p, kind="stable"), [False] * len(p)
+    for left, at in zip(range(len(p), 0, -1), order, strict=True):
+        if p[at] > (1 - level) / left:
+            break
+        stands[at] = True
+    return stands
 
 
 def _absent(claim: dict, table: pd.DataFrame, cohort: str, unfinished: bool) -> tuple[str, str] | None:
@@ -154,9 +193,12 @@ def _measured(row: pd.Series, bound: float) -> str:
     return tables.interval(row, digits)
 
 
-def verdicts(name: str, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False) -> pd.DataFrame:
+def verdicts(
+    name: str, table: pd.DataFrame, cohort: str = "", *, unfinished: bool = False, least: int = LEAST_RUNS
+) -> pd.DataFrame:
     """The verdict on every claim of ``claims/<name>.yaml``, in the order of the file; see `verdict`."""
-    return pd.DataFrame([verdict(claim, table, cohort, unfinished=unfinished) for claim in load(name)["claims"]])
+    judged = [verdict(claim, table, cohort, unfinished=unfinished, least=least) for claim in load(name)["claims"]]
+    return pd.DataFrame(judged).drop(columns="p")
 
 
 def beside(
@@ -171,7 +213,7 @@ def beside(
     found = verdicts(name, summary, cohort)
     found["record"] = "no record"
     if recorded is not None:
-        long = verdicts(name, recorded, cohort, unfinished=unfinished)
+        long = verdicts(name, recorded, cohort, unfinished=unfinished, least=SETTLED_RUNS)
         found["record"] = long["verdict"] + ": " + long["measured"] + " (n = " + long["n"].astype(str) + ")"
     return found
 

@@ -16,11 +16,12 @@ from medsec.core.errors import InputError
 from medsec.evidence import claims, record, tables
 from medsec.evidence.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
 
-__all__ = ["cohorts", "contrary", "counts", "entries", "message", "rows", "summary", "table"]
+__all__ = ["cohorts", "contrary", "correction", "counts", "entries", "message", "rows", "summary", "table"]
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
 WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not found here"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}
 PARTLY = "partly"
+DAGGER = "†"
 DEFAULT = "phantom"
 
 
@@ -28,7 +29,8 @@ DEFAULT = "phantom"
 class Finding:
     """What one cohort says of one claim: the verdict of `medsec.evidence.claims.verdict`, and where its row stands.
 
-    ``file`` is relative to the repository, ``line`` counts from 1 and the header; both are None where there is no row.
+    ``file`` is relative to the repository, ``line`` counts from 1 and the header; both are None where there is no row. ``p`` is
+    that of `medsec.evidence.claims.p_value`.
     """
 
     cohort: str
@@ -38,6 +40,7 @@ class Finding:
     kind: str
     file: Path | None
     line: int | None
+    p: float = 1.0
 
 
 def cohorts() -> list[str]:
@@ -55,7 +58,7 @@ def sources(table: str, cohort: str) -> dict[str, Path]:
 def finding(
     claim: dict, files: dict[str, Path], read: dict[str, pd.DataFrame], cohort: str, *, unfinished: bool = False
 ) -> Finding:
-    """One claim on one cohort, judged by the table with the most runs (the record, at equality).
+    """One claim on one cohort, judged by the table with the most runs (the record, at equality); fewer than five settle nothing.
 
     Args:
         files: `sources` of the claim's table, at least one.
@@ -67,7 +70,8 @@ def finding(
     if rows[kind].empty and "quick" not in files and not unfinished:
         # Images of which only headlines are recorded, and no notebook was run.
         return Finding(cohort, NOT_HERE, "not among the headlines of these images", 0, kind, None, None)
-    judged = claims.verdict(claim, read[kind], cohort, unfinished=unfinished and kind == "record")
+    unfinished = unfinished and kind == "record"
+    judged = claims.verdict(claim, read[kind], cohort, unfinished=unfinished, least=claims.SETTLED_RUNS)
     there = judged["n"] > 0
     return Finding(
         cohort,
@@ -77,6 +81,7 @@ def finding(
         kind,
         files[kind].relative_to(paths.ROOT) if there else None,
         int(rows[kind].index[0]) + 2 if there else None,
+        judged["p"],
     )
 
 
@@ -126,6 +131,37 @@ def headlines(name: str) -> list[tuple[dict, list[Finding]]]:
     return [by_id[id_] for id_ in claims.load(name)["headlines"]]
 
 
+def together() -> dict[tuple[str, str, str], bool]:
+    """By ledger, claim and cohort of every headline that was tested: does it stand if all are to be right together?
+
+    Whoever looks at sixty intervals of 95 % finds some that are wrong. Holm's correction asks more of each (`claims.holm`).
+    """
+    tested = {
+        (name, claim["id"], each.cohort): each.p
+        for name in claims.names()
+        for claim, those in headlines(name)
+        for each in those
+        if each.verdict in (HOLDS, FAILS, OPEN)
+    }
+    return dict(zip(tested, claims.holm(list(tested.values())), strict=True))
+
+
+def correction() -> str:
+    """How many decided headlines stand `together`, as a sentence."""
+    stands = together()
+    decided = [
+        stands[name, claim["id"], each.cohort]
+        for name in claims.names()
+        for claim, those in headlines(name)
+        for each in those
+        if each.verdict in (HOLDS, FAILS)
+    ]
+    return (
+        f"These are {len(stands)} tests. Of the {len(decided)} that are decided by themselves, {sum(decided)} stand if all are "
+        f"to be right together with 95 % (Holm's correction); the others bear a {DAGGER}."
+    )
+
+
 def table(name: str, *, only_headlines: bool = False, root: str = "") -> pd.DataFrame:
     """One line a claim: whose it is, the verdict over all cohorts, and one column a cohort, linked to the table that decides.
 
@@ -133,19 +169,22 @@ def table(name: str, *, only_headlines: bool = False, root: str = "") -> pd.Data
         only_headlines: without the details.
         root: where the repository lies, as seen from the page that shows the links.
     """
-    lines = []
+    lines, stands = [], together()
     for claim, those in headlines(name) if only_headlines else entries(name):
         word = overall(claim["by"], [each.verdict for each in those])
         line = {"id": f"`{claim['id']}`", "claim": claim["text"], "by": claim["by"], "verdict": f"**{word}**"}
-        lines.append(line | {each.cohort: shown(each, root) for each in those})
+        for each in those:
+            alone = each.verdict in (HOLDS, FAILS) and not stands.get((name, claim["id"], each.cohort), True)
+            line[each.cohort] = shown(each, root, DAGGER * alone)
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
-def shown(found: Finding, root: str = "") -> str:
+def shown(found: Finding, root: str = "", mark: str = "") -> str:
     """A finding as Markdown, with a link to its table (not to a line, which another row above it would move)."""
     if found.file is None:
         return found.verdict
-    link = f"[{found.verdict}]({root}{found.file.as_posix()})"
+    link = f"[{found.verdict}{mark}]({root}{found.file.as_posix()})"
     return f"{link}: {found.measured} (n = {found.n}{', quick' * (found.kind == 'quick')})"
 
 

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ import pandas as pd
 from medsec.core import files, paths
 from medsec.core.errors import InputError
 from medsec.core.params import NotNegative, Section, validated
-from medsec.evidence.intervals import bootstrap_interval
+from medsec.evidence.intervals import bootstrap_interval, two_level_interval
 
 __all__ = [
     "Rows",
@@ -36,12 +36,15 @@ __all__ = [
 
 FIXED = ("variant", "scenario", "metric", "value")  # columns of every table of metrics
 UNFOLDED = 12  # rows of a table that a reader takes in
-MEASURES = ("value", "low", "high", "n", "n_items", "unit", "seed")
+MEASURES = ("value", "low", "high", "sd", "n", "n_items", "unit", "seed", "base")
 
 
 class Metric(Section):
+    """``items``: of a share, whether all runs count the same items or each its own (see `two_level_interval`)."""
+
     unit: str
     tolerance: NotNegative
+    items: Literal["same", "own"] | None = None
 
 
 class Metrics(Section):
@@ -128,7 +131,7 @@ def parse(source: TextIO) -> pd.DataFrame:
         needed = [*FIXED, *([] if "seed" in table else SUMMARY)]
         if missing := [column for column in needed if column not in table]:
             raise ValueError(f"no column {missing[0]}")
-    numeric = [c for c in ("value", "low", "high", "seconds") if c in table]
+    numeric = [c for c in ("value", "low", "high", "sd", "base", "seconds") if c in table]
     counts = [c for c in ("n", "n_items", "seed", "peak_mb") if c in table]
     return table.astype({**dict.fromkeys(numeric, float), **dict.fromkeys(counts, int)})
 
@@ -177,13 +180,14 @@ def row(table: pd.DataFrame, **where: str) -> pd.Series:
 def minus(rows: pd.DataFrame, base: pd.DataFrame, by: Sequence[str], name: str) -> pd.DataFrame:
     """Rows of a runs table less those of ``base`` with the same seed, metric and ``by``: ``<metric>_minus_<name>``.
 
-    Of several such rows of ``base`` their mean counts. A row without its counterpart is left out.
+    Of several such rows of ``base`` their mean counts. A row without its counterpart is left out. A column ``base`` has what was
+    subtracted.
     """
-    by = ["seed", "metric", *by]
+    by, rows = ["seed", "metric", *by], rows.drop(columns="base", errors="ignore")  # a difference of differences
     joined = rows.join(base.groupby(by)["value"].mean().rename("base"), on=by).dropna(subset="base")
     joined["value"] -= joined["base"]
     joined["metric"] += f"_minus_{name}"
-    return joined[rows.columns]
+    return joined[[*rows.columns, "base"]]
 
 
 def headline(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -247,14 +251,17 @@ def wide(
     return pd.DataFrame(lines, columns=[index, *columns])
 
 
-SUMMARY = [*FIXED, "low", "high", "n", "n_items", "unit"]
+SUMMARY = [*FIXED, "low", "high", "sd", "n", "n_items", "unit"]
 
 
 def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | None = None) -> pd.DataFrame:
-    """The summary of a runs table: mean over seeds, interval, number of seeds.
+    """The summary of a runs table: mean over seeds, interval, standard deviation between seeds, number of seeds.
+
+    A share whose metric says whose ``items`` it counts has a `two_level_interval`, everything else one over the seeds.
 
     Args:
-        runs: columns ``seed, variant, scenario, metric, value, n_items, unit`` and ``keys``; one row a seed.
+        runs: columns ``seed, variant, scenario, metric, value, n_items, unit`` and ``keys``, and ``base`` where `minus` made
+            some of them; one row a seed.
         keys: the notebook's key columns; empty strings in a headline row.
         paired_with: a variant; adds rows ``scenario = minus_<variant>``, the paired differences of every row that
             both variants have for the same seeds, except per-round rows and controls.
@@ -271,7 +278,7 @@ def summarise(runs: pd.DataFrame, keys: Sequence[str], *, paired_with: str | Non
     for group, part in runs.groupby(by, sort=False, dropna=False):
         if part["seed"].duplicated().any():
             raise ValueError(f"seed counted twice in {dict(zip(by, group, strict=True))}")
-        rows.append({**dict(zip(by, group, strict=True)), **_row(part["value"]), **_items(part)})
+        rows.append({**dict(zip(by, group, strict=True)), **_row(part), **_items(part)})
     if paired_with:
         rows += _paired_rows(runs, keys, paired_with)
     return pd.DataFrame(rows)[SUMMARY + list(keys)]
@@ -284,19 +291,29 @@ def _paired_rows(runs: pd.DataFrame, keys: Sequence[str], base: str) -> list[dic
         if part["seed"].duplicated().any():
             raise ValueError(f"cannot pair {variant} with {base}: it has several scenarios; pair each by itself")
         like = (table["variant"] == base) & (table["metric"] == metric) & (table[list(keys)] == cell).all(axis=1)
-        control, mine = (t.set_index("seed")["value"] for t in (table[like], part))
+        control, mine = table[like].set_index("seed")["value"], part.set_index("seed")
         if control.index.has_duplicates:
             raise ValueError(f"cannot pair with {base}: it has several scenarios")
         if variant == base or control.empty or set(mine.index) != set(control.index):
             continue
         row = {"variant": variant, "scenario": f"minus_{base}", "metric": metric, **dict(zip(keys, cell, strict=True))}
-        rows.append({**row, **_row(mine - control.loc[mine.index]), **_items(part)})
+        less = control.loc[mine.index]
+        rows.append({**row, **_row(mine.assign(metric=metric, base=less, value=mine["value"] - less)), **_items(part)})
     return rows
 
 
-def _row(values: pd.Series) -> dict:
-    low, high = bootstrap_interval(values.to_numpy())
-    return {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
+def _row(part: pd.DataFrame) -> dict:
+    """Mean, interval, spread and number of the runs of one quantity."""
+    values, base = part["value"].to_numpy(float), part["base"].to_numpy(float) if "base" in part else None
+    base = None if base is None or np.isnan(base).all() else base
+    entry = metrics().get(part["metric"].iloc[0], {})
+    if items := entry.get("items"):
+        each = max(1, round(float(part["n_items"].mean())))
+        low, high = two_level_interval(values, each, same=items == "same", base=base)
+    else:
+        low, high = bootstrap_interval(values)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return {"value": float(values.mean()), "low": low, "high": high, "sd": spread, "n": len(values)}
 
 
 def _items(part: pd.DataFrame) -> dict:
