@@ -22,10 +22,10 @@ from medsec.evidence import check, claims, ledger, tables
 
 KEYS = ["client", "round"]
 ROWS = [
-    ("poison", "attack", "trigger_rate", 0.83, 0.8, 0.9, 3, 3000, "share", "", ""),
-    ("poison", "attack", "trigger_rate", 0.5, 0.4, 0.6, 3, 600, "share", "0", "12"),
-    ("poison", "minus_clean", "frechet", 21.5, 20.0, 24.25, 3, 3000, "distance", "", ""),
-    ("clean", "no_attack", "trigger_rate", 0.01, 0.0, 0.02, 3, 3000, "share", "", ""),
+    ("poison", "attack", "trigger_rate", 0.83, 0.8, 0.9, 0.05, 3, 3000, "share", "", ""),
+    ("poison", "attack", "trigger_rate", 0.5, 0.4, 0.6, 0.1, 3, 600, "share", "0", "12"),
+    ("poison", "minus_clean", "frechet", 21.5, 20.0, 24.25, 2.0, 3, 3000, "distance", "", ""),
+    ("clean", "no_attack", "trigger_rate", 0.01, 0.0, 0.02, 0.01, 3, 3000, "share", "", ""),
 ]
 
 
@@ -158,7 +158,7 @@ def claim(**fields):
 
 
 def summary_of(low, high, n=3):
-    row = ("poison", "attack", "trigger_rate", (low + high) / 2, low, high, n, 30, "share", "", "")
+    row = ("poison", "attack", "trigger_rate", (low + high) / 2, low, high, 0.1, n, 30, "share", "", "")
     return pd.DataFrame([row], columns=[*tables.SUMMARY, *KEYS])
 
 
@@ -345,8 +345,8 @@ def test_a_missing_ledger(ledgers):
 def test_the_ledger_goes_to_the_readme_and_to_a_table(ledgers, tmp_path, monkeypatch):
     ledgers(claim(id="a", where=WHERE, above=0.5), claim(id="b", **NOT_HERE))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
-    tables.write(summary_of(0.1, 0.2), paths.results("alpha", tmp_path) / "01_test.csv")
+    tables.write(summary_of(0.6, 0.7, n=5), paths.results("phantom", tmp_path) / "01_test.csv")
+    tables.write(summary_of(0.1, 0.2, n=5), paths.results("alpha", tmp_path) / "01_test.csv")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{ledger.BEGIN}\nstale rows\n{ledger.END}\nafter\n", encoding="utf-8")
     for _ in range(2):
@@ -356,15 +356,15 @@ def test_the_ledger_goes_to_the_readme_and_to_a_table(ledgers, tmp_path, monkeyp
         assert text.endswith(f"\n{ledger.END}\nafter\n")
         assert "stale rows" not in text
         assert "| 1-test | the paper's | 2 |" in text
-    quick = "[holds](results/phantom/01_test.csv): 0.65 [0.60, 0.70] (n = 3, quick)"
+    quick = "[holds](results/phantom/01_test.csv): 0.65 [0.60, 0.70] (n = 5, quick)"
     assert list(ledger.table("1-test")["phantom"]) == [quick, "not testable here"]
     assert list(ledger.table("1-test")["verdict"]) == ["**partly**", "**not testable here**"]
     kept = pd.read_csv(tmp_path / ledger.FINDINGS, dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(kept, ledger.findings().astype(str))
     # A record's row takes the place of the quick one, unless it rests on fewer runs.
     for n, said in (
-        (3, "[holds](records/alpha/01_test.csv): 0.85 [0.80, 0.90] (n = 3)"),
-        (1, "[does not hold](results/alpha/01_test.csv): 0.15 [0.10, 0.20] (n = 3, quick)"),
+        (5, "[holds](records/alpha/01_test.csv): 0.85 [0.80, 0.90] (n = 5)"),
+        (4, "[does not hold](results/alpha/01_test.csv): 0.15 [0.10, 0.20] (n = 5, quick)"),
     ):
         tables.write(summary_of(0.8, 0.9).assign(n=n), paths.records("alpha", tmp_path) / "01_test.csv")
         assert ledger.table("1-test")["alpha"][0] == said
@@ -389,7 +389,7 @@ def test_the_ledger_in_a_sentence(ledgers, tmp_path, monkeypatch):
         claim(id="a", where=WHERE, above=0.5), ours | {"by": "medsec"}, claim(id="c", **NOT_HERE) | {"by": "medsec"}
     )
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    tables.write(summary_of(0.6, 0.7), paths.results("phantom", tmp_path) / "01_test.csv")
+    tables.write(summary_of(0.6, 0.7, n=5), paths.results("phantom", tmp_path) / "01_test.csv")
     assert (
         ledger.summary() == "The papers' 1 headline statements: 1 reproduced. Our own 2: 1 missed, 1 not testable here."
     )
@@ -501,7 +501,7 @@ def test_a_long_table_is_folded(table):
 
 def test_every_metric_has_a_tolerance():
     for name, entry in tables.metrics().items():
-        assert set(entry) == {"unit", "tolerance"}, name
+        assert set(entry) - {"items"} == {"unit", "tolerance"}, name
         assert entry["tolerance"] >= 0, name
 
 
@@ -554,7 +554,7 @@ def test_every_difference_of_a_row_is_named(table):
     assert all(line.startswith(ADDRESS) for line in lines)
 
 
-def test_the_tolerance_is_the_metrics_plus_the_width_of_the_committed_interval(table, ledgers):
+def test_the_tolerance_is_the_metrics_plus_twice_the_committed_deviation_between_seeds(table, ledgers):
     ledgers()
     slack = 0.05 + 0.2 + 1e-5 * 0.5
     for sign in (1, -1):
@@ -566,7 +566,7 @@ def test_the_tolerance_is_the_metrics_plus_the_width_of_the_committed_interval(t
 
 def test_a_distance_in_the_space_of_a_trained_network_may_change_its_scale(table, ledgers):
     ledgers()
-    table.loc[1, ["metric", "value", "low", "high"]] = ["frechet", 300.0, 290.0, 310.0]
+    table.loc[1, ["metric", "value", "low", "high", "sd"]] = ["frechet", 300.0, 290.0, 310.0, 10.0]
     slack = 1.0 + 20.0 + check.SCALED["frechet"] * 300
     for sign in (1, -1):
         assert check.compare(planted(table, 1, value=300 + sign * (slack - 0.01)), table) == []
@@ -626,7 +626,7 @@ def test_a_claim_that_turns_into_its_opposite_is_named(ledgers):
 
 
 def test_a_tolerance_of_zero_means_equal(tmp_path, monkeypatch):
-    row = ("cohort", "size", "images", 512.0, 512.0, 512.0, 1, 512, "images", "", "")
+    row = ("cohort", "size", "images", 512.0, 512.0, 512.0, 0.0, 1, 512, "images", "", "")
     table = pd.DataFrame([row], columns=[*tables.SUMMARY, *KEYS])
     assert check.compare(table, table) == []
     assert len(check.compare(planted(table, 0, value=513.0), table)) == 1

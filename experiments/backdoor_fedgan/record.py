@@ -57,7 +57,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     factors += [({"partition": scheme}, {"partition": scheme}, ("attack", "clean")) for scheme in dealt]
     for seed in few:  # seed by seed: a record that is cut short has every factor, on fewer seeds
         found += [Cell(arm, seed, {"fedgan": change}, keys) for change, keys, arms in factors for arm in arms]
-    return found + [Cell(arm, seed) for seed in p.seeds.evaluation[: p.drawing.seeds] for arm in drawing.ARMS]
+    return found + [Cell(arm, seed) for seed in few for arm in drawing.ARMS]
 
 
 def _area(size: int, cohort: str, p: Params) -> str:

@@ -11,7 +11,6 @@ from medsec.core.settings import ProjectionGAN
 class Drawing(Section):
     """The GAN that draws: what differs from ``fedgan``, and how it is measured. Only its own cells depend on it."""
 
-    seeds: Count
     rounds: Count
     average: Literal["generator", "both"]
     gan: ProjectionGAN

@@ -129,9 +129,9 @@ def p_value(row: pd.Series, bound: float) -> float:
 
     It reads the end of the row's interval that faces the bound as Student's t would have put it there, whatever it is made of.
     """
-    if row["n"] < 2:
-        return 1.0
     distance = row["value"] - bound
+    if row["n"] < 2 or not np.isfinite([distance, row["low"], row["high"]]).all():
+        return 1.0
     half = row["value"] - row["low"] if distance > 0 else row["high"] - row["value"]
     if half <= 0 or distance == 0:
         return float(distance == 0)

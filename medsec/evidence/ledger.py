@@ -205,7 +205,14 @@ def rows() -> pd.DataFrame:
                     code = float(CODES[each.verdict])
                     found.append(
                         {"variant": name, "scenario": each.cohort, "metric": "verdict", "value": code, "low": code}
-                        | {"high": code, "n": each.n, "n_items": each.n, "unit": "verdict", "claim": claim["id"]}
+                        | {
+                            "high": code,
+                            "sd": 0.0,
+                            "n": each.n,
+                            "n_items": each.n,
+                            "unit": "verdict",
+                            "claim": claim["id"],
+                        }
                     )
     return pd.DataFrame(found)
 
