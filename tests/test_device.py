@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from experiments import params
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor import triggers
-from medsec.core import parallel
+from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 from medsec.evidence import record
 from medsec.federated import aggregators, rounds
@@ -79,3 +80,15 @@ def test_records_of_a_gpu_have_their_own_folder():
     assert record.place("phantom", QUICK).name == "phantom"
     assert record.place("phantom", gpu).name == "phantom-gpu"
     assert set(params.load("full").seeds.evaluation) <= set(gpu.seeds.evaluation)
+
+
+def test_what_the_full_profile_sets_the_one_for_a_gpu_sets_as_well():
+    """A profile is laid over params.yaml alone: what is missing would be as small as in the quick one."""
+
+    def keys(tree, at=()):
+        return {
+            path for key, v in tree.items() for path in (keys(v, (*at, key)) if isinstance(v, dict) else {(*at, key)})
+        }
+
+    full, gpu = (yaml.safe_load((paths.PROFILES / f"{name}.yaml").read_text()) for name in ("full", "full-gpu"))
+    assert keys(full) <= keys(gpu)

@@ -1,5 +1,6 @@
 """Running a notebook: outputs change only when all went well, two runs give the same bytes, a replay finds a wrong table."""
 
+import ast
 import json
 import os
 import shutil
@@ -245,6 +246,54 @@ def test_the_command_is_ready_before_pytorch_is_loaded():
     code = "import sys, medsec.evidence.execute, medsec.data; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
     assert done.stdout == "False\n"
+
+
+SLOW = (
+    "art",
+    "captum",
+    "flwr",
+    "foolbox",
+    "scipy.optimize",
+    "scipy.stats",
+    "seaborn",
+    "skimage",
+    "sklearn",
+    "torchvision",
+)
+
+
+def loaded(code, modules):
+    """Which of the modules a process has loaded when it has run the code."""
+    code = f"import sys\n{code}\nprint([name for name in {modules!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+def test_first_cells_load_only_what_all_that_follows_needs():
+    """Such a library costs up to seconds a process: who uses it imports it where it is used."""
+    lines = ["import medsec"]
+    for file in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
+        (first,) = [
+            c.source for c in nbformat.read(file, 4).cells if c.cell_type == "code" and "NOTEBOOK =" in c.source
+        ]
+        imports = [ast.unparse(node) for node in ast.parse(first).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        lines += [
+            line for line in imports if line.split()[1].split(".")[0] not in SLOW
+        ]  # what it shows a reader itself
+    assert len(lines) > 50
+    assert loaded("\n".join([*lines, "plots.use_style()"]), SLOW) == []
+
+
+@pytest.mark.parametrize("command", ["medsec", "experiments"])
+def test_a_command_tells_its_usage_without_loading_anything(command):
+    code = f"import contextlib\nfrom {command}.__main__ import main\nwith contextlib.suppress(SystemExit): main(['--help'])"
+    assert loaded(code, ("torch", "pandas", "matplotlib", "scipy", *SLOW)) == []
+
+
+def test_the_schema_of_the_parameters_loads_before_pytorch():
+    """Only to read them, and to compare names with the registries of methods, needs it."""
+    assert loaded("from experiments import params", ("torch", "pandas", "scipy")) == []
 
 
 # Replaying an executed notebook: the last two cells of notebook 01, without its training ------------------------------

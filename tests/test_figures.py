@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+import seaborn
 import yaml
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from nbformat import v4
 from PIL import Image
@@ -176,6 +178,19 @@ def encoded(pixels):
 
 def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def test_the_style_is_that_of_seaborn_with_ours_on_top():
+    with matplotlib.rc_context():
+        plots.use_style()
+        ours = dict(matplotlib.rcParams)
+    with matplotlib.rc_context():
+        seaborn.set_theme(context="paper", style="white", color_codes=False, rc=plots.STYLE)
+        theirs = dict(matplotlib.rcParams)
+    cycles = [[to_rgb(colour) for colour in each.pop("axes.prop_cycle").by_key()["color"]] for each in (ours, theirs)]
+    assert cycles[0] == cycles[1]
+    assert {key: ours[key] for key in ours if ours[key] != theirs[key]} == {}
+    assert {key for key in ours if ours[key] != matplotlib.rcParamsDefault.get(key)} > set(plots.STYLE)
 
 
 @pytest.fixture

@@ -227,6 +227,15 @@ def test_intervals_shrink_with_n_towards_students():
     assert all(a > 1.5 * b for a, b in itertools.pairwise(widths))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 9, 40, 400])
+def test_the_interval_has_the_bits_that_it_has_with_scipy_stats(n):
+    values = np.random.default_rng(n).normal(size=n)
+    tail = scipy.stats.norm.cdf(np.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 - 0.95) / 2, n - 1))
+    means = values[np.random.default_rng(0).integers(0, n, (intervals.RESAMPLES, n))].mean(1)
+    expected = (values.min(), values.max()) if tail < n**-n else tuple(np.quantile(means, [tail, 1 - tail]))
+    assert bootstrap_interval(values) == expected
+
+
 @pytest.mark.parametrize("n", [5, 7, 10, 20])
 def test_the_percentiles_are_hesterbergs(n, monkeypatch):
     """Hesterberg 2015, section 4: Φ(√(n / (n − 1)) · t), taken from resamples of our own."""

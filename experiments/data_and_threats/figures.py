@@ -3,7 +3,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 
@@ -16,5 +15,7 @@ def stacked_bars(ax: Axes, counts: pd.DataFrame, title: str) -> None:
 
 def heatmap(ax: Axes, table: pd.DataFrame, title: str, *, low: float, high: float) -> None:
     """Annotated matrix of shares."""
+    import seaborn as sns  # slow to import
+
     sns.heatmap(table, ax=ax, vmin=low, vmax=high, cmap="cividis", annot=True, fmt=".2f", cbar=False, square=True)
     ax.set_title(title)

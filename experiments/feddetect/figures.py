@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from medsec.show.plots import LOOK, WIDTH
@@ -89,6 +88,8 @@ def evidence_over_rounds(panels: Mapping[str, pd.DataFrame], threshold: float, t
 
 def matrix(table: pd.DataFrame, title: str, label: str):
     """Annotated matrix of shares, rows and columns named; missing cells stay white."""
+    import seaborn as sns  # slow to import
+
     fig, ax = plt.subplots(figsize=(WIDTH, 0.34 * len(table) + 1.7))
     sns.heatmap(
         table,

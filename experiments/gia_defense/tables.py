@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import pandas as pd
-from scipy import stats
 
 from experiments.gia_defense.clients import VARIANTS
 from experiments.params import Params
@@ -111,6 +110,8 @@ def exposed(summary: pd.DataFrame, variants: Sequence[str] = VARIANTS) -> dict[s
     Of one image a batch; shown by the whole interval, of at least `medsec.evidence.claims.LEAST_RUNS` runs, and by a binomial
     test over all victims (the interval of three runs is too narrow).
     """
+    from scipy import stats  # slow to import
+
     found = {}
     for variant in variants:
         where = {"variant": variant, "scenario": "fingerprint", "metric": "identified_top10"}

@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medsec.core.params import MOST, Count, Factor, Positive, Rate, Section, Size
+from medsec.core.params import MOST, Count, Factor, Positive, Rate, Section, Size, rounds_until
 from medsec.core.settings import FedClsParams
-from medsec.federated.rounds import rounds_until
 
 
 class MatrixParams(Section):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from medsec.core.errors import InputError
@@ -285,7 +285,7 @@ def loss_evidence(losses: np.ndarray, floor: float) -> np.ndarray:
 
 def flag_threshold(fpr: float) -> float:
     """Standard normal quantile of 1 − ``fpr`` / 13: Bonferroni's correction for 12 map statistics and the loss."""
-    return float(stats.norm.isf(fpr / (4 * (len(WINDOWS) + 1) + 1)))
+    return float(-special.ndtri(fpr / (4 * (len(WINDOWS) + 1) + 1)))
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,6 +5,7 @@ Every key is checked for spelling, type and possible value before anything runs.
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -46,6 +47,11 @@ class Seeds(Section):
         if both := sorted(set(self.tuning) & set(self.evaluation)):
             raise ValueError(f"seeds {both} are both tuning and evaluation seeds; the two lists must not overlap")
         return self
+
+
+def rounds_until(share: float, rounds: int) -> int:
+    """Number of whole rounds in the first ``share`` of them; also the index, from 0, of the round that follows."""
+    return math.floor(round(share * rounds, 9))  # 0.29 * 100 is a little less than 29 to a computer
 
 
 AnySection = TypeVar("AnySection", bound=Section)

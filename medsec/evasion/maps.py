@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
@@ -20,6 +19,8 @@ STEPS = 16  # of the path of Integrated Gradients
 
 def integrated_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """|Integrated Gradients| (Sundararajan et al. 2017) of class y from a grey image: (N, S, S), summed over channels."""
+    from captum.attr import IntegratedGradients  # slow to import
+
     check_inputs(model, x, y)
     with torch.enable_grad():
         maps = IntegratedGradients(model).attribute(x, torch.full_like(x, 0.5), target=y, n_steps=STEPS)

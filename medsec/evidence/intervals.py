@@ -7,7 +7,7 @@ share the columns ``variant, scenario, metric`` and the notebook's key columns; 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 __all__ = ["bootstrap_interval", "paired_difference", "two_level_interval", "wilson_interval"]
 
@@ -40,7 +40,8 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL, seed: int 
     if n == 1 or np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     means = np.sort(values[np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))].mean(1))
-    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1))
+    # Normal distribution of Student's quantile; scipy.stats has the same functions under other names, and is slow to import.
+    tail = special.ndtr(np.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - level) / 2))
     low, high = np.quantile(means, [tail, 1 - tail])
     # With few runs the wanted percentile lies beyond the resamples; the range of the data is its limit.
     return (float(values.min()), float(values.max())) if tail < n**-n else (float(low), float(high))
@@ -57,6 +58,8 @@ def wilson_interval(successes: float, n: int, level: float = LEVEL) -> tuple[flo
     Raises:
         ValueError: n < 1 or successes outside 0 to n.
     """
+    from scipy import stats  # slow to import
+
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is no proportion")
     p, z = successes / n, float(stats.norm.ppf((1 + level) / 2))

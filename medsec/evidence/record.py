@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from medsec import data
 from medsec.core import files, parallel, paths
@@ -100,6 +99,8 @@ def build(
     how: Design, cohort: data.Cohort, p: Section, profile: str, plan: Sequence[Cell], found: dict[str, pd.DataFrame]
 ) -> Path:
     """Write the three files of a record from the cells that are finished (`gathered`), in the order of the plan."""
+    import torch  # slow to import, and who only reads a record needs none
+
     notebook, records = how.experiment.name, place(cohort.name, p)
     done = [found[cell.name] for cell in plan if cell.name in found]
     rows = pd.concat(done, ignore_index=True)

@@ -19,6 +19,7 @@ __all__ = ["RULES", "fedavg", "flatten", "krum", "krum_scores", "median", "multi
 
 
 CHUNK = 2**13  # entries at a time: all that is worked on stays in the processor's cache
+WIDE = 2**14  # the same for a rule that works on two rows at a time, not on all
 
 
 def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float] | None = None) -> tuple[State, dict]:
@@ -44,13 +45,19 @@ def fedavg(updates: Sequence[Update], round: int = 0, *, weights: Sequence[float
         )
     share = raw / raw.sum()
 
+    buffers = np.empty((2, WIDE))  # used again and again: new memory for every product took a quarter of the time
+
     def mean(rows: list[np.ndarray]) -> np.ndarray:
-        total = np.multiply(rows[0], share[0], dtype=np.float64)
+        total, term = buffers[:, : len(rows[0])]
+        np.copyto(total, rows[0])
+        total *= share[0]
         for row, weight in zip(rows[1:], share[1:], strict=True):
-            total += np.multiply(row, weight, dtype=np.float64)
+            np.copyto(term, row)  # into float64 first: numpy multiplies numbers of one kind faster than of two
+            term *= weight
+            total += term
         return total
 
-    return _combine(updates, mean), {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
+    return _combine(updates, mean, WIDE), {"weights": {u.client: float(w) for u, w in zip(updates, share, strict=True)}}
 
 
 def uniform_mean(updates: Sequence[Update], round: int = 0) -> tuple[State, dict]:
@@ -148,15 +155,15 @@ def flatten(state: State) -> np.ndarray:
     return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).cpu().numpy()
 
 
-def _combine(updates: Sequence[Update], reduce: Callable[[list[np.ndarray]], np.ndarray]) -> State:
-    """The state whose entries are ``reduce(rows)``: float64 (m,) from the same m entries of every update, each (m,)."""
+def _combine(updates: Sequence[Update], reduce: Callable[[list[np.ndarray]], np.ndarray], chunk: int = CHUNK) -> State:
+    """The state whose entries are ``reduce(rows)``: float64 (m,) from the same m <= chunk entries of every update, each (m,)."""
     state = {}
     for name, like in updates[0].state.items():
         rows = [u.state[name].detach().cpu().numpy().reshape(-1) for u in updates]
         found = np.empty_like(rows[0])
-        for start in range(0, len(found), CHUNK):
-            value = reduce([row[start : start + CHUNK] for row in rows])
-            found[start : start + CHUNK] = value if like.is_floating_point() else value.round()
+        for start in range(0, len(found), chunk):
+            value = reduce([row[start : start + chunk] for row in rows])
+            found[start : start + chunk] = value if like.is_floating_point() else value.round()
         state[name] = torch.from_numpy(found).reshape(like.shape).to(like.device)
     return state
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
@@ -89,6 +88,8 @@ def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Te
     With two classes, the threshold of the latter two is that of the highest macro F1 on ``val``; with more, the most
     probable class is taken.
     """
+    from sklearn.metrics import balanced_accuracy_score, f1_score  # slow to import
+
     probabilities, truth = classifier.predict(model, test[0]), test[1].numpy()
     if probabilities.shape[1] == 2:
         threshold = best_threshold(classifier.predict(model, val[0])[:, 1].numpy(), val[1].numpy())
@@ -104,6 +105,8 @@ def utility(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Te
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """Threshold on (n,) probabilities of class 1 with the highest macro F1: half way between two scores that occur."""
+    from sklearn.metrics import f1_score  # slow to import
+
     values = np.unique(scores)
     between = np.concatenate([[values[0] - 1e-6], (values[1:] + values[:-1]) / 2])
     between = between[:: max(1, len(between) // 200)]

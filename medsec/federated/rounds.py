@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 
 __all__ = ["NoQuorum", "Update", "rounds_until", "run_round", "scale_update", "screen"]
 
@@ -206,11 +207,6 @@ def run_round(
     new_state, diagnostics = aggregate(accepted, round) if accepted else (state, {})
     rejected |= diagnostics.get("rejected", {})  # by a rule that screens what attackers changed after their training
     return new_state, accepted, {**diagnostics, "rejected": rejected, "absent": absent}
-
-
-def rounds_until(share: float, rounds: int) -> int:
-    """Number of whole rounds in the first ``share`` of them; also the index, from 0, of the round that follows."""
-    return math.floor(round(share * rounds, 9))  # 0.29 * 100 is a little less than 29 to a computer
 
 
 def scale_update(sent: State, received: State, factor: float) -> State:

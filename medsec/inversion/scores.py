@@ -5,8 +5,6 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 from torch import nn
 
 from medsec.core.errors import InputError
@@ -114,6 +112,9 @@ def match(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Returns:
         ``found`` reordered.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+    from scipy.spatial.distance import cdist
+
     _squares(found, truth)
     flat = [images.reshape(len(images), -1).astype(np.float64) for images in (truth, found)]
     return found[linear_sum_assignment(cdist(*flat, "sqeuclidean"))[1]]

@@ -14,7 +14,6 @@ at all. What stands in for it is chosen by the shadow generator, which tells wha
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from medsec.core.errors import InputError
@@ -94,6 +93,8 @@ def stand_ins(
     Raises:
         InputError: images, labels or groups that do not fit, or a class without a public image.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     z, candidates = _latents(autoencoder, images, labels), _latents(autoencoder, public, public_labels)
     scale = candidates.std(0).clamp_min(1e-6)
     z, candidates = z / scale, candidates / scale

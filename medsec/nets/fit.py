@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from medsec.core.errors import InputError
@@ -137,6 +136,8 @@ def features(model: SmallResNet, images: Tensor) -> Tensor:
 
 def auc(probabilities: Tensor, labels: Sequence[int] | Tensor) -> float:
     """Area under the ROC curve; for more than two classes the mean over classes, one against the rest."""
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     p, y = probabilities.cpu().double().numpy(), torch.as_tensor(labels).cpu().numpy()
     if p.shape[1] == 2:
         return float(roc_auc_score(y, p[:, 1]))
