@@ -3,10 +3,10 @@
 import copy
 import functools
 import re
-import runpy
 import zipfile
 from typing import ClassVar
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -594,13 +594,31 @@ def test_help_lists_the_commands(capsys):
     assert "my_defence.py:defend" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("example", sorted(paths.ROOT.glob("examples/*.py")), ids=lambda file: file.stem)
-def test_the_examples_run(example, capsys):
-    code = [
-        line
-        for line in example.read_text(encoding="utf-8").splitlines()
-        if line.strip() and not line.startswith(("#", '"""'))
-    ]
-    assert len(code) <= 20
-    runpy.run_path(str(example))
-    assert capsys.readouterr().out.startswith("# ")
+JUDGED = ("_gradient_defence", "_server_rule", "n_attack")
+EXAMPLES = sorted(paths.ROOT.glob("examples/*.ipynb"))
+
+
+def test_every_call_has_an_example_and_a_line_in_the_docs():
+    told = (paths.ROOT / "docs" / "test-your-own.md").read_text(encoding="utf-8")
+    assert [file.stem for file in EXAMPLES] == ["audit_a_model", *(f"judge_a{name}" for name in JUDGED)]
+    for file in EXAMPLES:
+        assert f"](../examples/{file.name})" in told
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_the_examples_run(example):
+    """As a notebook's cells, one after the other; what the last one shows is a report, as Markdown with its figures."""
+    notebook = nbformat.read(example, as_version=4)
+    assert [cell.id for cell in notebook.cells] == [str(k) for k in range(len(notebook.cells))]
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    lines = [line for line in "\n".join(code).splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 20
+    space = {}
+    for source in code:
+        exec(source, space)
+    assert code[-1].splitlines()[-1] == "report"
+    shown = space["report"]._repr_markdown_()
+    assert shown.startswith("# ")
+    assert "## What this report does not say" in shown
+    assert shown.count("](data:image/png;base64,") == len(space["report"].figures)
