@@ -46,6 +46,7 @@ SAME = 1e-4  # a distance to the mean, in units of how far clients lie apart, th
 FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # what the attacker who knows the rule tries
 AWARE = {"steps": 10, "draws": 64, "lr": 2e-3, "measure": 128}  # fewer than in notebook 02, which has minutes for each
 KNOWS = "knows_the_rule"
+SILENT = " It flags nobody, whoever attacks."
 TEXT = "Tries its update at several lengths on a copy of the rule, and sends what plants most; lies about its loss."
 
 
@@ -336,7 +337,8 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
     note = f"the mean: {of_mean:.2f} ms, so that it takes {shown(of_rule / of_mean)} times as long"
     rows.append(row("cost", "time a round", of_rule, unit="ms", n=sum(len(run.seconds) for run in honest), note=note))
     table = pd.DataFrame([*alarms, *rows, *odd], columns=COLUMNS)
-    gaps = [gap for _, _, defence, run in runs if defence == "rule" for gap in run.gaps]
+    own = [run for _, _, defence, run in runs if defence == "rule"]
+    gaps, flags = ([each for run in own for each in getattr(run, name)] for name in ("gaps", "flags"))
     each_run = [
         (seed, attacker, defence, run.hits / DRAWN) for seed, attacker, defence, run in runs if attacker in rates
     ]
@@ -348,7 +350,7 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
     drawn = dots({a: {LABELS[d]: rate[:3] for d, rate in each.items()} for a, each in rates.items()}, "trigger rate")
     return Report(
         f"A server's rule on trial: {name}".removesuffix(": "),
-        _verdict(judged, rates, alarms, idle=max(gaps) < SAME),
+        _verdict(judged, rates, alarms, idle=max(gaps) < SAME) + SILENT * (bool(flags) and not any(flags)),
         table,
         _remarks(setting, len(honest)),
         not_tested,
