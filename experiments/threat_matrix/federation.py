@@ -196,7 +196,9 @@ def trainer(
     def train_client(i: int, state: State, round_idx: int, keep: Masks | None) -> Update:
         m = members[i]
         decides = [m.images, m.labels, *state.values(), *(keep or {}).values()]
-        key = joblib.hash((settings, i, m.row.images, m.row.trained_against, round_idx, [t.numpy() for t in decides]))
+        key = joblib.hash(
+            (settings, i, m.row.images, m.row.gradient, m.row.trained_against, round_idx, [t.numpy() for t in decides])
+        )
         if key not in memo or m.row.images not in STATELESS or m.defend is not None:
             local.load_state_dict(state)
             rng = torch_generator(order, "local", i, round_idx)
