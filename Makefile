@@ -9,7 +9,7 @@ READY := .venv/.medsec-ready
 PIPELINE := $(if $(filter phantom,$(COHORT)),dvc.yaml,pipelines/$(COHORT)/dvc.yaml)
 # All but the records: `dvc repro -f` of the whole file would call them up to date without running them.
 STAGES = $(addprefix $(PIPELINE):,$(shell sed -n 's/^  \([0-9a-z_]*\):$$/\1/p' $(PIPELINE) | grep -v '^record_'))
-SOURCES := $(wildcard notebooks/*.ipynb exercises/*.ipynb exercises/solutions/*.ipynb)
+SOURCES := $(wildcard notebooks/*.ipynb exercises/*.ipynb exercises/solutions/*.ipynb examples/*.ipynb)
 EXECUTED := $(sort $(wildcard executed/phantom/*.ipynb))
 
 # DVC stages say "python": it must be that of .venv. One thread per process: another number gives other bits.

@@ -1,5 +1,10 @@
-"""medsec: attacks on medical-imaging AI and their defences, as published, repaired and tested."""
+"""medsec: attacks on medical-imaging AI and their defences, as published, repaired and tested.
 
+To test something of your own: ``medsec.audit``, ``medsec.judge_server_rule``, ``medsec.judge_gradient_defence`` and
+``medsec.judge_attack``; each returns a `medsec.judge.Report`.
+"""
+
+import importlib
 import os
 import platform
 import sys
@@ -24,3 +29,17 @@ if platform.machine() in ("x86_64", "AMD64") and os.environ.get("MEDSEC_INSTRUCT
 INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 if "ipykernel" in sys.modules:
     os.environ.update(INLINE)
+
+JUDGES = {
+    "audit": "classifier",
+    "judge_server_rule": "server",
+    "judge_gradient_defence": "gradients",
+    "judge_attack": "attack",
+}
+
+
+def __getattr__(name: str):
+    """The tests of one's own, loaded when they are asked for: `import medsec` alone loads neither numpy nor torch."""
+    if name not in JUDGES:
+        raise AttributeError(f"module 'medsec' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"medsec.judge.{JUDGES[name]}"), name)

@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
 from fractions import Fraction
@@ -21,20 +23,38 @@ from medsec.core.errors import InputError, command
 LARGEST = 224  # pixels a side that images are read at, unless --size says so
 MOST_BYTES = 2**32  # of the arrays of an .npz, unpacked
 FORMATS = {".html": "to_html", ".md": "to_markdown", ".csv": "to_csv"}
+EPILOG = """examples:
+  medsec describe my-images
+  medsec run 04 --data my-images
+  medsec audit model.pt2 --data my-images --eps 4/255 --out report.html
+  medsec judge server my_rule.py:rule --out server.html
+  medsec judge attack my_attack.py:attack --against model.pt2 --data my-images
+  medsec judge gradient my_defence.py:defend
+`medsec COMMAND --help` says more.
+
+exit status:
+  0    done, whatever the verdict is
+  1    of `run`: the notebook failed, and nothing of it was put in place; else an error of ours, please report it
+  2    a mistake that you can mend, told in one line
+  130  ended with Ctrl-C (143: ended from outside)"""
 FORMS = "a torch.export file (.pt2), a TorchScript file, or my_model.py:make"
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after a mistake that the user can mend."""
+    """Returns the exit status, as `EPILOG` says."""
     args = _parser().parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        _tell("\ninterrupted: no report was written")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="medsec", description="Test something of your own. All of it runs here: nothing leaves this machine."
-    )
+    about = "Test something of your own. All of it runs here: nothing leaves this machine."
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
+    parser = argparse.ArgumentParser(prog="medsec", description=about, **how)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     audit = commands.add_parser("audit", help="attack a classifier with adversarial examples")
     audit.add_argument("model", help=f"{FORMS}, a function that returns the model")
@@ -201,10 +221,19 @@ def _from_folder(root: Path, size: int | None, channels: int | None):
 def _model(text: str):
     """A model from a file, or from Python code. (Crafted files of PyTorch's own formats can run code too: SECURITY.md.)"""
     if ".py:" in text:
-        return _from_python(text)()
+        make = _from_python(text)
+        try:
+            return make()
+        except Exception as error:  # whatever their code raises
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            raise InputError(
+                f"{text} must be a function that takes nothing and returns the model; it raised {why}"
+            ) from error
     file = Path(text)
     if not file.is_file():
         raise InputError(f"model {text} does not exist; give {FORMS}")
+    if file.suffix == ".py":
+        raise InputError(f"{text}: name the function that returns the model, too, like {text}:make")
 
     import torch
 
@@ -282,7 +311,7 @@ def _add_own_images(commands) -> None:
 
 
 def _describe(args: argparse.Namespace) -> int:
-    print(_first_look(*_own(args), args.profile), end="")
+    print(_first_look(_loaded(*_own(args), args.profile)), end="")
     return 0
 
 
@@ -295,21 +324,70 @@ def _run(args: argparse.Namespace) -> int:
     asked = Path(args.notebook).name.removesuffix(".ipynb")
     if not (notebook := next((name for name in known if asked in (name, name[:2])), "")):
         raise InputError(f"notebook {args.notebook}: choose one of {', '.join(known)}")
-    cohort, change = _own(args)
+    name, change = _own(args)
+    cohort = _loaded(name, change, args.profile)
+
+    from medsec.judge import own
+
     base = {} if args.profile == "quick" else params.read(args.profile)[0]
-    settings = yaml.safe_dump(params.merge(base, {"cohorts": change}), sort_keys=False, allow_unicode=True)
+    untouched = base.get("evasion", {}) in ({}, params.read()[0]["evasion"])  # a profile that sets it has its way
+    less = own.smaller(notebook, cohort) if untouched else {}
+    whole = params.merge(params.merge(base, less), {"cohorts": change})
+    settings = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
-    report = _first_look(cohort, change, args.profile)
-    for name, text in ((SETTINGS, settings), ("first-look.md", report)):
-        files.write(out / name, text)
+    report = _first_look(cohort)
+    for file, text in ((SETTINGS, settings), ("first-look.md", report)):
+        files.write(out / file, text)
     print(report, flush=True)
     _tell(f"{notebook} runs; what is made goes to {out}")
-    command = [sys.executable, "-m", "experiments", "run", notebook, "--cohort", cohort, "--profile", out / SETTINGS]
+    if less:
+        _tell_time(cohort, out / SETTINGS)
+    command = [sys.executable, "-m", "experiments", "run", notebook, "--cohort", name, "--profile", out / SETTINGS]
     found = os.pathsep.join(filter(None, (str(paths.ROOT), os.environ.get("PYTHONPATH"))))
-    places = {"MEDSEC_OUT": str(out), "MEDSEC_CELLS": str(out / "cells"), "PYTHONPATH": found}
-    if not (code := _follow(list(map(str, command)), os.environ | places, out / "cells")):
-        _tell(f"the notebook is in {paths.executed(cohort, out)}, tables and figures in {paths.results(cohort, out)}")
+    plan = out / "cells" / "plan.json"
+    places = {"MEDSEC_OUT": out, "MEDSEC_CELLS": out / "cells", "MEDSEC_PLAN": plan, "PYTHONPATH": found}
+    environment = os.environ | {name: str(place) for name, place in places.items()}
+    if not (code := _follow(list(map(str, command)), environment, plan)):
+        _tell(f"the notebook is in {paths.executed(name, out)}, tables and figures in {paths.results(name, out)}")
+        _summarise(notebook, name, out)
     return code
+
+
+def _tell_time(cohort, settings: Path) -> None:
+    """How long notebook 04 will take, and what of it is smaller than on the cohorts of this repository."""
+    from medsec.core import params
+    from medsec.core.settings import Recipe
+    from medsec.judge import own
+
+    tree, file = params.read(str(settings))
+    evasion, cores = (
+        tree["evasion"],
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
+    recipe = params.validated(Recipe, evasion["clean"], f"{file}, evasion.clean")
+    busy = own.seconds(cohort, tree, recipe, len(tree["seeds"]["evaluation"])) / 60
+    _tell(
+        f"it trains its networks first, since none lies ready for these images: about {busy:.0f} minutes of one processor, "
+        f"{busy / min(cores, 6):.0f} on the {cores} here. To keep it so short, {evasion['test_images']} images are attacked, and "
+        f"training has {evasion['clean']['epochs']} and {evasion['hardened']['epochs']} epochs (the repository's own cohorts: "
+        f"150; 8 and 30). A --profile may set evasion otherwise"
+    )
+
+
+def _summarise(notebook: str, cohort: str, out: Path) -> None:
+    """Write the page of verdicts, and print what it says."""
+    from medsec.core import files, paths
+    from medsec.evidence import tables
+    from medsec.judge import own
+
+    table = paths.results(cohort, out) / f"{notebook}.csv"
+    report = own.summary(notebook, tables.read(table), cohort) if table.is_file() else None
+    if report is None:  # 00 makes no claim
+        return
+    for ending, form in FORMATS.items():
+        files.write(out / f"verdicts{ending}", getattr(report, form)())
+    print(report.verdict)
+    _tell(f"the verdicts, on one page: {out / 'verdicts.html'} (also .md, .csv)")
 
 
 def _own(args: argparse.Namespace) -> tuple[str, dict]:
@@ -346,8 +424,8 @@ def _output(args: argparse.Namespace, name: str, settings: str) -> Path:
     return out
 
 
-def _first_look(name: str, change: dict, profile: str) -> str:
-    """The data card and the checks of images of one's own, Markdown."""
+def _loaded(name: str, change: dict, profile: str):
+    """The cohort of images of one's own; what is wrong with it is told by the command's options."""
     from medsec import data
     from medsec.core import params
     from medsec.core.settings import Cohorts
@@ -355,18 +433,27 @@ def _first_look(name: str, change: dict, profile: str) -> str:
     tree, file = params.read(profile)
     try:
         both = params.merge(tree.get("cohorts") or {}, change)
-        cohort = data.load(name, params.validated(Cohorts, both, f"{file} with your options, section cohorts"))
+        return data.load(name, params.validated(Cohorts, both, f"{file} with your options, section cohorts"))
     except InputError as error:
         said = re.sub(r"(?:cohorts\.)?folder\.(\w+)", lambda found: OPTIONS.get(found[1], found[0]), str(error))
         raise InputError(said) from None
 
+
+def _first_look(cohort) -> str:
+    """The data card and the checks of images of one's own, Markdown."""
+    from medsec import data
     from medsec.judge.shortcuts import first_look
 
     return f"{data.describe(cohort)}\n{first_look(cohort).to_markdown()}"
 
 
-def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int:
-    """Run a command to its end, with a line of progress now and then; returns its exit status."""
+def _follow(command: list[str], environment: dict[str, str], plan: Path) -> int:
+    """Run a command to its end, with a line of progress now and then; returns its exit status.
+
+    Args:
+        plan: where the command writes, once it knows them, which files it is going to make (`medsec.evidence.cells.finish`).
+    """
+    plan.unlink(missing_ok=True)  # of a run that was interrupted
     with subprocess.Popen(command, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
@@ -375,11 +462,23 @@ def _follow(command: list[str], environment: dict[str, str], cells: Path) -> int
                     code = child.wait(EVERY)
                     return code if code >= 0 else 128 - code  # as a shell tells it, of one that was ended
                 except subprocess.TimeoutExpired:
-                    _tell(f"{times * EVERY / 60:.1f} min, {len([*cells.glob('*/*/*.npz')])} cells finished")
+                    _tell(f"{times * EVERY / 60:.1f} min{_left(plan)}")
                 except KeyboardInterrupt:
                     pass  # of the terminal, which tells the child as well: it puts things in order
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _left(plan: Path) -> str:
+    """How far a run is, and how long it will take if what is left is like what was done."""
+    if not plan.is_file():
+        return ""
+    files = [Path(file) for file in json.loads(plan.read_text(encoding="utf-8"))]
+    done, spent = sum(file.is_file() for file in files), time.time() - plan.stat().st_mtime
+    text = f", {done} of {len(files)} cells finished"
+    if 0 < done < len(files):
+        text += f", about {max(1, round(spent * (len(files) - done) / done / 60))} min left"
+    return text
 
 
 # What is written -------------------------------------------------------------------------------------------------------

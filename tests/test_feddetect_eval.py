@@ -12,7 +12,6 @@ import yaml
 
 from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
-from experiments.backdoor_fedgan import epochs
 from experiments.feddetect import cells as feddetect_eval
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
@@ -429,7 +428,7 @@ def test_one_who_waits_strikes_in_the_last_round_and_never_in_the_warm_up(p):
 
 @pytest.mark.parametrize(("arm", "scenario"), [("clean", "no_attack"), ("attack", "boost_liar")])
 def test_federations_that_begin_alike_train_once_and_nothing_changes(p, monkeypatch, arm, scenario):
-    """Notebook 02 goes on from the federations of notebook 01 (`experiments.backdoor_fedgan.epochs`)."""
+    """Notebook 02 goes on from the federations of notebook 01 (`medsec.backdoor.epochs`)."""
     trained, original = [], fedgan.train_client
     monkeypatch.setattr(fedgan, "train_client", lambda *a: trained.append(1) or original(*a))
 
@@ -449,7 +448,7 @@ def test_federations_that_begin_alike_train_once_and_nothing_changes(p, monkeypa
     for a, b in zip(apart, together, strict=True):
         pd.testing.assert_frame_equal(a, b)
     with monkeypatch.context() as plainly:
-        plainly.setattr(epochs, "train_client", fedgan.train_client)
+        plainly.setattr(fedgan_eval, "train_client", fedgan.train_client)
         *plain, most = run(lambda: None)
     assert most > all_of_them, "and of two defences the first round after the warm-up"
     for a, b in zip(plain, together, strict=True):

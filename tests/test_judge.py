@@ -3,10 +3,10 @@
 import copy
 import functools
 import re
-import runpy
 import zipfile
 from typing import ClassVar
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from medsec.__main__ import main
+from medsec.backdoor import epochs, gan
 from medsec.core import paths
 from medsec.core.errors import InputError
 from medsec.federated.aggregators import fedavg, krum, median, uniform_mean
@@ -255,6 +256,10 @@ def softmaxed(m):
         (lambda m, x, y: (lambda x: (m(x), None), x, y), "need the logits alone"),
         (lambda m, x, y: (softmaxed(m), x, y), "without the softmax"),
         (lambda m, x, y: (lambda x: m(x) / 0, x, y), "NaN or infinite logits"),
+        (
+            lambda m, x, y: (lambda z: m(z).where((z - x[50]).flatten(1).any(1)[:, None], torch.nan), x, y),
+            "for image 50",
+        ),
         (lambda m, x, y: (copy.deepcopy(m).train(), x, y), "model.eval()"),
         (lambda m, x, y: (m, x[:, :1], y), "cannot take a batch"),
         (lambda m, x, y: ("model.pt", x, y), "is of type str"),
@@ -314,6 +319,17 @@ def test_a_rule_that_does_nothing_is_called_out():
     for lazy in (uniform_mean, fedavg, lambda updates, round: (uniform_mean(updates)[0], {})):
         assert "does what the plain mean does" in quick(lazy).verdict
     assert "does what the plain mean does" not in quick(median).verdict
+
+
+def test_a_rule_that_flags_nobody_is_called_out():
+    def never(updates, round):
+        return median(updates)[0], {"flagged": {u.client: False for u in updates}}
+
+    def first(updates, round):
+        return median(updates)[0], {"flagged": {u.client: u.client == 0 for u in updates}}
+
+    assert quick(never).verdict.endswith("It flags nobody, whoever attacks.")
+    assert "flags nobody" not in quick(first).verdict
 
 
 def test_a_rule_that_knows_the_attacker_equals_the_oracle():
@@ -382,6 +398,25 @@ def test_the_attacker_who_knows_the_rule_uses_a_copy():
     assert set(report.examples["defence"]) == {"mean", "oracle", "rule"}
 
 
+def test_attackers_that_begin_alike_train_once_and_nothing_changes(monkeypatch):
+    """The mean and a rule that reads no losses: `boost_liar` sends what `boost` sends, and both begin as `honest` does."""
+    trained, original = [], gan.train_client
+    monkeypatch.setattr(gan, "train_client", lambda *a: trained.append(1) or original(*a))
+    asked = {"attackers": ["honest", "boost", "boost_liar", "waitout"], "rounds": 5, "images": 16}
+
+    def judged():
+        trained.clear()
+        report = judge_server_rule(median, **asked)
+        return report.examples, report.table[report.table["part"] != "cost"], len(trained)
+
+    *shared, fewer = judged()
+    monkeypatch.setattr(epochs, "train_client", lambda *a, kept: gan.train_client(*a))
+    *apart, most = judged()
+    for a, b in zip(shared, apart, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+    assert fewer < 0.7 * most
+
+
 def broken_state(change):
     return lambda updates, round: (change(dict(updates[0].state)), {})
 
@@ -443,6 +478,7 @@ def test_gradients_that_are_sent_as_they_are_tell_everything():
         assert report.verdict.startswith("No attack here tells")
         assert (cell(report, "named, by a copy of the defence")) < 0.5
     assert "nothing is clearly learnt" in report.verdict or "too short a training" in report.verdict
+    assert len(report.figures) == 2
 
 
 def test_the_copy_of_the_attacker_has_another_seed():
@@ -479,6 +515,10 @@ MODEL = """
 from torch import nn
 
 half = 0.5
+
+
+def needs(x):
+    return x
 
 
 def make():
@@ -554,6 +594,9 @@ def test_the_command_opens_models_but_no_pickle(folder, capsys, monkeypatch):
         (["gone.pt", "--data", "mine.npz"], "does not exist"),
         (["my_model.py:half", "--data", "mine.npz"], "cannot be called"),
         (["my_model.py:gone", "--data", "mine.npz"], "nothing of that name"),
+        (["my_model.py:nn.Linear", "--data", "mine.npz"], "write it as file.py:name"),
+        (["my_model.py:needs", "--data", "mine.npz"], "takes nothing and returns the model; it raised TypeError"),
+        (["my_model.py", "--data", "mine.npz"], "my_model.py:make"),
         (["model.pt", "--data", "gone"], "does not exist"),
         (["model.pt", "--data", "empty.npz"], "needs two arrays"),
         (["model.pt", "--data", "my_model.py"], "is no .npz"),
@@ -586,21 +629,74 @@ def test_the_command_judges_a_rule(folder, capsys, monkeypatch):
     assert "need (state, diagnostics)" in capsys.readouterr().err
 
 
+def test_a_run_that_is_ended_says_so(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "my_rule.py").write_text("def rule(updates, round):\n    raise KeyboardInterrupt\n", encoding="utf-8")
+    assert main(["judge", "server", "my_rule.py:rule", "--out", "r.html"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: no report was written"
+    assert not (folder / "r.html").exists()
+
+
+def test_a_page_fits_on_one_sheet():
+    """As far as a style can say it: A4, small margins, pictures side by side and of bounded height, nothing that overflows."""
+    report = Report("a", "b", pd.DataFrame([row("c", "d" * 300, 0.5)]), figures=[("e", b"")] * 2)
+    style = re.search(r"<style>(.*?)</style>", report.to_html(), re.DOTALL)[1]
+    for needed in (
+        "@page { size: A4",
+        "max-height: 62mm",
+        "overflow-wrap: anywhere",
+        ".figures { display: flex",
+        "@media print",
+    ):
+        assert needed in style
+    assert "page-break" not in report.to_html()
+
+
 def test_help_lists_the_commands(capsys):
     for asked in (["--help"], ["audit", "--help"], ["judge", "server", "--help"], ["judge", "gradient", "--help"]):
         with pytest.raises(SystemExit) as done:
             main(asked)
         assert done.value.code == 0
-    assert "my_defence.py:defend" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        if asked == ["--help"]:
+            for needed in (
+                "describe",
+                "run 04",
+                "audit model",
+                "judge server",
+                "judge attack",
+                "judge gradient",
+                "exit status",
+            ):
+                assert needed in said
+    assert "my_defence.py:defend" in said
 
 
-@pytest.mark.parametrize("example", sorted(paths.ROOT.glob("examples/*.py")), ids=lambda file: file.stem)
-def test_the_examples_run(example, capsys):
-    code = [
-        line
-        for line in example.read_text(encoding="utf-8").splitlines()
-        if line.strip() and not line.startswith(("#", '"""'))
-    ]
-    assert len(code) <= 20
-    runpy.run_path(str(example))
-    assert capsys.readouterr().out.startswith("# ")
+JUDGED = ("_gradient_defence", "_server_rule", "n_attack")
+EXAMPLES = sorted(paths.ROOT.glob("examples/*.ipynb"))
+
+
+def test_every_call_has_an_example_and_a_line_in_the_docs():
+    told = (paths.ROOT / "docs" / "test-your-own.md").read_text(encoding="utf-8")
+    assert [file.stem for file in EXAMPLES] == ["audit_a_model", *(f"judge_a{name}" for name in JUDGED)]
+    for file in EXAMPLES:
+        assert f"](../examples/{file.name})" in told
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_the_examples_run(example):
+    """As a notebook's cells, one after the other; what the last one shows is a report, as Markdown with its figures."""
+    notebook = nbformat.read(example, as_version=4)
+    assert [cell.id for cell in notebook.cells] == [str(k) for k in range(len(notebook.cells))]
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    lines = [line for line in "\n".join(code).splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 20
+    space = {}
+    for source in code:
+        exec(source, space)
+    assert code[-1].splitlines()[-1] == "report"
+    shown = space["report"]._repr_markdown_()
+    assert shown.startswith("# ")
+    assert "## What this report does not say" in shown
+    assert shown.count("](data:image/png;base64,") == len(space["report"].figures)

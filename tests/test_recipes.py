@@ -40,7 +40,8 @@ import pandas as pd
 import pytest
 import torch
 from experiments import params
-from experiments.catalogue import EXPERIMENTS
+from experiments.adversarial_pruning_defense import arms as evasion_arms
+from experiments.catalogue import EXPERIMENTS, QUICK
 from medsec import data
 from medsec.core import paths
 from medsec.evidence import cells
@@ -59,17 +60,45 @@ def run(number, p, cell):
     return rows
 
 
+def added(number, p):
+    # The cells that a notebook runs more than without what is named; the others keep their identity.
+    (name,) = (name for name in QUICK if name.startswith(number))
+    cohort = SimpleNamespace(name="phantom", labels=None)
+    before, after = (
+        {cells.identity(EXPERIMENTS[name], "f" * 64, each, cell): cell for cell in QUICK[name](each, cohort)}
+        for each in (tiny, p)
+    )
+    assert after.keys() > before.keys()
+    return [cell for identity, cell in after.items() if identity not in before]
+
+
+def in_the_matrix(name, p):
+    # A row of the matrix beside the others, in its figure, too.
+    from experiments.threat_matrix import figures
+    from experiments.threat_matrix.arms import ROWS
+    (cell, *_) = added("05", p)
+    assert cell.variants == (name,)
+    rows = run("05", p, cell)
+    assert set(rows["variant"]) == {name}
+    shown = pd.DataFrame({"variant": [*ROWS, name], "column": 0, "value": 0.5, "low": 0.4, "high": 0.6})
+    fig, ax = figures.heat_map(shown.assign(judged="", why="", badness=0.5, n=3), "")
+    assert name in [text.get_text() for text in ax.get_yticklabels()]
+    return rows
+
+
 def attack():
     from medsec.evasion import scenarios
-    named = params.load("mine").evasion.attacks.scenarios  # the recipe's profile
-    assert "best_corner" in named
+    mine = params.load("mine")  # the recipe's profile
+    assert mine.own.attacks == ["best_corner"]
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.tensor([0, 1, 0])
     x_adv = scenarios.craft("best_corner", model, x, y, 0.1, tiny.evasion.attacks, 0)
     torch.testing.assert_close((x_adv - x).abs(), torch.full_like(x, 0.1))
-    p = with_change({"evasion": {"attacks": {"scenarios": ["fgsm", "pgd20", "best_corner"]}}})
-    rows = run("04", p, Cell("arm", 0, group="base", variants=("base",), given={"retrained": True}))
-    assert "best_corner" in set(rows["scenario"])
+    p = with_change({"own": {"attacks": ["best_corner"]}})
+    new = added("04", p)
+    assert {cell.variants for cell in new} == {(variant,) for variant in evasion_arms.QUICK}
+    rows = run("04", p, next(cell for cell in new if cell.variants == ("base",)))
+    assert set(rows["scenario"]) == {"best_corner"} and "dr_whitebox" in set(rows["metric"])
     assert pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_best_corner.py"]) == 0
 
 
@@ -80,8 +109,13 @@ def defence():
     images, labels = (each[:2] for each in setup.splits["client"])
     sent = clients.client("signs", setup, images, labels, 0).defend(clients.network(setup, 0), images, labels, 0)
     assert len({round(float(value), 6) for value in convnet.flat(sent).abs() if value}) == 1
-    rows = run("03", tiny, Cell("attack", 0, group="signs", variants=("signs",)))
+    p = with_change({"own": {"defences": ["signs"]}})
+    new = added("03", p)
+    assert {cell.arm for cell in new} == {"attack", "federation", "fingerprint"}
+    rows = run("03", p, next(cell for cell in new if cell.arm == "attack"))
     assert {"psnr", "ssim"} <= set(rows["metric"])
+    rows = in_the_matrix("signs", p)
+    assert {"psnr", "retrieval"} <= set(rows.loc[rows["scenario"] == "adaptive", "metric"])
 
 
 def rule():
@@ -91,8 +125,13 @@ def rule():
     state, diagnostics = feddetect_cells.defence("geometric_median", tiny, None, None)(updates, 0)
     assert abs(state["w"].item() - 1.05) < 0.1
     assert diagnostics["weights"][3] < 0.01
-    rows = run("02", tiny, Cell("boost", 0, variants=("none", "geometric_median")))
-    assert "geometric_median" in set(rows["variant"])
+    p = with_change({"own": {"rules": ["geometric_median"]}})
+    new = added("02", p)
+    assert {cell.arm for cell in new} == {"no_attack", "boost_liar"}
+    rows = run("02", p, next(cell for cell in new if cell.arm == "boost_liar"))
+    assert set(rows["variant"]) == {"geometric_median"}
+    rows = in_the_matrix("geometric_median", p)
+    assert "called_target" in set(rows.loc[rows["scenario"] == "boost_liar", "metric"])
 
 
 def cohort():

@@ -107,6 +107,19 @@ def arm_cell(cohort: str, params: Params, variant: str, seed: int, *, retrained:
     return run.table()
 
 
+def attack_cell(cohort: str, params: Params, variant: str, seed: int, scenario: str) -> pd.DataFrame:
+    """One arm of one run under one more attack (``own.attacks``) at the headline's eps; ``worst_case`` is without it."""
+    torch.set_num_threads(1)
+    setup = prepare(cohort, params)
+    p, (x, y) = params.evasion, setup.splits["test"]
+    run, eps = Run(setup, variant, evasion_arms.network(setup, variant, seed), seed), p.eps / 255
+    clean = (classifier.predict(run.model, x).argmax(1) == y).numpy()
+    x_adv = craft(scenario, run.model, x, y, eps, p.attacks, seed)
+    right = run.answers(scenario, classifier.predict(run.model, x_adv), y, eps=eps_key(eps))
+    run.whitebox(scenario, clean, right, eps)
+    return run.table()
+
+
 def prune_cell(cohort: str, params: Params, variant: str, seed: int, ratio: float) -> pd.DataFrame:
     """One arm pruned to another share: clean, PGD at the headline's eps, and examples made for the undefended model."""
     torch.set_num_threads(1)
@@ -290,6 +303,8 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     if cell.arm == "transfer":
         return transfer.transfer_cell(cohort, p, cell), {}
     (variant,) = cell.variants
+    if cell.arm == "own":
+        return attack_cell(cohort, p, variant, cell.seed, cell.given["attack"]), {}
     if cell.arm == "prune":
         return prune_cell(cohort, p, variant, cell.seed, cell.keys["prune"]), {}
     return arm_cell(cohort, p, variant, cell.seed, retrained=bool(cell.given.get("retrained"))), {}
@@ -299,9 +314,13 @@ EXPERIMENT = cells.Experiment("04_adversarial_pruning_defense", 1, ("evasion",),
 
 
 def quick(p: Params, variants: Sequence[str]) -> list[cells.Cell]:
-    """What the notebook itself runs: some arms, the dearest first."""
-    return [
-        cells.Cell("arm", seed, group=variant, variants=(variant,))
-        for variant in reversed(variants)
-        for seed in p.seeds.evaluation
-    ] + transfer.plan(p, variants)
+    """What the notebook itself runs: some arms, the dearest first, and the attacks of ``own.attacks`` besides."""
+    arms = [(variant, seed) for variant in reversed(variants) for seed in p.seeds.evaluation]
+    found = [cells.Cell("arm", seed, group=variant, variants=(variant,)) for variant, seed in arms]
+    found += transfer.plan(p, variants)
+    return found + [
+        cells.Cell("own", seed, group=f"{attack}-{variant}", variants=(variant,), given={"attack": attack})
+        for attack in p.own.attacks
+        for variant, seed in arms
+        if attack in attacks_for(variant, set(p.own.attacks) - set(p.evasion.attacks.scenarios))
+    ]

@@ -6,6 +6,7 @@ is one cell of the experiment: one seed of one arm. Cells are independent, so `r
 
 import functools
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import instruments
-from experiments.backdoor_fedgan import epochs
 from experiments.params import Params
 from medsec import data
+from medsec.backdoor import epochs, triggers
 from medsec.backdoor import gan as fedgan
-from medsec.backdoor import triggers
 from medsec.backdoor.frechet import frechet_distance
 from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.backdoor.triggers import Trigger
@@ -28,7 +28,7 @@ from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.data.cohort import setting
 from medsec.evidence import cells, tables
-from medsec.federated.rounds import rounds_until
+from medsec.federated.rounds import State, Update, rounds_until
 from medsec.nets import fit as classifier
 from medsec.nets.models import SmallResNet
 
@@ -296,6 +296,12 @@ def measure_round(setup: GANSetup, federation: FederatedGAN) -> None:
 # Cells ---------------------------------------------------------------------------------------------------------------
 
 
+def train_client(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
+    """A client's epoch, trained once for all cells of a family (`medsec.backdoor.epochs`)."""
+    kept = cells.SHARED.setdefault("epochs of federated GANs", OrderedDict())
+    return epochs.train_client(client, state, federation, round, kept=kept)
+
+
 def run_cell(
     cohort: str, params: Params, seed: int, arm: str, size: int | None = None
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -322,7 +328,7 @@ def run_cell(
     trigger = None if arm == "clean" else setup.trigger
     federation = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed, trigger)
     trained = functools.partial(
-        fedgan.run, train=epochs.train_client, after_round=functools.partial(measure_round, setup), strict=True
+        fedgan.run, train=train_client, after_round=functools.partial(measure_round, setup), strict=True
     )
     if arm == "clean":
         finished = {"clean": trained(federation)}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from experiments import params as parameters
 from experiments.backdoor_fedgan import cells as fedgan_eval
-from experiments.backdoor_fedgan import epochs
 from experiments.backdoor_fedgan.cells import PER_ROUND, GANSetup
 from experiments.params import Params
 from medsec import data
@@ -188,7 +187,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, fe
         watcher(updates, round)
         return uniform_mean(updates)
 
-    fedgan.run(federation, warm_up_rounds(p), train=epochs.train_client, aggregate=look_on, strict=True)
+    fedgan.run(federation, warm_up_rounds(p), train=fedgan_eval.train_client, aggregate=look_on, strict=True)
     return federation, watcher
 
 
@@ -222,7 +221,7 @@ def run_variant(
 
     def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
-        return epochs.train_client(client, state, constant if faithless else federation, round)
+        return fedgan_eval.train_client(client, state, constant if faithless else federation, round)
 
     fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
     return federation, log
@@ -461,6 +460,13 @@ def quick(p: Params) -> list[cells.Cell]:
     """What the notebook itself runs."""
     seeds = p.seeds.evaluation
     found = [cells.Cell(scenario, seed, variants=variants) for scenario, variants in QUICK.items() for seed in seeds]
+    found += [
+        cells.Cell(scenario, seed, group=rule, variants=(rule,))
+        for rule in p.own.rules
+        for scenario, variants in QUICK.items()
+        for seed in seeds
+        if rule not in variants
+    ]
     return found + [
         cells.Cell("null", seed, keys={"m": m}) for m in p.feddetect.null_test.clients for seed in seeds[::-1]
     ]

@@ -501,9 +501,12 @@ EXPERIMENT = cells.Experiment(
 def quick(p: Params) -> list[cells.Cell]:
     """What the notebook itself runs: attacks, federations, then whose gradient it is."""
     given = p.fingerprint.model_dump()
+    attacked, used, named = (
+        dict.fromkeys((*QUICK[part], *p.own.defences)) for part in ("attack", "utility", "fingerprint")
+    )
     return [
         cells.Cell(arm, seed, group=variant, variants=(variant,))
-        for arm, variants in (("attack", QUICK["attack"]), ("federation", QUICK["utility"]))
+        for arm, variants in (("attack", attacked), ("federation", used))
         for seed in p.seeds.evaluation
         for variant in variants
-    ] + [fingerprints.plan(variant, seed, given) for seed in p.seeds.evaluation for variant in QUICK["fingerprint"]]
+    ] + [fingerprints.plan(variant, seed, given) for seed in p.seeds.evaluation for variant in named]

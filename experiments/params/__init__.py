@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord, Review, Transfer
 from experiments.params.backdoor_fedgan import Drawing, FedGANRecord
@@ -11,7 +11,7 @@ from experiments.params.data_and_threats import Threats
 from experiments.params.feddetect import FedDetectParams, FedDetectRecord
 from experiments.params.gia_defense import FingerprintParams, InversionParams, InversionRecord
 from experiments.params.threat_matrix import MatrixParams
-from medsec.core.params import Section, Seeds, merge, read, validated
+from medsec.core.params import Section, Seeds, merge, read, registered, validated
 from medsec.core.settings import ClassifierParams, Cohorts, FedGANParams
 
 __all__ = ["Params", "load", "merge", "validate"]
@@ -27,6 +27,35 @@ class OtherModality(Section):
     inversion: list[str]
     evasion: list[str]
     change: dict[Literal["inversion", "evasion"], dict]
+
+
+class Own(Section):
+    """What users have registered and want to see beside the rest; no finished cell depends on it."""
+
+    rules: list[str]
+    defences: list[str]
+    attacks: list[str]
+
+    @field_validator("rules")
+    @classmethod
+    def _rules(cls, names):
+        from medsec.federated.aggregators import RULES  # here, as below: it loads PyTorch
+
+        return registered(names, list(RULES), "server rule")
+
+    @field_validator("defences")
+    @classmethod
+    def _defences(cls, names):
+        from medsec.inversion.defences import DEFENCES
+
+        return registered(names, list(DEFENCES), "gradient defence")
+
+    @field_validator("attacks")
+    @classmethod
+    def _attacks(cls, names):
+        from medsec.evasion import scenarios
+
+        return registered(names, scenarios.names(), "attack")
 
 
 class Records(Section):
@@ -52,6 +81,7 @@ class Params(Section):
     transfer: Transfer
     review: Review
     matrix: MatrixParams
+    own: Own
     record: Records
 
     @model_validator(mode="after")

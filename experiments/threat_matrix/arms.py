@@ -9,7 +9,7 @@ adaptations, because nobody trains a generator here:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,8 +29,11 @@ from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.evasion import attacks as adversarial
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
+from medsec.federated import aggregators
 from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import Aggregator, State, rounds_until
+from medsec.inversion import defences
+from medsec.inversion.defences import DEFENCES, Defence
 from medsec.nets.cbam import CBAM
 
 
@@ -40,8 +43,9 @@ class Row:
 
     Attributes:
         title: its name in figures.
-        server: aggregator, one of `SERVERS`.
+        server: aggregator, one of `SERVERS`, or a rule of `medsec.federated.aggregators.RULES`.
         images: a defence of `experiments.gia_defense.clients` that changes images, or "none".
+        gradient: one of `medsec.inversion.defences.DEFENCES`: what clients do to every gradient.
         trained_against: clients train on adversarial examples.
         prune: "no"; "small", the smallest weights; "random", as many at random places (control).
         cbam: attention after the second convolution.
@@ -51,6 +55,7 @@ class Row:
     title: str
     server: str = "mean"
     images: str = "none"
+    gradient: str = "none"
     trained_against: bool = False
     prune: str = "no"
     cbam: bool = False
@@ -92,15 +97,25 @@ FAMILIES = {  # groups of rows in the figure
 
 
 def row(variant: str) -> Row:
-    """The row of this name; InputError if there is none."""
-    if variant not in ROWS:
-        raise InputError(f"row {variant!r} of the matrix: choose one of {', '.join(ROWS)}")
-    return ROWS[variant]
+    """The row of this name, or of a rule or gradient defence that is registered under it; InputError if there is none."""
+    if variant in ROWS:
+        return ROWS[variant]
+    if variant in aggregators.RULES:
+        return Row(variant, server=variant)
+    if variant in DEFENCES:
+        return Row(variant, gradient=variant)
+    raise InputError(f"row {variant!r} of the matrix: choose one of {', '.join(ROWS)}, or register it (CONTRIBUTING)")
+
+
+def families(variants: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """`FAMILIES`, and in a group of their own those of ``variants`` that users have added (``own`` of the parameters)."""
+    own = tuple(variant for variant in dict.fromkeys(variants) if variant not in ROWS)
+    return FAMILIES | ({"yours": own} if own else {})
 
 
 def undefended(row: Row) -> Row:
     """The row of a malicious client that leaves out the clients' defences: only the network stays as it is."""
-    return replace(row, images="none", trained_against=False)
+    return replace(row, images="none", gradient="none", trained_against=False)
 
 
 def prepare(cohort: str, params: Params) -> Setup:
@@ -203,6 +218,14 @@ def perturbation(setup: Setup, row: Row, images: Tensor, labels: Tensor, seed: i
     return adversarial_images
 
 
+def gradient_defence(setup: Setup, row: Row, seed: int) -> Defence | None:
+    """What a client does to every gradient; None if it sends it as it is."""
+    if row.gradient == "none":
+        return None
+    own = setup.params.inversion.defences.get(row.gradient, {})
+    return defences.configured(row.gradient, own, derive_seed(seed, "defence"))
+
+
 def masks(model: nn.Module, row: Row, p: EvasionParams, seed: int) -> Masks | None:
     """Which weights stay; None for a row that does not prune.
 
@@ -241,6 +264,8 @@ def aggregator(setup: Setup, row: Row, p: MatrixParams, model: nn.Module, seed: 
             drift=h.drift,
             limit=h.limit,
         )
+    if row.server in aggregators.RULES:
+        return aggregators.rule(row.server, 1)
     return uniform_mean
 
 

@@ -57,6 +57,7 @@ from medsec.nets import fit as classifier
 Answers = dict[tuple[str, str], tuple[float, int]]  # (scenario, metric) -> value, and on how many items it rests
 KEYS = ("round",)
 NETWORK = "network"
+MOSTLY = 0.5  # share of zeros in a gradient from which on its entries count as left out
 VICTIM = 1  # the client whose images are attacked; client 0 is the one that may be malicious
 LIKENESS = ("psnr", "ssim", "retrieval", "retrieval_projected")
 COMPARED = ("auc", "balanced_accuracy", "attack_success", "psnr", "retrieval")  # metrics with differences
@@ -203,7 +204,7 @@ def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
 def _inversion(setup: Setup, row: Row, clean: Federation, seed: int) -> list[tuple[str, Answers]]:
     """By key: the victims' gradients in the middle of the training, and in the other conditions of the key column."""
     middle = rounds_until(setup.params.matrix.leak_after, len(clean.diagnostics))
-    perturb = clean.perturbations[VICTIM]
+    perturb, defend = clean.perturbations[VICTIM], clean.defences[VICTIM]
     plan = [("", middle, row, perturb)]
     if row == ROWS["none"]:  # what a network reveals that has learnt less
         plan += [(str(round_idx), round_idx, row, perturb) for round_idx in range(middle)]
@@ -213,7 +214,7 @@ def _inversion(setup: Setup, row: Row, clean: Federation, seed: int) -> list[tup
     for key, round_idx, used, change in plan:
         model.load_state_dict(clean.states[round_idx])
         learnt: Answers = {("midway", "auc"): (classifier.auc(classifier.predict(model, x), y), len(y))}
-        answers.append((key, learnt | _inverted(setup, used, model, change, clean.keep, round_idx, seed)))
+        answers.append((key, learnt | _inverted(setup, used, model, change, clean.keep, round_idx, seed, defend)))
     return answers
 
 
@@ -225,6 +226,7 @@ def _inverted(
     keep: pruning.Masks | None,
     round_idx: int,
     seed: int,
+    defend: Callable | None = None,
 ) -> Answers:
     """Means over the victims, each under the attack that is strongest for it."""
     images, labels = (
@@ -232,7 +234,7 @@ def _inverted(
     )
     index = attackers.victims(setup, images[0], setup.params.matrix.victims, 1, seed)
     x, y = images[0][index], labels[0][index]
-    case = sent(row, model, perturb, keep, x, y, round_idx)
+    case = sent(row, model, perturb, keep, x, y, round_idx, defend)
     plain = attackers.naive(setup, case, ["ig"], seed)
     everything = plain | known(setup, row, case, seed)
     measure = inversion_eval.measures(setup, images, labels, index)
@@ -256,12 +258,13 @@ def sent(
     x: Tensor,
     y: Tensor,
     round_idx: int,
+    defend: Callable | None = None,
 ) -> Case:
     """What the server has of some victims: the gradient at the images that the client uses, 0 at pruned weights.
 
     ``changed`` of the case is set only if a defence of paper 2 changes images, because that is what its attackers undo.
     """
-    send = gradient_defences.none if perturb is None else gradient_defences.send(perturb)
+    send = defend or (gradient_defences.none if perturb is None else gradient_defences.send(perturb))
     case = attackers.case(Client(send, perturb), model, x, y, round_idx)
     if row.images == "none":
         case = dataclasses.replace(case, changed=None)
@@ -274,6 +277,13 @@ def sent(
 
 def known(setup: Setup, row: Row, case: Case, seed: int) -> dict[str, Reconstructions]:
     """The additional attacks of somebody who knows the defence: those of notebook 03, and one that ignores pruned weights."""
+    if row.gradient != "none":
+        more = attackers.adaptive(row.gradient, setup, case, [], ["known", "smoother"], seed)
+        zeros = torch.cat([(g == 0).flatten() for g in case.view.gradients]).float().mean()
+        if zeros > MOSTLY and "known" not in more:
+            view = dataclasses.replace(case.view, weights=known_entries(case.view))
+            more["known"] = attackers.invert(setup, view, case, "ig", seed)
+        return more
     wanted = ["purified", "unmasked", *(["generator"] if row.images in inversion_clients.STAND_INS else [])]
     more = attackers.adaptive(row.images, setup, case, [], wanted, seed)
     if row.prune != "no":
@@ -390,7 +400,7 @@ EXPERIMENT = Experiment(
 
 
 def quick(p: Params) -> list[Cell]:
-    """Every cell of the matrix, the most expensive first.
+    """Every cell of the matrix, the most expensive first, and a row each of what is named in ``own``.
 
     Rows that begin alike are in one cell, so that they share local epochs (`federation.trainer`).
     """
@@ -398,7 +408,10 @@ def quick(p: Params) -> list[Cell]:
     for name, row in ROWS.items():
         alike.setdefault((row.images, row.trained_against, row.cbam, row.again), []).append(name)
     dear = sorted(alike.values(), key=lambda names: -sum(_cost(ROWS[name]) for name in names))
-    return [Cell("rows", seed, group=names[0], variants=tuple(names)) for names in dear for seed in p.seeds.evaluation]
+    own = [[name] for name in dict.fromkeys((*p.own.rules, *p.own.defences)) if name not in ROWS]
+    return [
+        Cell("rows", seed, group=names[0], variants=tuple(names)) for names in dear + own for seed in p.seeds.evaluation
+    ]
 
 
 def _cost(row: Row) -> int:

@@ -72,12 +72,13 @@ ATTACKS = {
 
 @dataclass(frozen=True)
 class Member:
-    """One client of a federation: its images and labels, the row that it really follows, and what it does to its images."""
+    """One client of a federation: images and labels, the row that it really follows, what it does to images and gradients."""
 
     images: Tensor
     labels: Tensor
     row: Row
     perturb: Callable | None
+    defend: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Federation:
         states: of that classifier, before the first round and after every round.
         keep: masks of the weights that were not pruned, or None.
         diagnostics: of the aggregator, one for every round.
-        perturbations: what each client does to its images, or None.
+        perturbations: what each client does to its images, or None; defences: and to its gradients.
     """
 
     model: nn.Module
@@ -97,6 +98,7 @@ class Federation:
     keep: Masks | None
     diagnostics: list[dict]
     perturbations: list[Callable | None]
+    defences: list[Callable | None]
 
 
 def train(
@@ -140,7 +142,8 @@ def train(
         if keep is not None:  # the server prunes, so a client that ignores the masks gains nothing
             pruning.apply(model, keep)
         states.append(_snapshot(model))
-    return Federation(model, states, keep, diagnostics, [member.perturb for member in members])
+    perturbations, defences = [member.perturb for member in members], [member.defend for member in members]
+    return Federation(model, states, keep, diagnostics, perturbations, defences)
 
 
 def clients(setup: Setup, row: Row, attack: Attack, p: MatrixParams, seed: int) -> list[Member]:
@@ -154,8 +157,9 @@ def clients(setup: Setup, row: Row, attack: Attack, p: MatrixParams, seed: int) 
             images, labels = poisoned(new_trigger(setup), images, labels, p.target, ratio, rng)
         if i == ATTACKER and not attack.complies:
             own = arms.undefended(row)
-        perturb = arms.perturbation(setup, own, images, labels, derive_seed(seed, "client", i))
-        members.append(Member(images, labels, own, perturb))
+        run = derive_seed(seed, "client", i)
+        perturb, defend = arms.perturbation(setup, own, images, labels, run), arms.gradient_defence(setup, own, run)
+        members.append(Member(images, labels, own, perturb, defend))
     return members
 
 
@@ -192,8 +196,10 @@ def trainer(
     def train_client(i: int, state: State, round_idx: int, keep: Masks | None) -> Update:
         m = members[i]
         decides = [m.images, m.labels, *state.values(), *(keep or {}).values()]
-        key = joblib.hash((settings, i, m.row.images, m.row.trained_against, round_idx, [t.numpy() for t in decides]))
-        if key not in memo or m.row.images not in STATELESS:
+        key = joblib.hash(
+            (settings, i, m.row.images, m.row.gradient, m.row.trained_against, round_idx, [t.numpy() for t in decides])
+        )
+        if key not in memo or m.row.images not in STATELESS or m.defend is not None:
             local.load_state_dict(state)
             rng = torch_generator(order, "local", i, round_idx)
             memo[key] = local_epoch(m, local, p.federation, round_idx, rng, keep)
@@ -214,10 +220,27 @@ def local_epoch(
         return F.cross_entropy(model(x), y)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, fused=True)
+    if member.defend is not None:
+        return defended_epoch(member, model, optimizer, p.batch, round_idx, rng)
     prune = functools.partial(pruning.apply, model, keep) if keep else None
     n = len(member.images)
     losses = fit.train(loss, n, optimizer, epochs=1, batch=p.batch, rng=rng, after_step=prune)
     return _snapshot(model), losses.tolist()
+
+
+def defended_epoch(
+    member: Member, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, round_idx: int, rng: torch.Generator
+) -> tuple[State, list[float]]:
+    """Like `local_epoch`, with every gradient as the client's defence gives it. (No such row prunes.)"""
+    losses = []
+    for rows in torch.randperm(len(member.images), generator=rng).split(batch):
+        x, y = member.images[rows], member.labels[rows]
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(x), y)))
+        for parameter, gradient in zip(model.parameters(), member.defend(model, x, y, round_idx), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return _snapshot(model), losses
 
 
 def tampered(updates: Sequence[Update], received: State, attack: Attack, boost: float) -> list[Update]:

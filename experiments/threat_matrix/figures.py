@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.threat_matrix.arms import FAMILIES, ROWS
+from experiments.threat_matrix.arms import families, row
 from experiments.threat_matrix.cells import COLUMNS
 from experiments.threat_matrix.tables import BETTER, WORSE
 from medsec.show.plots import WIDTH
@@ -28,7 +28,8 @@ def heat_map(cells: pd.DataFrame, title: str, items: str = ""):
     """
     shown = [place for place, column in enumerate(COLUMNS) if column.decides]
     across = dict(zip(shown, _places([COLUMNS[place].threat for place in shown]), strict=True))
-    down = dict(zip(ROWS, _places([family for family, rows in FAMILIES.items() for _ in rows]), strict=True))
+    grouped = [(variant, family) for family, rows in families(cells["variant"]).items() for variant in rows]
+    down = dict(zip([v for v, _ in grouped], _places([family for _, family in grouped]), strict=True))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.24 * (max(down.values()) + 1) + 1.5))
     for cell in cells[cells["column"].isin(shown)].to_dict("records"):
         _cell(ax, across[cell["column"]], down[cell["variant"]], cell)
@@ -36,7 +37,7 @@ def heat_map(cells: pd.DataFrame, title: str, items: str = ""):
         column, middle = COLUMNS[place], {"ha": "center", "va": "bottom"}
         ax.text(x, -1.15, column.threat.split(":")[0], **middle, weight="bold", fontsize=8)
         ax.text(x, -0.6, f"success: {column.name}" if "success" in column.threat else column.name, **middle, fontsize=7)
-    ax.set_yticks(list(down.values()), [ROWS[variant].title for variant in down], fontsize=7.5)
+    ax.set_yticks(list(down.values()), [row(variant).title for variant in down], fontsize=7.5)
     ax.set_xticks([])
     ax.set(xlim=(-0.5, max(across.values()) + 0.5), ylim=(max(down.values()) + 0.5, -0.5))
     ax.tick_params(length=0)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pandas as pd
 
-from experiments.threat_matrix.arms import ROWS
+from experiments.threat_matrix import arms
 from experiments.threat_matrix.cells import COLUMNS
 from experiments.threat_matrix.tables import ALIKE, BETTER, WORSE
 from medsec.core import files, paths
@@ -26,11 +26,11 @@ EFFECTS = {  # (made for it, difference to no defence) -> effect
 
 def made_for(variant: str) -> set[str]:
     """The scenarios that the parts of a row are made for; none for a control."""
-    row = ROWS[variant]
+    row = arms.row(variant)
     if "control" in row.title:
         return set()
     network = row.trained_against or row.prune != "no" or row.cbam
-    parts = {"server": row.server != "mean", "images": row.images != "none", "network": network}
+    parts = {"server": row.server != "mean", "images": {row.images, row.gradient} != {"none"}, "network": network}
     return set().union(*(MADE_FOR[part] for part, there in parts.items() if there))
 
 

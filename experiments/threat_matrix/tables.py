@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.params.threat_matrix import MatrixParams
-from experiments.threat_matrix.arms import FAMILIES, ROWS
+from experiments.threat_matrix.arms import FAMILIES, ROWS, families
+from experiments.threat_matrix.arms import row as named_row
 from experiments.threat_matrix.cells import COLUMNS, PARTS, Column, missing
 from medsec.evidence import tables
 
@@ -47,7 +48,8 @@ def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
     (`against_none`), ``why`` (the cell is empty, or lacks some of the runs), ``badness``: 0 for the best value of the column's
     scale, 1 for the worst.
     """
-    places = [(v, i, c.scenario, c.metric) for v in ROWS for i, c in enumerate(COLUMNS)]
+    named = [v for group in families(summary["variant"]).values() for v in group]
+    places = [(v, i, c.scenario, c.metric) for v in named for i, c in enumerate(COLUMNS)]
     cells = pd.DataFrame(places, columns=["variant", "column", "scenario", "metric"])
     values = tables.without_keys(summary).set_index(["variant", "scenario", "metric"])[["value", "low", "high", "n"]]
     cells = cells.join(values, on=["variant", "scenario", "metric"])
@@ -106,7 +108,7 @@ def message(cells: pd.DataFrame) -> str:
     ]
     threats = {column.threat for column in COLUMNS} - {COLUMNS[0].threat}
     met = better.groupby("variant")["column"].agg(lambda places: {COLUMNS[place].threat for place in places})
-    all_three = [ROWS[variant].title for variant in ROWS if variant in met and met[variant] >= threats]
+    all_three = [named_row(v).title for v in dict.fromkeys(cells["variant"]) if v in met and met[v] >= threats]
     if not all_three:
         return "No single defence meets all three threats"
     return f"Better against all three threats: {', '.join(all_three)}"

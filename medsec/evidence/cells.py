@@ -11,6 +11,7 @@ whole or not at all; an interrupted run goes on where it was. ``MEDSEC_FRESH=1``
 import hashlib
 import io
 import json
+import os
 import resource
 import sys
 import time
@@ -254,6 +255,8 @@ def finish(
         raise InputError(f"cohort {cohort} is too small: {'; '.join(lacking)}")
     for folder in {file.parent for *_, file in calls}:
         files.check_writable(folder)
+    if asked := os.environ.get("MEDSEC_PLAN"):  # who waits reads there how far it is
+        files.write(Path(asked), json.dumps([str(file) for *_, file in calls]))
     families: dict[str, list[tuple]] = {}
     for number, call in enumerate(calls):
         experiment, *_, cell, _, _ = call

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from pydantic import model_validator
-from scipy import stats
+from scipy import special
 
 from medsec.core import files, paths
 from medsec.core.errors import InputError
@@ -135,8 +135,8 @@ def p_value(row: pd.Series, bound: float) -> float:
     half = row["value"] - row["low"] if distance > 0 else row["high"] - row["value"]
     if half <= 0 or distance == 0:
         return float(distance == 0)
-    t = abs(distance) / half * stats.t.ppf((1 + LEVEL) / 2, row["n"] - 1)
-    return float(2 * stats.t.sf(t, row["n"] - 1))
+    t = abs(distance) / half * special.stdtrit(row["n"] - 1, (1 + LEVEL) / 2)
+    return float(2 * special.stdtr(row["n"] - 1, -t))
 
 
 def holm(p: Sequence[float], level: float = LEVEL) -> list[bool]:

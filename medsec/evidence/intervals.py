@@ -58,11 +58,10 @@ def wilson_interval(successes: float, n: int, level: float = LEVEL) -> tuple[flo
     Raises:
         ValueError: n < 1 or successes outside 0 to n.
     """
-    from scipy import stats  # slow to import
 
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is no proportion")
-    p, z = successes / n, float(stats.norm.ppf((1 + level) / 2))
+    p, z = successes / n, float(special.ndtri((1 + level) / 2))
     middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     shrunk = 1 + z**2 / n
     low, high = float((middle - half) / shrunk), float((middle + half) / shrunk)

@@ -48,8 +48,10 @@ table { border-collapse: collapse; font-size: 8pt; line-height: 1.15; width: 100
 th, td { text-align: left; padding: .3mm 1.5mm; border-bottom: .1mm solid #bbb; vertical-align: top }
 td.number { text-align: right; white-space: nowrap }
 ul { margin: 0; padding-left: 5mm; font-size: 8.5pt }
-.figures { display: flex; gap: 4mm; align-items: flex-start } figure { flex: 1; margin: 0 } img { width: 100% }
+.figures { display: flex; gap: 4mm; align-items: flex-start } figure { flex: 1; margin: 0; min-width: 0 }
+img { max-width: 100%; max-height: 62mm } td, li, p, h1 { overflow-wrap: anywhere }
 figcaption { font-size: 8pt }
+@media print { body { margin: 0; max-width: none } table { font-size: 7pt } ul { font-size: 7.5pt } }
 """
 
 
@@ -93,6 +95,14 @@ class Report:
         for heading, sentences in self._lists():
             lines += ["", f"## {heading}", "", *(f"- {_plain(sentence)}" for sentence in sentences)]
         return "\n".join(lines) + "\n"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the report, and its figures."""
+        drawn = (
+            f"![{_plain(text)}](data:image/png;base64,{base64.b64encode(drawing).decode()})"
+            for text, drawing in self.figures
+        )
+        return "\n\n".join([self.to_markdown(), *drawn])
 
     def to_csv(self) -> str:
         """The table as CSV, numbers in full."""

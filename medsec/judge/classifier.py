@@ -216,7 +216,10 @@ def _logits(model, x: Tensor, y: Tensor, what: str) -> None:
     except Exception as error:  # whatever a model raises
         why = (str(error).splitlines() or [""])[0][:160]
         shape = f"({', '.join(map(str, some.shape))})"
-        raise InputError(f"the {what} cannot take a batch of shape {shape} ({type(error).__name__}: {why})") from None
+        raise InputError(
+            f"the {what} cannot take a batch of shape {shape}; give images of its own size and channels (--size, --channels), or "
+            f"resize inside it ({type(error).__name__}: {why[:100]})"
+        ) from None
     if logits.ndim != 2 or len(logits) != len(some) or logits.shape[1] < 2:
         hint = "; of one logit z make two: torch.cat([0 * z, z], 1)" if logits.shape[1:] in ((1,), ()) else ""
         raise InputError(

@@ -8,12 +8,13 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from medsec.federated import classifier as federation
 from medsec.inversion import adaptive, attacks, scores
 from medsec.inversion.attacks import View
 from medsec.inversion.defences import none
-from medsec.judge import COLUMNS, Report, balanced, fresh, one_thread, row, said, share, shown
+from medsec.judge import COLUMNS, LOOKS, Report, balanced, fresh, gallery, one_thread, picture, row, said, share, shown
 from medsec.nets import convnet, fit
 from medsec.nets.convnet import flat
 
@@ -41,6 +42,7 @@ SPARSE = 0.5  # share of zeros from which entries count as dropped
 RARE = 0.025  # chance of so many hits by luck, below which they are none
 SAME = 1e-5  # relative difference of gradients that is rounding
 CLIENTS = 4
+SEEN = 3  # reconstructions that the page shows
 
 Defence = Callable[[nn.Module, Tensor, Tensor, int], Sequence[Tensor]]
 
@@ -76,6 +78,12 @@ def judge_gradient_defence(
 
     Raises:
         InputError: the defence raises, or sends no gradients of the model's shapes; or numbers that do not fit. One line.
+
+    >>> def silent(model, x, y, round):
+    ...     return [torch.zeros_like(p) for p in model.parameters()]
+    >>> small = {"victims": 2, "candidates": 4, "images": 16, "rounds": 1, "iterations": 1}
+    >>> judge_gradient_defence(silent, **small).verdict[:42]
+    'No attack here tells whose image it was: o'
     """
     if not 1 <= victims <= candidates <= images:
         given = f"{victims} victims, {candidates} candidates, {images} images"
@@ -83,6 +91,7 @@ def judge_gradient_defence(
     with torch.random.fork_rng(), one_thread():
         torch.manual_seed(derive_seed(seed, "judge"))
         run = _Run.load(defence, victims, candidates, rounds, images, iterations, seed)
+        run.sent(run.client(defence, 0), run.victims[:1], 0)  # a mistake is told before anything is attacked
         found = {}
         stages = list(itertools.product(("undefended", "defended"), (run.attack, run.identify, run.train)))
         for who, stage in tqdm(stages, desc="judge", unit="stage", disable=not progress):
@@ -237,14 +246,49 @@ def _report(run: _Run, found: dict, name: str) -> Report:
         rows.append(row(part, "area under the curve", area, n=len(answers)))
     own, plain = (flat(run.sent(run.client(who, 0), run.victims, 0)) for who in (run.own, none))
     idle = float((own - plain).norm() / plain.norm()) < SAME
+    plane = {
+        label: (
+            use[who],
+            share(max(int((rank < 1).sum()) for rank in found[who, "identify"].values()), len(run.victims)),
+        )
+        for who, label in (("undefended", "no defence"), ("defended", "this defence"))
+    }
+    figures = [("What it hides, and what it costs: a good defence is at the lower right. Bars: 95 %.", _plane(plane))]
+    best = max(
+        found["defended", "attack"].values(), key=lambda made: float(scores.psnr(np.nan_to_num(made), truth).mean())
+    )
+    seen = [
+        (torch.from_numpy(a), torch.from_numpy(np.nan_to_num(b)).clamp(0, 1)) for a, b in zip(truth, best, strict=True)
+    ]
+    figures.append(
+        (
+            f"Image, what the strongest attack makes of it, and the difference ({len(seen[:SEEN])} victims).",
+            gallery(seen[:SEEN]),
+        )
+    )
     return Report(
         f"A gradient defence on trial: {name}".removesuffix(": "),
         _verdict(run, psnr, found["defended", "identify"], use, idle),
         pd.DataFrame(rows, columns=COLUMNS),
         _remarks(run),
         NOT_TESTED,
+        figures,
         examples=pd.DataFrame({f"psnr {who}": v for who, v in psnr.items()}, run.victims.numpy()).rename_axis("image"),
     )
+
+
+def _plane(points: Mapping[str, tuple]) -> bytes:
+    """Balanced accuracy against the share that is identified, each (value, low, high), as PNG."""
+    fig = Figure(figsize=(3.6, 2.8))
+    axes = fig.subplots()
+    for (name, (across, up)), (colour, _, marker) in zip(points.items(), LOOKS[::2], strict=True):
+        bars = {f"{axis}err": [[at[0] - at[1]], [at[2] - at[0]]] for axis, at in (("x", across), ("y", up[:3]))}
+        axes.errorbar(across[0], up[0], **bars, color=colour, marker=marker, capsize=2, label=name)
+    axes.set(xlabel="balanced accuracy", ylabel="right image named", xlim=(0, 1.03), ylim=(-0.03, 1.06))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left")
+    return picture(fig)
 
 
 WAYS = {"plain": "by its gradient", "copy": "by a copy of the defence"}

@@ -219,10 +219,14 @@ class Run:
 def clean(run: Run) -> None:
     """What the model answers, and whether it answers the same when it is asked again."""
     with torch.no_grad():
-        parts = [run.model(x).argmax(1).cpu().numpy() for x, _ in run.each(np.arange(len(run.x)))]
+        logits = torch.cat([run.model(x).cpu() for x, _ in run.each(np.arange(len(run.x)))])
+        if len(bad := (~torch.isfinite(logits)).any(1).nonzero()):
+            raise InputError(
+                f"the model gives NaN or infinite logits for image {int(bad[0])}, of {len(bad)} in all; mend it"
+            )
         first = next(run.each(np.arange(min(len(run.x), run.batch))))[0]
         run.random_answers = not torch.allclose(run.model(first), run.model(first), atol=ALIKE, rtol=ALIKE)
-    run.answers = np.concatenate(parts)
+    run.answers = logits.argmax(1).numpy()
 
 
 def get_surrogate(given: Callable | None) -> Callable[[Run], None]:

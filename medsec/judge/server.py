@@ -5,9 +5,10 @@ and the mean of the honest clients alone. The images are those of the phantom, n
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medsec import data
-from medsec.backdoor import gan, triggers
+from medsec.backdoor import epochs, gan, triggers
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack, Scenario, falsified
 from medsec.backdoor.feddetect import flag_threshold
 from medsec.backdoor.gan import FederatedGAN, GANClient
@@ -45,6 +46,7 @@ SAME = 1e-4  # a distance to the mean, in units of how far clients lie apart, th
 FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # what the attacker who knows the rule tries
 AWARE = {"steps": 10, "draws": 64, "lr": 2e-3, "measure": 128}  # fewer than in notebook 02, which has minutes for each
 KNOWS = "knows_the_rule"
+SILENT = " It flags nobody, whoever attacks."
 TEXT = "Tries its update at several lengths on a copy of the rule, and sends what plants most; lies about its loss."
 
 
@@ -76,6 +78,10 @@ def judge_server_rule(
 
     Raises:
         InputError: the rule raises, or returns something else than is said above. One line.
+
+    >>> report = judge_server_rule(fedavg, attackers=["honest"], rounds=1, images=4)
+    >>> report.verdict[:47]
+    'It does what the plain mean does, in every roun'
     """
     known = [*(each for each, scenario in SCENARIOS.items() if scenario.attacks), KNOWS]
     chosen = list(attackers or known)
@@ -85,18 +91,17 @@ def judge_server_rule(
         raise InputError("seeds is empty: give at least one, like (0,)")
     setting = _Setting.load(rounds, images)
     oddities = odd_input(rule, setting.federation(SCENARIOS["no_attack"], 0).state)
-    steps = [("no_attack", "rule"), *itertools.product(chosen, LABELS)]
-    plan, runs = [(seed, *step) for seed in seeds for step in steps], []
-    bar = tqdm(plan, desc="judge", unit="run", disable=not progress)
-    kept: dict[tuple, _Finished] = {}
+    plan = [(seed, *step) for seed in seeds for step in (("no_attack", "rule"), *itertools.product(chosen, LABELS))]
+    unlike = {_alike(attacker, defence, seed): (seed, attacker, defence) for seed, attacker, defence in reversed(plan)}
+    bar = tqdm(sorted(unlike.items(), key=lambda run: _order(*run[1])), desc="judge", unit="run", disable=not progress)
+    finished: dict[tuple, _Finished] = {}
     with torch.random.fork_rng(), one_thread():
         torch.manual_seed(derive_seed(0, "judge"))  # for a rule that draws
-        for seed, attacker, defence in bar:
+        train = functools.partial(epochs.train_client, kept=OrderedDict())
+        for key, (seed, attacker, defence) in bar:
             bar.set_postfix_str(f"{attacker}, {defence}")
-            key = _alike(attacker, defence, seed)
-            if key not in kept:
-                kept[key] = _Run(setting, rule, attacker, defence, seed).finish()
-            runs.append((seed, attacker, defence, kept[key]))
+            finished[key] = _Run(setting, rule, attacker, defence, seed, train).finish()
+    runs = [(seed, attacker, defence, finished[_alike(attacker, defence, seed)]) for seed, attacker, defence in plan]
     return _report(setting, runs, oddities, chosen, name)
 
 
@@ -171,6 +176,12 @@ def _alike(attacker: str, defence: str, seed: int) -> tuple:
     return scenario, defence, seed
 
 
+def _order(seed: int, attacker: str, defence: str) -> tuple:
+    """Runs that begin alike follow one another, so that what they have in common is trained once (`epochs`)."""
+    what = _scenario(attacker)
+    return seed, defence, what.colluders, what.stealthy, what.aware, what.trigger or "", what.intermittent
+
+
 # One run --------------------------------------------------------------------------------------------------------------
 
 
@@ -188,8 +199,9 @@ class _Finished:
 class _Run:
     """One attacker and one defence: ``rule``, ``mean`` or ``oracle``."""
 
-    def __init__(self, setting: _Setting, rule: Rule | type, attacker: str, defence: str, seed: int):
+    def __init__(self, setting: _Setting, rule: Rule | type, attacker: str, defence: str, seed: int, train: Callable):
         self.setting, self.attacker, self.defence, self.scenario = setting, attacker, defence, _scenario(attacker)
+        self.train = train  # a client's epoch
         self.federation = setting.federation(self.scenario, seed)
         self.malicious = setting.of(self.scenario).malicious if self.scenario.attacks else []
         self.trigger, self.threshold = setting.trigger(self.scenario)
@@ -203,7 +215,7 @@ class _Run:
 
         def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
             faithless = self.scenario.intermittent and client.index in self.malicious
-            return gan.train_client(client, state, constant if faithless else federation, round)
+            return self.train(client, state, constant if faithless else federation, round)
 
         gan.run(self.federation, train=train, aggregate=self._aggregate, strict=True)
         drawn = self._draw(self.federation.state, DRAWN)
@@ -325,7 +337,8 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
     note = f"the mean: {of_mean:.2f} ms, so that it takes {shown(of_rule / of_mean)} times as long"
     rows.append(row("cost", "time a round", of_rule, unit="ms", n=sum(len(run.seconds) for run in honest), note=note))
     table = pd.DataFrame([*alarms, *rows, *odd], columns=COLUMNS)
-    gaps = [gap for _, _, defence, run in runs if defence == "rule" for gap in run.gaps]
+    own = [run for _, _, defence, run in runs if defence == "rule"]
+    gaps, flags = ([each for run in own for each in getattr(run, name)] for name in ("gaps", "flags"))
     each_run = [
         (seed, attacker, defence, run.hits / DRAWN) for seed, attacker, defence, run in runs if attacker in rates
     ]
@@ -337,7 +350,7 @@ def _report(setting: _Setting, runs: list[tuple], odd: list[dict], attackers: Se
     drawn = dots({a: {LABELS[d]: rate[:3] for d, rate in each.items()} for a, each in rates.items()}, "trigger rate")
     return Report(
         f"A server's rule on trial: {name}".removesuffix(": "),
-        _verdict(judged, rates, alarms, idle=max(gaps) < SAME),
+        _verdict(judged, rates, alarms, idle=max(gaps) < SAME) + SILENT * (bool(flags) and not any(flags)),
         table,
         _remarks(setting, len(honest)),
         not_tested,

@@ -1,8 +1,8 @@
 """Local epochs of a federated GAN, remembered: federations that begin alike train what they have in common once.
 
-Notebook 02 continues the federations of notebook 01 with other server rules. What a client's epoch leaves behind is kept
-under a hash of all that decides it, so that the result is the same to the bit, whoever asks first. It is kept as long as
-cells of one family run (`medsec.evidence.cells.SHARED`).
+Notebook 02 continues the federations of notebook 01 with other server rules; `medsec.judge.server` lets attackers begin alike.
+What a client's epoch leaves behind is kept under a hash of all that decides it, so that the result is the same to the bit,
+whoever asks first.
 """
 
 import copy
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from medsec.backdoor import gan
 from medsec.backdoor.gan import FederatedGAN, GANClient
-from medsec.evidence import cells
 from medsec.federated.rounds import State, Update
 
+__all__: list[str] = []
+
 KEPT = 160  # epochs: two federations of four clients and twenty rounds, about 200 MB
-PLACE = "epochs of federated GANs"  # in SHARED
 
 
-def train_client(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
-    """`medsec.backdoor.gan.train_client`, once for all federations of this process in which it would be the same."""
-    kept: OrderedDict[str, tuple] = cells.SHARED.setdefault(PLACE, OrderedDict())
+def train_client(
+    client: GANClient, state: State, federation: FederatedGAN, round: int, *, kept: OrderedDict[str, tuple]
+) -> Update:
+    """`medsec.backdoor.gan.train_client`, once for all federations with the same ``kept`` in which it would be the same."""
     key = _key(client, state, federation, round)
     owned = (client.generator, client.discriminator, client.optimizer_g, client.optimizer_d)
     if key in kept:
