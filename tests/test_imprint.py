@@ -1,4 +1,4 @@
-"""The imprint layer against a second implementation that adds up one image at a time, and the checks of a client against both attackers."""
+"""The imprint layer against a second implementation, image by image, and a client's checks against both attackers."""
 
 import math
 
@@ -125,7 +125,7 @@ def test_who_is_named(sent):
     gallery, labels = drawn(40, 8)
     _, parts, top = recovered(sent, gallery[:6], labels[:6])
     assert set(imprint.named(parts[top], gallery).tolist()) >= set(torch.arange(6)[alone(sent, gallery[:6])].tolist())
-    noisy = defences.configured("gradient_noise", {"ratio": 1.0}, 0)
+    noisy = defences.configured("gradient_noise", {"ratio": 0.1}, 0)
     _, parts, _ = recovered(sent, gallery[:1], labels[:1], noisy)
     assert imprint.expected(parts, sent.body[0], gallery, 1).tolist() == [0]
 
@@ -157,10 +157,14 @@ def test_a_client_notices_both_attackers_and_not_an_honest_network(agreed, sent)
         gradient = defences.none(network, x, y, 0)
         assert imprint.echoes(network, gradient, x).max() > 0.98
         assert imprint.echoes(network, gradient, other).max() < 0.9
-    assert imprint.oddities(sent, sent, 0.98) == ["body.0.weight: its rows are parallel"], "where its shape was agreed on"
+    assert imprint.oddities(sent, sent, 0.98) == ["body.0.weight: its rows are parallel"], (
+        "where its shape was agreed on"
+    )
     assert imprint.oddities(trap, trap, 0.98) == [], "traps are not parallel: only the gradient shows them"
     assert imprint.parallel(sent)["body.0.weight"] == pytest.approx(1)
-    assert imprint.echoes(agreed, defences.none(agreed, x, y, 0), x).max() == 0, "no layer has rows of that many entries"
+    assert imprint.echoes(agreed, defences.none(agreed, x, y, 0), x).max() == 0, (
+        "no layer has rows of that many entries"
+    )
 
 
 def test_where_the_client_is_fooled(agreed):
@@ -228,7 +232,7 @@ def p(tmp_path_factory, write_npz):
 def test_a_cell_has_the_rows_that_it_promises(p, variant):
     table, _ = ev.run("npz", p, imprints.plan(variant, 0, GIVEN))
     assert not table.duplicated(["scenario", "metric", *ev.KEYS]).any()
-    rows = table.set_index(["scenario", "attack", "batch", "round", "metric"])["value"]
+    rows = table.set_index(["scenario", "attack", "batch", "round", "metric"])["value"].sort_index()
     for scenario, batch in (("imprint", ""), ("imprint", "4"), ("secagg", "4")):
         found = rows[scenario, "", batch, ""]
         assert {"recovered", "psnr_median", "identified_top1", "candidates"} <= set(found.index)
@@ -242,6 +246,12 @@ def test_a_cell_has_the_rows_that_it_promises(p, variant):
         assert rows["imprint", "", "4", "", "alarm"] == 1
         assert rows["imprint", "agreed", "4", "", "recovered"] == 0
         assert rows["imprint", "agreed", "4", "1", "alarm"] == 0
+        summary = ev.summarise(table, p)
+        line = imprints.lines(summary, ev.instruments.VARIANTS).set_index("defence").loc["none"]
+        assert line["recovered, batch of 1"] == "1.00"
+        said = imprints.told(summary, ev.instruments.VARIANTS)
+        assert "the batch size does not protect" in said
+        assert "not so under `none`" in said
     else:
         assert rows["imprint", "", "4", "", "recovered"] == 0
 

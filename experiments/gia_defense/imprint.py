@@ -1,21 +1,22 @@
 """The dishonest server of notebook 03, and what a client can notice (`medsec.inversion.imprint`).
 
-Scenario ``imprint``: one client's gradients on the network that such a server sends. ``secagg``: the server sees the sum of all
-clients' gradients only. A defence works as it is. Images are recovered by quotients of neighbouring rows; the bins in which most was
-received count, as many as images were sent, so that a server could do it. ``identified_top1``: it names as many candidates as
-images, of all clients' images: those that the recovered ones are most like, under noise on the gradient (`NOISY`) those of which
-most is in their own bin. It is tuned to no other defence: what it does not get, another attack may.
+Scenario ``imprint``: one client's gradients on the network that such a server sends. ``secagg``: the server sees only the sum
+of all clients' gradients. A defence works as it is. Images are recovered by quotients of neighbouring rows; the bins in which
+most was received count, as many as images were sent, so that a server could do it. ``identified_top1``: it names as many
+candidates as images, of all clients' images: those that the recovered ones are most like, under noise on the gradient
+(`NOISY`) those of which most is in their own bin. It is tuned to no other defence: what it does not get, another attack may.
 
-Key ``attack``: empty for the imprint. Without a defence there are also ``trap``, rows that are not parallel; ``drawn``, the same
-layer as it is drawn, which an honest federation may have agreed on; and ``agreed``, the network without it. Of ``trap`` and ``drawn``
-every row is tried, and the best for each image counts: no server could choose better. ``round``: those that are honest, after
-training. In ``secagg``, ``fingerprint``: gradients compared on the agreed network, what an honest architecture gives away; for
-stand-ins and drawings with the images' own gradients.
+Key ``attack``: empty for the imprint. Without a defence there are also ``trap``, rows that are not parallel; ``drawn``, the
+same layer with weights as they are usually drawn, which an honest federation may have agreed on; and ``agreed``, the network
+without it. Of ``trap`` and ``drawn`` every row is tried, and the best for each image counts: no server could choose better.
+``round``: those that are honest, after training. In ``secagg``, ``fingerprint``: gradients compared on the agreed network,
+what an honest architecture gives away; for stand-ins and drawings with the images' own gradients.
 
-Metrics: ``recovered`` (share of the images with 30 dB or more), ``psnr_median``, ``identified_top1``, ``candidates``; of the largest
-batch ``alarm``, the share of batches of which the client's look at its own gradient finds an image (`echoes` of what it is about to
-send, beyond ``bound``), and ``alarm_false``, the share of images found that are not in the batch; ``rows_alarm``, whether the look at the network finds parallel rows where the layer itself was agreed on, so that no shape
-is odd, and ``rows_parallel``, how parallel they are.
+Metrics: ``recovered`` (share of the images with 30 dB or more), ``psnr_median``, ``identified_top1``, ``candidates``. Of the
+largest batch ``alarm``, the share of batches of which the client finds an image in the gradient that it is about to send
+(`echoes` beyond ``bound``), and ``alarm_false``, the share found of other images, which are not in the batch. ``rows_alarm``,
+whether the look at the network finds parallel rows where the layer itself was agreed on, so that no shape is odd;
+``rows_parallel``, how parallel they are.
 """
 
 import numpy as np
@@ -40,6 +41,7 @@ SCENARIO, SUMMED = "imprint", "secagg"  # the first also the arm of both
 ENOUGH = 30.0  # dB, from which on an image counts as recovered
 NOISY = ("gradient_noise", "dp_sgd")
 OTHERS = ("trap", "drawn", "agreed")
+HELD, HALF = 0.05, 0.5  # shares recovered below which a defence holds, and above which the batch does not protect
 
 
 def cell(run: Run, cell: cells.Cell) -> pd.DataFrame:
@@ -70,9 +72,8 @@ def _batch(batch: int) -> dict[str, str]:
 
 def _members(run: Run, given: dict, batch: int, client: int) -> Tensor:
     """(V, B) places among the candidates of a client's images, of all clients the same number."""
-    sizes = [
-        min(len(part), max(1, given["gallery"] // len(run.images))) for part in run.images
-    ]  # as `candidates` has them
+    most = max(1, given["gallery"] // len(run.images))  # as `candidates` has them
+    sizes = [min(len(part), most) for part in run.images]
     n = min(given["victims"], *sizes) // batch
     if n < 1:
         raise InputError(f"a batch of {batch} images, but a client has {min(sizes)}; lower imprint.batches")
@@ -93,7 +94,7 @@ def _attack(rows, run: Run, sent: ConvNet, found, members: list[Tensor], bound: 
             x, y = found.images[part[v]], found.labels[part[v]]
             gradient = client.defend(sent, x, y, 0)
             if bound is not None:
-                alarms.append(alarm(sent, gradient, found, part, v, bound))
+                alarms.append(alarm(sent, gradient, found, part[v], bound))
             weight_bias = gradient[:2]
             total = weight_bias if total is None else [a + b for a, b in zip(total, weight_bias, strict=True)]
         parts, shares = imprint.bins(*total)
@@ -112,13 +113,12 @@ def _attack(rows, run: Run, sent: ConvNet, found, members: list[Tensor], bound: 
     _add_alarms(rows, alarms, where)
 
 
-def alarm(
-    network: ConvNet, gradient: list[Tensor], found, members: Tensor, v: int, bound: float
-) -> tuple[float, float]:
-    """Whether a client finds any image of batch ``v`` in its gradient, and the share of the next batch's images, which are not in it."""
-    absent = members[(v + 1) % len(members)]
-    echoes = imprint.echoes(network, gradient, found.images[torch.cat([members[v], absent])]) > bound
-    return float(echoes[: -len(absent)].any()), float(echoes[-len(absent) :].float().mean())
+def alarm(network: ConvNet, gradient: list[Tensor], found, at: Tensor, bound: float) -> tuple[float, float]:
+    """Whether the first client finds an image of its batch ``at`` (B,) in its gradient; the share of as many others found."""
+    absent = (at + len(at)) % int(found.own.sum())
+    absent = absent[~torch.isin(absent, at)]
+    echoes = imprint.echoes(network, gradient, found.images[torch.cat([at, absent])]) > bound
+    return float(echoes[: len(at)].any()), float(echoes[len(at) :].float().mean()) if len(absent) else 0.0
 
 
 def _add_alarms(rows, alarms: list[tuple[float, float]], where: dict) -> None:
@@ -183,17 +183,17 @@ def _look(rows, run: Run, network: ConvNet, found, given: dict, where: dict) -> 
     (own, *_), shape = run.clients(), tuple(found.images.shape[1:])
     batch, psnr, alarms = max(given["batches"]), [], []
     members = _members(run, given, batch, 0)
-    for v, at in enumerate(members):
+    for at in members:
         x, y = found.images[at], found.labels[at]
         gradient = own.defend(network, x, y, 0)
-        alarms.append(alarm(network, gradient, found, members, v, given["bound"]))
+        alarms.append(alarm(network, gradient, found, at, given["bound"]))
         psnr.append(best(network, gradient, x, shape))
     _add(rows, np.concatenate(psnr), where | _batch(batch))
     _add_alarms(rows, alarms, where | _batch(batch))
 
 
 def best(network: ConvNet, gradient: list[Tensor], x: Tensor, shape: tuple[int, int, int]) -> np.ndarray:
-    """(B,) PSNR of the best row, or difference of neighbouring rows, for every image; grey where the network has no such layer."""
+    """(B,) PSNR of the best row or difference of neighbours for every image; grey where the network has no such layer."""
     if isinstance(network.body[0], Imprint):
         parts, shares = imprint.bins(*gradient[:2])
         parts, shares = torch.cat([parts, gradient[0].double()]), torch.cat([shares, gradient[1].double()])
@@ -237,3 +237,33 @@ def lines(summary: pd.DataFrame, variants: tuple[str, ...]) -> pd.DataFrame:
     }
     present = [variant for variant in variants if variant in set(rows["variant"])]
     return tables.wide(summary, "defence", "variant", present, columns)
+
+
+def told(summary: pd.DataFrame, variants: tuple[str, ...]) -> str:
+    """What `lines` says, in words that follow from its rows; needs those of ``none``."""
+    rows = summary[summary["scenario"] == SCENARIO]
+    most = max(rows["batch"], key=lambda batch: int(batch or 0))
+
+    def cell(**where: str) -> str:
+        usual = {"variant": "none", "scenario": SCENARIO, "metric": "recovered", "batch": most}
+        return tables.cell(summary, 2, **usual | where)
+
+    held, lost = [], []
+    for variant in variants:
+        at = {"variant": variant, "scenario": SCENARIO, "metric": "recovered", "batch": most}
+        for row in tables.select(summary, at).to_dict("records"):
+            (held if row["high"] < HELD else lost).append(f"`{variant}`")
+    plain = tables.row(summary, variant="none", scenario=SCENARIO, metric="recovered", batch=most)
+    protects = "does not protect" if plain["low"] > HALF else "protects in part"
+    return (
+        f"Of a batch of {most} a dishonest server recovers **{cell()}** of the images, of the sum of all clients' gradients "
+        f"{cell(scenario=SUMMED)}: against it **the batch size {protects}**, and secure aggregation alone is no answer "
+        "either (without any such layer comparing gradients names "
+        f"{cell(scenario=SUMMED, attack='fingerprint', metric='identified_top1')} from that sum). Recovered are less than "
+        f"{100 * HELD:.0f} % under {', '.join(held) or 'none'}; not so under {', '.join(lost) or 'none'}. What helps besides: "
+        "compare the network that came with the agreed one, and one's own gradient with one's own images. The latter is "
+        f"alarmed in {cell(metric='alarm')} of the batches, by rows that are not parallel (trap weights) in "
+        f"{cell(metric='alarm', attack='trap')}, by the agreed network in {cell(metric='alarm', attack='agreed')}. A first "
+        "layer that sees the whole image is no good choice at all: with weights as drawn, of an honest server, "
+        f"{cell(attack='drawn')} come back. The check sees copies only, not an image that was scrambled before."
+    )

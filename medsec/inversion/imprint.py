@@ -2,7 +2,7 @@
 
 The server sends the agreed network with one fully connected layer in front, over the whole image (Fowl et al. 2022, "Robbing the
 Fed"). All its K rows measure the brightness h·x, each with another threshold: row k is active where an image is brighter than the
-k-th of K levels, quantiles of public images. Every active row gets the same gradient δ x from an image x, and δ for its bias. So the
+k-th of K levels, quantiles of public images. Every active row gets the same gradient δ x from an image x, its bias δ. So the
 difference of two neighbouring rows is Σ δ x over the images between two levels. Of one image alone in its bin the quotient
 
     (W_k - W_{k+1}) / (b_k - b_{k+1}) = x
