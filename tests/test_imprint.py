@@ -125,7 +125,7 @@ def test_who_is_named(sent):
     gallery, labels = drawn(40, 8)
     _, parts, top = recovered(sent, gallery[:6], labels[:6])
     assert set(imprint.named(parts[top], gallery).tolist()) >= set(torch.arange(6)[alone(sent, gallery[:6])].tolist())
-    noisy = defences.configured("gradient_noise", {"ratio": 0.1}, 0)
+    noisy = defences.configured("gradient_noise", {"ratio": 0.001}, 0)  # (the rest of the gradient is far longer)
     _, parts, _ = recovered(sent, gallery[:1], labels[:1], noisy)
     assert imprint.expected(parts, sent.body[0], gallery, 1).tolist() == [0]
 
