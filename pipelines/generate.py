@@ -92,7 +92,7 @@ NOTEBOOKS = {
         "Gradient inversion, the shadow defence, and attackers who know it",
         ("data_and_threats", "gia_defense"),
         ("medsec/federated", "medsec/inversion"),
-        ("seeds", "cohorts", "inversion", "fingerprint", "own.defences", "record.inversion"),
+        ("seeds", "cohorts", "inversion", "fingerprint", "imprint", "own.defences", "record.inversion"),
         _all("batch", "named", "plane", "round", "gallery", "spectrum", "noise", "psnr"),
         claims="2-shadow",
         record=True,

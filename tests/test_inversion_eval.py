@@ -521,9 +521,9 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         kind = where["scenario"] if where["scenario"] in ev.QUICK else "attack"
         known = instruments.VARIANTS if "record_only" in claim else ev.QUICK[kind]
         assert where["variant"] in known, claim["id"]
-        assert where["scenario"] in {"naive", "adaptive", "ceiling", "utility", "fingerprint"}, claim["id"]
+        assert where["scenario"] in {*ev.QUICK, "naive", "adaptive", "ceiling", "utility", "secagg"}, claim["id"]
         assert where["metric"] in tables.metrics(), claim["id"]
-        assert where.get("attack", "known") in ev.ADAPTIVE, claim["id"]
+        assert where.get("attack", "known") in (*ev.ADAPTIVE, "trap"), claim["id"]
 
 
 def test_the_attack_that_identifies_most_need_not_be_the_best_by_psnr():

@@ -8,7 +8,8 @@ best that an attacker who knows it can do, per victim. The clients are in `exper
 Scenarios: ``naive``, the attacks as if there were no defence; ``adaptive``, those and all that knowledge of the defence
 allows; ``ceiling``, what an attacker has who recovers the changed image x′ exactly (image-space defences only); ``change``,
 what is added to the image: ``rms``, ``offset_share`` (of its energy) and ``lesion_ratio`` (rms inside lesions over outside);
-``fingerprint``, whose gradient it is, without a reconstruction (`experiments.gia_defense.fingerprint`);
+``fingerprint``, whose gradient it is, without a reconstruction (`experiments.gia_defense.fingerprint`); ``imprint`` and
+``secagg``, a dishonest server (`experiments.gia_defense.imprint`);
 ``prior_only``, the floor: what an attacker has without any gradient; ``utility``, the classifier that comes out.
 
 Key columns: ``attack``, one attack by itself; ``batch``, ``labels``, ``steps``, ``round`` (as a share of all rounds): empty
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from experiments.gia_defense import adaptive as attackers
 from experiments.gia_defense import clients as instruments
 from experiments.gia_defense import fingerprint as fingerprints
+from experiments.gia_defense import imprint as imprints
 from experiments.gia_defense.adaptive import Case
 from experiments.gia_defense.clients import BASELINES, Setup, prepare
 from experiments.params import Params
@@ -54,6 +56,7 @@ QUICK = {  # what the notebook itself runs: variants under attack, and those who
     "utility": ("none", "shadow_hardened", "public_only"),
 }
 QUICK["fingerprint"] = (*QUICK["attack"], "public_only")
+QUICK["imprint"] = ("none", "dp_sgd", "shadow_released", "shadow_hardened")
 ADAPTIVE = ("known", "smoother", "smoothest", "joint", "generator", "purified", "unmasked")
 DELTA = 1e-5  # of differential privacy
 
@@ -451,6 +454,8 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
         return attack_cell(cohort, p, variant, cell.seed)
     if cell.arm == fingerprints.SCENARIO:
         return fingerprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
+    if cell.arm == imprints.SCENARIO:
+        return imprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
     try:
         if cell.arm == fingerprints.LATER:
             return fingerprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
@@ -480,7 +485,7 @@ def _diverged(cell: cells.Cell) -> pd.DataFrame:
 
 def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
-    if cell.arm in (fingerprints.SCENARIO, fingerprints.LATER):
+    if cell.arm in (fingerprints.SCENARIO, fingerprints.LATER, imprints.SCENARIO):
         return instruments.lacks(cohort, p, cell.variants, cell.seed, max(cell.given["batches"]))
     victims = 1 if cell.arm != "attack" else p.inversion.sweep_victims if cell.keys else p.inversion.victims
     return instruments.lacks(cohort, p, cell.variants, cell.seed, victims * int(cell.keys.get("batch", 1)))
@@ -499,14 +504,17 @@ EXPERIMENT = cells.Experiment(
 
 
 def quick(p: Params) -> list[cells.Cell]:
-    """What the notebook itself runs: attacks, federations, then whose gradient it is."""
-    given = p.fingerprint.model_dump()
-    attacked, used, named = (
-        dict.fromkeys((*QUICK[part], *p.own.defences)) for part in ("attack", "utility", "fingerprint")
-    )
+    """What the notebook itself runs: attacks, federations, whose gradient it is, and a dishonest server."""
+    arms = ((fingerprints, p.fingerprint), (imprints, p.imprint))
+    attacked, used = (dict.fromkeys((*QUICK[part], *p.own.defences)) for part in ("attack", "utility"))
     return [
         cells.Cell(arm, seed, group=variant, variants=(variant,))
         for arm, variants in (("attack", attacked), ("federation", used))
         for seed in p.seeds.evaluation
         for variant in variants
-    ] + [fingerprints.plan(variant, seed, given) for seed in p.seeds.evaluation for variant in named]
+    ] + [
+        arm.plan(variant, seed, own.model_dump())
+        for arm, own in arms
+        for seed in p.seeds.evaluation
+        for variant in dict.fromkeys((*QUICK[arm.SCENARIO], *p.own.defences))
+    ]

@@ -213,5 +213,5 @@ def plan(variant: str, seed: int, given: dict, *, change: dict | None = None, ke
 
 
 def family(cell: cells.Cell) -> str:
-    """Defences of a seed share the candidates' gradients."""
-    return f"{cell.arm} {cell.seed}" if cell.arm == SCENARIO else ""
+    """Defences of a seed share the candidates' gradients, with a dishonest server's sums too."""
+    return f"{SCENARIO} {cell.seed}" if cell.arm in (SCENARIO, "imprint") else ""

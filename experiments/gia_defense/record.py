@@ -6,6 +6,7 @@ from experiments import params, record_plans
 from experiments.gia_defense import cells
 from experiments.gia_defense import clients as inversion_clients
 from experiments.gia_defense import fingerprint as fingerprints
+from experiments.gia_defense import imprint as imprints
 from experiments.params import Params
 from medsec.core.errors import InputError
 from medsec.evidence.cells import Cell
@@ -80,7 +81,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
         if seed not in p.seeds.evaluation
         for variant in sweep.utility_variants
     ]
-    return found + _fingerprints(p)
+    return found + _fingerprints(p) + _imprints(p)
 
 
 def _fingerprints(p: Params) -> list[Cell]:
@@ -106,6 +107,16 @@ def _fingerprints(p: Params) -> list[Cell]:
     later = given | {"batches": more.batches, "shares": more.shares} | DIVERGES
     return found + [
         fingerprints.plan(variant, seed, later) for seed in p.seeds.evaluation[: more.seeds] for variant in more.later
+    ]
+
+
+def _imprints(p: Params) -> list[Cell]:
+    """A dishonest server against every defence but the controls of equal norm, which leave as much as what they control for."""
+    return [
+        imprints.plan(variant, seed, p.imprint.model_dump())
+        for seed in p.seeds.evaluation
+        for variant in inversion_clients.VARIANTS
+        if variant not in inversion_clients.CONTROLS
     ]
 
 
@@ -139,7 +150,7 @@ def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
 
 def multiple(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured: an attack costs about as much as training."""
-    others = {"federation": 0.6, "rounds": 2, "strength": 1, "fingerprint": 0.3, "fingerprint_later": 1}
+    others = {"federation": 0.6, "rounds": 2, "strength": 1, "fingerprint": 0.3, "fingerprint_later": 1, "imprint": 0.5}
     return (1 if cell.keys else 3) if cell.arm == "attack" else others[cell.arm]
 
 

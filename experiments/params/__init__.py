@@ -9,7 +9,7 @@ from experiments.params.adversarial_pruning_defense import EvasionParams, Evasio
 from experiments.params.backdoor_fedgan import Drawing, FedGANRecord
 from experiments.params.data_and_threats import Threats
 from experiments.params.feddetect import FedDetectParams, FedDetectRecord
-from experiments.params.gia_defense import FingerprintParams, InversionParams, InversionRecord
+from experiments.params.gia_defense import FingerprintParams, ImprintParams, InversionParams, InversionRecord
 from experiments.params.threat_matrix import MatrixParams
 from medsec.core.params import Section, Seeds, merge, read, registered, validated
 from medsec.core.settings import ClassifierParams, Cohorts, FedGANParams
@@ -77,6 +77,8 @@ class Params(Section):
     feddetect: FedDetectParams
     inversion: InversionParams
     fingerprint: FingerprintParams
+    imprint: ImprintParams
+    imprint: ImprintParams
     evasion: EvasionParams
     transfer: Transfer
     review: Review

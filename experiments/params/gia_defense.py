@@ -1,4 +1,4 @@
-"""Sections ``inversion``, ``fingerprint`` and ``record.inversion`` of the parameters."""
+"""Sections ``inversion``, ``fingerprint``, ``imprint`` and ``record.inversion`` of the parameters."""
 
 from typing import Annotated, Literal
 
@@ -44,6 +44,16 @@ class FingerprintParams(Section):
     batches: list[Count] = Field(min_length=1)
     gallery: Count | None
     copies: Size
+
+
+class ImprintParams(Section):
+    victims: Count
+    batches: list[Count] = Field(min_length=1)
+    gallery: Count
+    bins: int = Field(ge=2, le=MOST)
+    gain: NotNegative
+    bound: Annotated[float, Field(gt=0, lt=1)]
+    rounds: Count
 
 
 class FingerprintRecord(Section):
