@@ -300,11 +300,11 @@ def written(table: pd.DataFrame) -> Path:
 
 
 def spread(table: pd.DataFrame) -> pd.DataFrame:
-    """A table as `check.compare` takes it; the interval of a single run is as wide as two of its items count.
+    """A table as `check.compare` takes it; of a single run, the deviation and half the interval are what one of its items counts.
 
     A check is one item, yes or no, on however many images it was made.
     """
     if kind(table) == "summary":
         return table
     item = 1 / table["n_items"].clip(lower=1).where(table["unit"] != "passes", 1)
-    return table.drop(columns="seed").assign(low=table["value"] - item, high=table["value"] + item, n=1)
+    return table.drop(columns="seed").assign(low=table["value"] - item, high=table["value"] + item, sd=item, n=1)
