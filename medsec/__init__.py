@@ -4,7 +4,6 @@ To test something of your own: ``medsec.audit``, ``medsec.judge_server_rule``, `
 ``medsec.judge_attack``; each returns a `medsec.judge.Report`.
 """
 
-import importlib
 import os
 import platform
 import sys
@@ -30,16 +29,17 @@ INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 if "ipykernel" in sys.modules:
     os.environ.update(INLINE)
 
-JUDGES = {
-    "audit": "classifier",
-    "judge_server_rule": "server",
-    "judge_gradient_defence": "gradients",
-    "judge_attack": "attack",
-}
-
 
 def __getattr__(name: str):
     """The tests of one's own, loaded when they are asked for: `import medsec` alone loads neither numpy nor torch."""
-    if name not in JUDGES:
+    if name == "audit":
+        from medsec.judge.classifier import audit as found
+    elif name == "judge_server_rule":
+        from medsec.judge.server import judge_server_rule as found
+    elif name == "judge_gradient_defence":
+        from medsec.judge.gradients import judge_gradient_defence as found
+    elif name == "judge_attack":
+        from medsec.judge.attack import judge_attack as found
+    else:
         raise AttributeError(f"module 'medsec' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"medsec.judge.{JUDGES[name]}"), name)
+    return found

@@ -715,7 +715,7 @@ def test_cells_end_to_end(tiny, processes):
 
     # A summary of two "seeds" pairs what can be paired, and each row can be addressed.
     runs = pd.concat([clean, attack, controls])
-    runs = pd.concat([runs, runs.assign(seed=SEED + 1, value=runs["value"] + 0.01)])
+    runs = pd.concat([runs, runs.assign(seed=SEED + 1, value=runs["value"] + 0.01 * (runs["unit"] != "share"))])
     summary = tables.summarise(runs, fedgan_eval.KEYS, paired_with="clean")
     assert list(summary.columns) == [*tables.SUMMARY, *fedgan_eval.KEYS]
     assert not summary.duplicated(ADDRESS).any()

@@ -111,7 +111,7 @@ def defence():
     assert len({round(float(value), 6) for value in convnet.flat(sent).abs() if value}) == 1
     p = with_change({"own": {"defences": ["signs"]}})
     new = added("03", p)
-    assert {cell.arm for cell in new} == {"attack", "federation", "fingerprint"}
+    assert {cell.arm for cell in new} == {"attack", "federation", "fingerprint", "imprint"}
     rows = run("03", p, next(cell for cell in new if cell.arm == "attack"))
     assert {"psnr", "ssim"} <= set(rows["metric"])
     rows = in_the_matrix("signs", p)

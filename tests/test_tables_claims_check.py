@@ -744,7 +744,7 @@ def test_rows_of_one_summary_are_addressable(table):
         {"seed": s, "variant": v, "scenario": a, "metric": "trigger_rate", "value": s / 10 + b, "n_items": 5}
         | {"unit": "share", "client": c, "round": ""}
         for s, (v, a, b), c in itertools.product(
-            range(3), [("clean", "no_attack", 0), ("poison", "attack", 1)], ["", "0"]
+            range(3), [("clean", "no_attack", 0), ("poison", "attack", 0.5)], ["", "0"]
         )
     ]
     summary = tables.summarise(pd.DataFrame(runs), KEYS, paired_with="clean")

@@ -25,10 +25,11 @@ from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.backdoor.triggers import Trigger
 from medsec.core import parallel
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.data.cohort import setting
 from medsec.evidence import cells, tables
-from medsec.federated.rounds import State, Update, rounds_until
+from medsec.federated.rounds import State, Update
 from medsec.nets import fit as classifier
 from medsec.nets.models import SmallResNet
 

@@ -21,10 +21,10 @@ from experiments.params import Params
 from medsec.backdoor import frechet, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.gan import FederatedGAN
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import FedGANParams
 from medsec.evidence import cells, tables
-from medsec.federated.rounds import rounds_until
 from medsec.nets import fit as classifier
 from medsec.nets.models import SmallResNet
 

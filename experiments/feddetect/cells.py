@@ -25,11 +25,12 @@ from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack
 from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
 from medsec.federated import aggregators
 from medsec.federated.aggregators import RULES, uniform_mean
-from medsec.federated.rounds import Aggregator, State, Update, rounds_until, screen
+from medsec.federated.rounds import Aggregator, State, Update, screen
 from medsec.nets import fit as classifier
 
 KEYS = ("m", "partition", "trigger", "evade", "source", "real", "round", "client")

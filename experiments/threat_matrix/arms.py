@@ -24,6 +24,7 @@ from experiments.params.threat_matrix import MatrixParams
 from medsec import data
 from medsec.backdoor import feddetect
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import AutoencoderParams, Cohorts
 from medsec.evasion import attacks as adversarial
@@ -31,7 +32,7 @@ from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
 from medsec.federated import aggregators
 from medsec.federated.aggregators import uniform_mean
-from medsec.federated.rounds import Aggregator, State, rounds_until
+from medsec.federated.rounds import Aggregator, State
 from medsec.inversion import defences
 from medsec.inversion.defences import DEFENCES, Defence
 from medsec.nets.cbam import CBAM

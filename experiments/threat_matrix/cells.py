@@ -43,12 +43,12 @@ from experiments.threat_matrix.arms import ROWS, Row
 from experiments.threat_matrix.federation import ATTACKER, ATTACKS, Federation
 from medsec import data
 from medsec.backdoor import triggers
+from medsec.core.params import rounds_until
 from medsec.core.seeds import torch_generator
 from medsec.evasion import pruning
 from medsec.evasion.scenarios import craft
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell, Experiment, Finished
-from medsec.federated.rounds import rounds_until
 from medsec.inversion import defences as gradient_defences
 from medsec.inversion.adaptive import known_entries
 from medsec.inversion.attacks import Reconstructions

@@ -24,12 +24,13 @@ from medsec.backdoor import triggers
 from medsec.backdoor.attackers import falsified
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import FedClsParams
 from medsec.core.threats import ThreatModel
 from medsec.evasion import pruning
 from medsec.evasion.pruning import Masks
-from medsec.federated.rounds import State, Update, rounds_until, run_round, scale_update, screen
+from medsec.federated.rounds import State, Update, run_round, scale_update, screen
 from medsec.nets import fit
 
 ATTACKER = 0

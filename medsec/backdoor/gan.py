@@ -18,10 +18,11 @@ from torch import Tensor
 
 from medsec.backdoor.triggers import Trigger, stamp
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import GAN, FedGANParams, ProjectionGAN
 from medsec.federated.aggregators import fedavg
-from medsec.federated.rounds import Aggregator, State, Update, rounds_until, run_round, scale_update
+from medsec.federated.rounds import Aggregator, State, Update, run_round, scale_update
 from medsec.nets.models import Discriminator, Generator, ProjectionDiscriminator, UpGenerator
 
 __all__ = ["FederatedGAN", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]

@@ -16,7 +16,7 @@ from medsec.core.errors import InputError
 from medsec.evidence import claims, record, tables
 from medsec.evidence.claims import FAILS, HOLDS, NOT_HERE, NOT_YET, OPEN, UNTESTED
 
-__all__ = ["cohorts", "contrary", "correction", "counts", "entries", "message", "rows", "summary", "table"]
+__all__ = ["cohorts", "contrary", "counts", "entries", "message", "rows", "summary", "table"]
 
 # What a verdict is called, by whose claim it is. A paper's claim is reproduced or not; ours is a bar, reached or missed.
 WORDS = {"paper": {HOLDS: "reproduced", FAILS: "not found here"}, "medsec": {HOLDS: "holds", FAILS: "missed"}}

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from medsec.core.errors import InputError
-from medsec.core.params import rounds_until
 
-__all__ = ["NoQuorum", "Update", "rounds_until", "run_round", "scale_update", "screen"]
+__all__ = ["NoQuorum", "Update", "run_round", "scale_update", "screen"]
 
 State = dict[str, Tensor]
 

@@ -26,11 +26,12 @@ from medsec.backdoor.gan import FederatedGAN, GANClient
 from medsec.backdoor.triggers import Trigger
 from medsec.core import params
 from medsec.core.errors import InputError
+from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed
 from medsec.core.settings import Cohorts, FedGANParams
 from medsec.evidence.intervals import bootstrap_interval
 from medsec.federated.aggregators import fedavg, flatten, uniform_mean
-from medsec.federated.rounds import State, Update, rounds_until, scale_update, screen
+from medsec.federated.rounds import State, Update, scale_update, screen
 from medsec.judge import COLUMNS, Report, Rule, called, dots, fresh, odd_input, one_thread, row, share, shown
 
 __all__ = ["judge_server_rule"]
