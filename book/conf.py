@@ -13,7 +13,7 @@ project = "medsec"
 author = "The medsec developers"
 copyright = "the medsec developers, MIT licence"  # (Sphinx's name for it)
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["notebooks/**", "exercises/**"]  # only to be downloaded
+exclude_patterns = ["notebooks/**", "exercises/**", "examples/**"]  # only to be downloaded
 suppress_warnings = [
     "ref.python",  # in a docstring, `load` may be that of several modules: it then stays a name without a link
 ]
