@@ -359,7 +359,7 @@ def _tell_time(cohort, settings: Path) -> None:
     from medsec.core.settings import Recipe
     from medsec.judge import own
 
-    tree, file = params.read(str(settings))
+    (tree, file), usual = params.read(str(settings)), params.read()[0]["evasion"]
     evasion, cores = (
         tree["evasion"],
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -370,7 +370,8 @@ def _tell_time(cohort, settings: Path) -> None:
         f"it trains its networks first, since none lies ready for these images: about {busy:.0f} minutes of one processor, "
         f"{busy / min(cores, 6):.0f} on the {cores} here. To keep it so short, {evasion['test_images']} images are attacked, and "
         f"training has {evasion['clean']['epochs']} and {evasion['hardened']['epochs']} epochs (the repository's own cohorts: "
-        f"150; 8 and 30). A --profile may set evasion otherwise"
+        f"{usual['test_images']}; {usual['clean']['epochs']} and {usual['hardened']['epochs']}). "
+        "A --profile may set evasion otherwise"
     )
 
 

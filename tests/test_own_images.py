@@ -664,8 +664,12 @@ def test_many_images_are_seen_in_fewer_epochs(each, size, epochs):
     change = own.smaller("04_adversarial_pruning_defense", of)
     assert (change["evasion"]["clean"]["epochs"], change["evasion"]["hardened"]["epochs"]) == epochs
     assert own.smaller("03_gia_defense", of) == {}
-    whole = params.validate(params.merge(params.load().model_dump(), change))
-    assert whole.evasion.sweep == params.load().evasion.sweep  # what claims are about is measured
+    whole, usual = params.validate(params.merge(params.load().model_dump(), change)), params.load().evasion
+    assert whole.evasion.sweep == usual.sweep  # what claims are about is measured
+    assert {name: most for name, (most, _) in own.EPOCHS.items()} == {
+        "clean": usual.clean.epochs,
+        "hardened": usual.hardened.epochs,
+    }
     if each == 10:
         few, many = (own.seconds(of, change, whole.evasion.clean, n) for n in (1, 30))
         assert 0 < few < many
