@@ -794,6 +794,13 @@ def test_who_is_named_is_said_from_the_rows():
         ("shadow_hardened", "one"): 0.25,
         ("public_only", "one"): 0.0,
     }
+    # A dishonest server, and the sum of all clients, name others: they are in no figure of this comparison.
+    elsewhere = pd.DataFrame([compared("none", 0.3, "identified_top1", batch="16")] * 2).assign(
+        scenario=["imprint", "secagg"]
+    )
+    pd.testing.assert_frame_equal(
+        inversion_tables.named(pd.concat([summary, elsewhere], ignore_index=True)), inversion_tables.named(summary)
+    )
     lines = inversion_tables.fingerprints(summary).set_index(["defence", "strength"])
     assert lines.loc[("topk", "0.1"), "named"] == "0.95 [0.94, 0.96] (0.0025)"
     assert lines.loc[("none", ""), "named, batch of 4"] == "0.80 [0.79, 0.81] (0.005)"

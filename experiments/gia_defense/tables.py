@@ -152,7 +152,8 @@ def named(summary: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(group=rows["scenario"].map({"fingerprint": "one"}).fillna("reconstruction"))
     best = rows.groupby(["variant", "group"]).tail(1)
     most = largest(summary)
-    batch = summary[(summary["metric"] == "identified_top1") & (summary["batch"] == most) & (most != "")]
+    compared = (summary["scenario"] == "fingerprint") & (summary["metric"] == "identified_top1")
+    batch = summary[compared & (summary["batch"] == most) & (most != "")]
     batch = batch[(batch[["attack", "labels", "round", "strength"]] == "").all(axis=1)]
     listed = pd.concat([best, batch.assign(group="batch")])
     listed = listed[listed["variant"].isin(rows["variant"][rows["group"] == "one"])]
