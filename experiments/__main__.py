@@ -91,7 +91,7 @@ def show_params(args: argparse.Namespace) -> int:
     return 0
 
 
-RECORDS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense", "04_adversarial_pruning_defense")
+RECORDS = ("01_backdoor_fedgan", "02_feddetect", "03_gia_defense", "04_adversarial_pruning_defense", "05_threat_matrix")
 
 
 @command

@@ -114,6 +114,7 @@ NOTEBOOKS = {
         ("seeds", "cohorts", "fedgan", "feddetect", "inversion", "evasion", "matrix", "own.rules", "own.defences"),
         _all("matrix"),
         claims="5-matrix",
+        record=True,
     ),
 }
 JUDGED = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.claims)

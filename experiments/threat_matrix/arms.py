@@ -73,6 +73,7 @@ ROWS = {
     "feddetect_released": Row("FedDetect, released", server="released"),
     "feddetect_described": Row("FedDetect, described", server="described"),
     "feddetect_hardened": Row("FedDetect, hardened", server="hardened"),
+    "multi_krum": Row("Multi-Krum", server="multi_krum"),
     "norm_clip": Row("norms clipped (control)", server="norm_clip"),
     "shadow_released": Row("shadow, released", images="shadow_released"),
     "shadow_described": Row("shadow, described", images="shadow_described"),
@@ -87,13 +88,16 @@ ROWS = {
     "feddetect+shadow": Row("FedDetect h. + shadow h.", server="hardened", images="shadow_hardened"),
     "shadow+at": Row("shadow h. + adv. training", images="shadow_hardened", trained_against=True),
     "feddetect+shadow+at": Row("all three", server="hardened", images="shadow_hardened", trained_against=True),
+    "multi_krum+public+at": Row(
+        "the simplest of each", server="multi_krum", images="public_only", trained_against=True
+    ),
 }
 FAMILIES = {  # groups of rows in the figure
     "no defence": ("none", "none_again"),
-    "paper 1, server": ("feddetect_released", "feddetect_described", "feddetect_hardened", "norm_clip"),
+    "paper 1, server": ("feddetect_released", "feddetect_described", "feddetect_hardened", "multi_krum", "norm_clip"),
     "paper 2, images": ("shadow_released", "shadow_described", "shadow_hardened", "public_only"),
     "paper 3, network": ("prune", "prune_random", "cbam", "prune_cbam", "at", "hardened"),
-    "stacks": ("feddetect+shadow", "shadow+at", "feddetect+shadow+at"),
+    "stacks": ("feddetect+shadow", "shadow+at", "feddetect+shadow+at", "multi_krum+public+at"),
 }
 
 

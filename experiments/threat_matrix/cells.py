@@ -119,6 +119,7 @@ PARTS = {  # stack -> scenario -> the part of it that is made for that threat
     "feddetect+shadow": {"boost_liar": "feddetect_hardened", "adaptive": "shadow_hardened"},
     "shadow+at": {"adaptive": "shadow_hardened", "pgd20": "at"},
     "feddetect+shadow+at": {"boost_liar": "feddetect_hardened", "adaptive": "shadow_hardened", "pgd20": "at"},
+    "multi_krum+public+at": {"boost_liar": "multi_krum", "adaptive": "public_only", "pgd20": "at"},
 }
 NOTHING_TO_RUN = "clients have no defence to run or to leave out: the same as the malicious client that does not comply"
 
@@ -167,20 +168,26 @@ def _federation(setup: Setup, scenario: str, done: Federation) -> Answers:
     """How good the classifier of a federation is, what the trigger does to it, and how much each client counted."""
     x, y = setup.splits["test"]
     predicted = classifier.predict(done.model, x)
-    m, warm_up = len(done.perturbations), rounds_until(setup.params.matrix.warm_up, len(done.diagnostics))
-    weights = pd.DataFrame([d.get("weights", {}) for d in done.diagnostics[warm_up:]]).reindex(columns=range(m))
-    weights = weights.fillna(0.0).to_numpy()
-    honest = weights if scenario == "no_attack" else np.delete(weights, ATTACKER, axis=1)
     answers = {
         "auc": (classifier.auc(predicted, y), len(y)),
         "balanced_accuracy": (classifier.balanced_accuracy(predicted, y), len(y)),
         "sparsity": (pruning.sparsity(done.model), 1),
         **backdoor(setup, done.model),
-        "weight_lost": ((1 - m * honest).clip(min=0).mean(), honest.size),
+        **_weights(setup, scenario, done),
     }
-    if scenario != "no_attack":
-        answers["weight"] = weights[:, ATTACKER].mean(), len(weights)
     return {(scenario, metric): answer for metric, answer in answers.items()}
+
+
+def _weights(setup: Setup, scenario: str, done: Federation) -> dict[str, tuple[float, int]]:
+    """What clients counted after the warm-up; nothing for a server that weighs no clients, such as a median."""
+    m, warm_up = len(done.perturbations), rounds_until(setup.params.matrix.warm_up, len(done.diagnostics))
+    named = [d["weights"] for d in done.diagnostics[warm_up:] if "weights" in d]
+    if not named:
+        return {}
+    weights = pd.DataFrame(named).reindex(columns=range(m)).fillna(0.0).to_numpy()
+    honest = weights if scenario == "no_attack" else np.delete(weights, ATTACKER, axis=1)
+    lost = {"weight_lost": ((1 - m * honest).clip(min=0).mean(), honest.size)}
+    return lost if scenario == "no_attack" else lost | {"weight": (weights[:, ATTACKER].mean(), len(weights))}
 
 
 def backdoor(setup: Setup, model: nn.Module) -> dict[str, tuple[float, int]]:
@@ -407,13 +414,15 @@ def quick(p: Params) -> list[Cell]:
     alike: dict[tuple, list[str]] = {}
     for name, row in ROWS.items():
         alike.setdefault((row.images, row.trained_against, row.cbam, row.again), []).append(name)
-    dear = sorted(alike.values(), key=lambda names: -sum(_cost(ROWS[name]) for name in names))
+    dear = sorted(alike.values(), key=lambda names: -sum(map(cost, names)))
     own = [[name] for name in dict.fromkeys((*p.own.rules, *p.own.defences)) if name not in ROWS]
     return [
         Cell("rows", seed, group=names[0], variants=tuple(names)) for names in dear + own for seed in p.seeds.evaluation
     ]
 
 
-def _cost(row: Row) -> int:
+def cost(variant: str) -> int:
+    """What a row costs, as a multiple of the cheapest."""
+    row = arms.row(variant)
     described = row.images in ("shadow_released", "shadow_described")
     return 1 + 4 * described + 2 * row.cbam + row.trained_against + (row.images != "none")

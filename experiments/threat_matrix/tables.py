@@ -69,6 +69,14 @@ def floor(summary: pd.DataFrame) -> float:
     return float(tables.row(summary, variant="none", scenario="prior_only", metric="psnr")["value"])
 
 
+def size(summary: pd.DataFrame) -> str:
+    """``5 seeds, each with 8 images for inversion and 624 for evasion``: on how much a matrix rests."""
+    cells = [("naive", "retrieval"), ("pgd20", "balanced_accuracy")]
+    found = [tables.row(summary, variant="none", scenario=s, metric=m, round="") for s, m in cells]
+    images = [round(row["n_items"] / row["n"]) for row in found]
+    return f"{found[1]['n']} seeds, each with {images[0]} images for inversion and {images[1]} for evasion"
+
+
 def rows() -> pd.DataFrame:
     """One line a row of the matrix: its name, its title in the figure, and its parts."""
     lines = []

@@ -190,11 +190,13 @@ CELLS = {
     "04-prune": evasion("fundus", "prune", "at_prune", prune=0.5),
     "04-transfer": transferred("phantom", "base", "prune_cbam"),
     "05-none": matrix("phantom", "none", "none_again"),
-    "05-server": matrix("phantom", "feddetect_released", "feddetect_described", "feddetect_hardened", "norm_clip"),
+    "05-server": matrix(
+        "phantom", "feddetect_released", "feddetect_described", "feddetect_hardened", "norm_clip", "multi_krum"
+    ),
     "05-images": matrix("phantom", *SHADOW, "public_only"),
     "05-network": matrix("phantom", "prune", "prune_random", "cbam", "prune_cbam"),
     "05-trained_against": matrix("fundus", "at", "hardened"),
-    "05-stacks": matrix("phantom", "feddetect+shadow", "shadow+at", "feddetect+shadow+at"),
+    "05-stacks": matrix("phantom", "feddetect+shadow", "shadow+at", "feddetect+shadow+at", "multi_krum+public+at"),
     "01-summary": summary("01_backdoor_fedgan", "01-headline"),
     "02-summary": summary("02_feddetect", "02-false_alarms", "02-aggregators", "02-honest", "02-boost_liar"),
     "03-summary": summary("03_gia_defense", "03-gradients", "03-noise", "03-controls", "03-federation"),
