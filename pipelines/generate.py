@@ -65,7 +65,7 @@ NOTEBOOKS = {
         ("data_and_threats",),
         ("medphantom",),
         ("seeds", "cohorts", "classifier", "threats"),
-        _all("balance", "classes", "fundus", "partitions") | dict.fromkeys(("masks", "shift", "styles"), False),
+        _all("balance", "classes", "partitions") | dict.fromkeys(("fundus", "masks", "shift", "styles"), False),
         metrics=False,
     ),
     "01_backdoor_fedgan": Notebook(

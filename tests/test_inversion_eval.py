@@ -568,6 +568,52 @@ def test_views_of_a_summary(p):
     assert set(inversion_tables.paper(summary)["paper"]) == {"-3.73", "-0.2", "not stated", "> -0.01"}
 
 
+def summary_row(variant, scenario, value, low, high, n=5, n_items=40):
+    measured = {"metric": "psnr", "value": value, "low": low, "high": high, "n": n, "n_items": n_items, "unit": "dB"}
+    return {"variant": variant, "scenario": scenario, **measured, **dict.fromkeys(("round", "attack", "strength"), "")}
+
+
+def test_titles_say_what_the_numbers_say():
+    rows = [summary_row("none", "adaptive", 50, 49, 51), summary_row("none", "prior_only", 18, 17, 19)]
+    rows += [summary_row("topk", "adaptive", 30, 29, 31), summary_row("public_only", "adaptive", 20, 19, 21)]
+    quick = pd.DataFrame(rows)
+    title = inversion_tables.above_floor(quick, ["none", "topk", "public_only"])
+    assert title.startswith("Who knows the defence gets 20 dB under `public_only`, 30 dB or more under the other 1;")
+    assert title.endswith("no gradient at all has 18 dB")
+    assert inversion_tables.size(quick) == "n = 5 seeds of 8 victims"
+
+    curve = pd.DataFrame({"name": "none", "x": [1.0, 4.0], "value": [40.0, 20.0], "low": [38, 18], "high": [42, 22]})
+    assert inversion_tables.trend(curve, "images") == "No defence: the PSNR falls, from 40 dB at 1 to 20 dB at 4 images"
+    assert "does not clearly change" in inversion_tables.trend(curve.assign(high=[42, 39]), "images")
+    assert "rises" in inversion_tables.trend(curve.assign(x=[4.0, 1.0]), "images")
+
+    points = pd.DataFrame(
+        {"variant": ["none", "a", "b", "c"], "usual": True, "y_low": [40.0, 17, 18, 25], "x_high": [0.0, -0.1, 0.01, 0]}
+    )
+    assert inversion_tables.reaching(points, 18.0) == (
+        "2 of 3 defences leave no more than no gradient has, 1 of them without a clear loss"
+    )
+    shown = {
+        "original": np.zeros((2, 1, 4, 4)),
+        "none, adaptive": np.full((2, 1, 4, 4), 0.01),
+        "x, adaptive": np.full((2, 1, 4, 4), 0.1),
+    }
+    assert inversion_tables.seen(shown, "x") == "One gradient shows the image at 40 dB, that of `x` at 20 dB"
+
+
+def test_a_figure_has_one_source():
+    """The record, unless it lacks a row that the quick run has; a defence of one's own is in no record."""
+    quick = pd.DataFrame(
+        [summary_row("none", "adaptive", 50, 49, 51, n=3), summary_row("topk", "naive", 20, 19, 21, n=3)]
+    )
+    full = quick.assign(n=5)
+    assert inversion_tables.best(quick, full) is full
+    assert inversion_tables.best(quick, full[full["variant"] == "none"]) is quick
+    assert inversion_tables.best(quick, None) is quick
+    own = pd.concat([quick, pd.DataFrame([summary_row("mine", "naive", 1, 1, 1)])])
+    assert inversion_tables.best(own, full) is full
+
+
 def test_who_is_ahead_of_a_defence():
     """Intervals as (low, high): of the AUC's difference to none, of the PSNR (floor 19 dB), of the retrieval."""
     cases = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from experiments.gia_defense.clients import VARIANTS
@@ -23,6 +24,63 @@ MEASURED = {  # column: digits and row
         ("utility", "macro_f1_minus_none", 3),
     )
 }
+
+
+def best(summary: pd.DataFrame, recorded: pd.DataFrame | None) -> pd.DataFrame:
+    """The record, if it has every headline's PSNR that the quick run has, else the quick run: one figure has one source."""
+    if recorded is None:
+        return summary
+    quick, full = (tables.headline(table, "psnr") for table in (summary, recorded))
+    pairs = [set(zip(rows["variant"], rows["scenario"], strict=True)) for rows in (quick, full)]
+    own = {pair for pair in pairs[0] if pair[0] not in VARIANTS}  # no record has defences of one's own
+    return recorded if pairs[0] - own <= pairs[1] else summary
+
+
+def size(summary: pd.DataFrame) -> str:
+    """``n = 5 seeds of 13 victims``: on how much the headline rests."""
+    row = tables.row(summary, variant="none", scenario="adaptive", metric="psnr")
+    return f"n = {row['n']} seeds of {round(row['n_items'] / row['n'])} victims"
+
+
+# Titles: what is seen, from the numbers that are drawn -----------------------------------------------------------------
+
+
+def seen(rows: dict[str, np.ndarray], defence: str) -> str:
+    """Mean PSNR of the pictures shown, without and with a defence: rows ``<variant>, adaptive`` and ``original``."""
+    from medsec.inversion.scores import psnr
+
+    plain, defended = (psnr(rows[f"{name}, adaptive"], rows["original"]).mean() for name in ("none", defence))
+    return f"One gradient shows the image at {plain:.0f} dB, that of `{defence}` at {defended:.0f} dB"
+
+
+def above_floor(summary: pd.DataFrame, variants: Sequence[str]) -> str:
+    """What the two best defences leave to somebody who knows them, and what the mean image of the class has."""
+    rows = tables.headline(summary, "psnr")
+    rows = rows[(rows["scenario"] == "adaptive") & rows["variant"].isin(variants) & (rows["variant"] != "none")]
+    first, second = rows.sort_values("value").head(2).to_dict("records")
+    floor = tables.row(summary, variant="none", scenario="prior_only", metric="psnr")["value"]
+    return (
+        f"Who knows the defence gets {first['value']:.0f} dB under `{first['variant']}`, {second['value']:.0f} dB or more under "
+        f"the other {len(rows) - 1};\nno gradient at all has {floor:.0f} dB"
+    )
+
+
+def reaching(points: pd.DataFrame, floor: float) -> str:
+    """How many defences of `plane`, at their usual strength, are at the floor, and how many of them at no shown cost."""
+    usual = points[points["usual"] & (points["variant"] != "none")]
+    hidden = usual[usual["y_low"] <= floor]
+    free = hidden[hidden["x_high"] >= 0]
+    return f"{len(hidden)} of {len(usual)} defences leave no more than no gradient has, {len(free)} of them without a clear loss"
+
+
+def trend(rows: pd.DataFrame, label: str) -> str:
+    """What the undefended curve of `sweeps` does from its first to its last point, if their intervals do not meet."""
+    none = rows[rows["name"] == "none"].sort_values("x")
+    first, last = none.iloc[0], none.iloc[-1]
+    apart = first["low"] > last["high"] or first["high"] < last["low"]
+    word = ("falls" if last["value"] < first["value"] else "rises") if apart else "does not clearly change"
+    ends = f"from {first['value']:.0f} dB at {first['x']:g} to {last['value']:.0f} dB at {last['x']:g} {label}"
+    return f"No defence: the PSNR {word}, {ends}"
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
