@@ -467,10 +467,28 @@ def test_who_always_answers_the_same_is_not_robust(p, chance):
         value = {**where, "metric": "balanced_accuracy", "value": low, "low": low, "high": low}
         change = {**where, "metric": "balanced_accuracy_minus_none", "value": 0.2, "low": 0.2, "high": 0.2}
         constant = {**value, "variant": "none", "scenario": "constant", "value": chance}
-        return tables.against_none(pd.DataFrame([value, change, constant]), p.matrix, "at", column)
+        attack = {**change, "variant": "none", "metric": "balanced_accuracy_minus_noise", "low": -0.4, "high": -0.3}
+        return tables.against_none(pd.DataFrame([value, change, constant, attack]), p.matrix, "at", column)
 
     assert said(chance) == tables.ALIKE
     assert said(chance + 0.1) == tables.BETTER
+
+
+@pytest.mark.parametrize(("low", "works"), [(0.5, True), (0.05, False), (None, False)])
+def test_nothing_helps_against_an_attack_that_does_nothing_but_harm_shows(p, low, works):
+    """``low``: of the undefended success beside its control; None: in no run was anything called rightly."""
+    column = next(c for c in ev.COLUMNS if c.scenario == "boost_liar")
+    where = {"scenario": "boost_liar", "round": "", "n": 3, "n_items": 30, "unit": "share"}
+    control = {"variant": "none", "metric": "attack_success_minus_control", "value": 0.6, "low": low, "high": 0.9}
+    rows = [] if low is None else [{**where, **control}]
+    for variant, change in (("multi_krum", -0.3), ("at", 0.3)):
+        difference = {"metric": "attack_success_minus_none", "value": change, "low": change - 0.1, "high": change + 0.1}
+        rows += [{**where, "variant": variant, **difference}]
+    summary = pd.DataFrame(rows)
+    assert tables.works(summary, p.matrix, column) == works
+    assert tables.against_none(summary, p.matrix, "multi_krum", column) == (tables.BETTER if works else tables.ALIKE)
+    assert tables.against_none(summary, p.matrix, "at", column) == tables.WORSE
+    assert tables.works(summary, p.matrix, ev.COLUMNS[0]), "nobody attacks: nothing has to work"
 
 
 def test_a_single_defence_must_meet_every_threat():
@@ -494,7 +512,8 @@ def test_a_reading_is_shown_only_with_cells_that_it_fits():
         shown = {}
         for judged in (tables.BETTER, tables.WORSE, tables.ALIKE):
             cells = [
-                {"variant": v, "column": column, "judged": judged, "value": 0.5} for v in (each["rows"][0], "none")
+                {"variant": v, "column": column, "judged": judged, "value": 0.5, "tested": True}
+                for v in (each["rows"][0], "none")
             ]
             effects = surprises.side_effects(pd.DataFrame(cells))
             assert "none" not in set(effects["variant"])
@@ -516,8 +535,10 @@ def test_views_and_the_figure(runs, p):
     decisive = cells[[ev.COLUMNS[place].decides for place in cells["column"]]]
     assert 0 < len(decisive) < len(cells)
     shown = [text.get_text() for text in ax.texts]
-    assert sum(text == "n/a" for text in shown) == decisive["value"].isna().sum()
-    assert sum(text.startswith("[") for text in shown) == decisive["value"].notna().sum()
+    drawn = decisive["value"].notna() & decisive["tested"]
+    assert sum(text == "n/a" for text in shown) == (decisive["value"].isna() & decisive["tested"]).sum()
+    assert sum(text.startswith("untested") for text in shown) == (~decisive["tested"]).sum()
+    assert sum(text.startswith("[") for text in shown) == drawn.sum()
     plt.close(fig)
 
 

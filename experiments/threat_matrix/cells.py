@@ -84,6 +84,7 @@ class Column:
         scale: the best value for the defender (drawn lightest; for PSNR it is replaced by the floor) and the worst (darkest).
         beats_constant: a cell counts as better than no defence only above scenario ``constant`` of ``none``.
         decides: it is what somebody who chooses a defence asks, and is in the figure.
+        works: scenario and metric of ``none`` that show whether there is anything to stop; None where nobody attacks.
     """
 
     threat: str
@@ -93,6 +94,7 @@ class Column:
     scale: tuple[float, float]
     beats_constant: bool = False
     decides: bool = False
+    works: tuple[str, str] | None = None
 
     @property
     def high_is_bad(self) -> bool:
@@ -103,17 +105,41 @@ class Column:
         return f"{self.threat.split(':')[0]}: {self.name}"
 
 
+LITTLE, MUCH = (("backdoor", "attack_success_minus_control"), ("boost_liar", "attack_success_minus_control"))
 COLUMNS = (
     Column("nobody attacks", "AUC", "no_attack", "auc", (1.0, 0.5), decides=True),
     Column("nobody attacks", "balanced accuracy", "no_attack", "balanced_accuracy", (1.0, 0.5)),
-    Column("backdoored client: success", "poisons a little", "backdoor", "attack_success", (0.0, 1.0)),
+    Column("backdoored client: success", "poisons a little", "backdoor", "attack_success", (0.0, 1.0), works=LITTLE),
     Column(
-        "backdoored client: success", "much, boosts, lies", "boost_liar", "attack_success", (0.0, 1.0), decides=True
+        "backdoored client: success",
+        "much, boosts, lies",
+        "boost_liar",
+        "attack_success",
+        (0.0, 1.0),
+        decides=True,
+        works=MUCH,
     ),
-    Column("backdoored client: success", "a little, complies", "compliant", "attack_success", (0.0, 1.0)),
+    Column("backdoored client: success", "a little, complies", "compliant", "attack_success", (0.0, 1.0), works=LITTLE),
     Column("gradient inversion", "PSNR (dB)", "adaptive", "psnr", (10.0, 25.0)),
-    Column("gradient inversion", "identified", "adaptive", "retrieval", (0.0, 1.0), decides=True),
-    Column("evasion", "balanced accuracy", "pgd20", "balanced_accuracy", (1.0, 0.5), beats_constant=True, decides=True),
+    Column(
+        "gradient inversion",
+        "identified",
+        "adaptive",
+        "retrieval",
+        (0.0, 1.0),
+        decides=True,
+        works=("adaptive", "retrieval"),
+    ),
+    Column(
+        "evasion",
+        "balanced accuracy",
+        "pgd20",
+        "balanced_accuracy",
+        (1.0, 0.5),
+        beats_constant=True,
+        decides=True,
+        works=("pgd20", "balanced_accuracy_minus_noise"),
+    ),
 )
 PARTS = {  # stack -> scenario -> the part of it that is made for that threat
     "feddetect+shadow": {"boost_liar": "feddetect_hardened", "adaptive": "shadow_hardened"},

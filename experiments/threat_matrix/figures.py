@@ -13,7 +13,8 @@ SIGNS = {BETTER: "▲", WORSE: "▼"}
 DARK = 0.5  # above this badness the text is white
 NOTE = (
     "Dark is bad for whoever defends.  ▲ better, ▼ worse than no defence: the whole interval of the paired difference\n"
-    "lies beyond what matters (matrix.matters).  n/a, or *: not in every run; the table below says why."
+    "lies beyond what matters (matrix.matters).  n/a, or *: not in every run; the table below says why.\n"
+    "Hatched, untested: the attack does too little where nobody defends, so no row can show that it helps."
 )
 GAP = 0.35  # of a cell, between groups
 
@@ -55,14 +56,22 @@ def _places(groups: list[str]) -> list[float]:
 
 
 def _cell(ax: Axes, x: float, y: float, cell: dict) -> None:
-    empty, middle = pd.isna(cell["value"]), {"ha": "center", "va": "center"}
+    empty, middle = pd.isna(cell["value"]) or not cell["tested"], {"ha": "center", "va": "center"}
     style = {"facecolor": "white", "edgecolor": "0.75", "hatch": "////", "linewidth": 0}
     if not empty:
         colour = plt.get_cmap("cividis_r")(cell["badness"])
         style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
     ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, **style))
     if empty:
-        ax.text(x, y, "n/a", **middle, fontsize=6.5, color="0.3", backgroundcolor="white")
+        ax.text(
+            x,
+            y,
+            "n/a" if cell["tested"] else f"untested ({cell['value']:.2f})",
+            **middle,
+            fontsize=6.5,
+            color="0.3",
+            backgroundcolor="white",
+        )
         return
     ink = "white" if cell["badness"] > DARK else "black"
     value, low, high = (f"{cell[name]:.2f}" for name in ("value", "low", "high"))

@@ -36,7 +36,7 @@ def made_for(variant: str) -> set[str]:
 
 def side_effects(cells: pd.DataFrame) -> pd.DataFrame:
     """The surprising cells of `tables.grid`, with a column ``effect``, see `EFFECTS`."""
-    cells = cells[cells["value"].notna() & (cells["variant"] != "none")]
+    cells = cells[cells["value"].notna() & cells["tested"] & (cells["variant"] != "none")]
     effects = [
         EFFECTS.get((COLUMNS[place].scenario in made_for(variant), judged), "")
         for variant, place, judged in zip(cells["variant"], cells["column"], cells["judged"], strict=True)

@@ -24,8 +24,23 @@ def judged(difference: pd.Series, least: float, *, high_is_bad: bool) -> str:
     return ALIKE
 
 
+def works(summary: pd.DataFrame, p: MatrixParams, column: Column) -> bool:
+    """Whether the attack of a column does anything where nobody defends; without that no row can show that it helps.
+
+    Shown by `Column.works`: the whole interval lies beyond what matters (`judged`). True where nobody attacks.
+    """
+    if column.works is None:
+        return True
+    scenario, metric = column.works
+    found = tables.select(summary, {"variant": "none", "scenario": scenario, "metric": metric, "round": ""})
+    least, worse = p.matters[column.metric], column.high_is_bad
+    return len(found) > 0 and judged(found.iloc[0], least, high_is_bad=worse) == WORSE
+
+
 def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: Column, scenario: str = "") -> str:
-    """A row's cell compared with that of ``none``: see `judged` and `Column.beats_constant`; `ALIKE` without such a pair.
+    """A row's cell compared with that of ``none``: see `judged` and `Column.beats_constant`.
+
+    `ALIKE` without such a pair. Never `BETTER` where there is nothing to help against (`works`); harm may show.
 
     Args:
         scenario: another one than the column's.
@@ -35,6 +50,8 @@ def against_none(summary: pd.DataFrame, p: MatrixParams, variant: str, column: C
     if difference.empty:
         return ALIKE
     word = judged(difference.iloc[0], p.matters[column.metric], high_is_bad=column.high_is_bad)
+    if word == BETTER and not works(summary, p, column):
+        return ALIKE
     if word == BETTER and column.beats_constant:
         constant = tables.row(summary, variant="none", scenario="constant", metric=column.metric)["value"]
         return word if tables.row(summary, **where, metric=column.metric)["low"] > constant else ALIKE
@@ -46,7 +63,7 @@ def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
 
     Columns ``variant, column`` (its place in `COLUMNS`), ``value, low, high, n`` (NaN in an empty cell), ``judged``
     (`against_none`), ``why`` (the cell is empty, or lacks some of the runs), ``badness``: 0 for the best value of the column's
-    scale, 1 for the worst.
+    scale, 1 for the worst; ``tested``: there is something to help against, or the row does harm.
     """
     named = [v for group in families(summary["variant"]).values() for v in group]
     places = [(v, i, c.scenario, c.metric) for v in named for i, c in enumerate(COLUMNS)]
@@ -58,6 +75,8 @@ def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
     ]
     absent = [missing(v, s) or NOTHING_RIGHT for v, s in zip(cells["variant"], cells["scenario"], strict=True)]
     cells["why"] = np.where(cells["n"] == summary["n"].max(), "", absent)
+    cells["tested"] = [works(summary, p, COLUMNS[i]) for i in cells["column"]]
+    cells["tested"] |= cells["judged"] == WORSE
     best, worst = np.array([COLUMNS[i].scale for i in cells["column"]]).T
     best[cells["metric"] == "psnr"] = floor(summary)
     cells["badness"] = ((cells["value"] - best) / (worst - best)).clip(0.0, 1.0)
