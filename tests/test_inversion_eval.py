@@ -586,6 +586,11 @@ def test_titles_say_what_the_numbers_say():
     assert inversion_tables.trend(curve, "images") == "No defence: the PSNR falls, from 40 dB at 1 to 20 dB at 4 images"
     assert "does not clearly change" in inversion_tables.trend(curve.assign(high=[42, 39]), "images")
     assert "rises" in inversion_tables.trend(curve.assign(x=[4.0, 1.0]), "images")
+    longer = pd.DataFrame(
+        [{"name": "none, ig, 9 steps", "attack": "ig, 9 steps", "x": 4.0, "value": 30.0, "low": 29, "high": 31}]
+    )
+    both = pd.concat([curve, longer], ignore_index=True)
+    assert inversion_tables.trend(both, "images").endswith("to 20 dB at 4 images;\n30 dB there with 9 steps")
 
     points = pd.DataFrame(
         {"variant": ["none", "a", "b", "c"], "usual": True, "y_low": [40.0, 17, 18, 25], "x_high": [0.0, -0.1, 0.01, 0]}

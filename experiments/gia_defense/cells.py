@@ -347,6 +347,22 @@ def sweep_cell(cohort: str, params: Params, variant: str, seed: int, **condition
     return _single_round(run, case, {name: str(value) for name, value in condition.items()})
 
 
+def longer_cell(cohort: str, params: Params, variant: str, seed: int, batch: int) -> pd.DataFrame:
+    """One seed of a longer search of `ig` for a batch: rows with the key ``attack``, such as ``ig, 1000 steps``.
+
+    Args:
+        params: with the number of steps in its place.
+    """
+    p = params.inversion
+    run = _begin(cohort, params, variant, seed, p.sweep_victims, batch)
+    case = run.case(instruments.network(run.setup, seed))
+    found = attackers.naive(run.setup, case, ["ig"], seed)
+    rows = run.rows("naive")
+    for each in scored(found, run.measure, case.x.numpy()).values():
+        _add(rows, each, batch=str(batch), attack=f"ig, {p.attack.iterations} steps")
+    return rows.table()
+
+
 def _single_round(run: Run, case: Case, keys: Mapping[str, str]) -> pd.DataFrame:
     """The attacks that need one round only; no attack by itself."""
     rows, _ = _attacked(run, case, ["ig", "prior"], [], keys)
@@ -452,6 +468,8 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
         if cell.keys:
             return sweep_cell(cohort, p, variant, cell.seed, **cell.keys), {}
         return attack_cell(cohort, p, variant, cell.seed)
+    if cell.arm == "longer":
+        return longer_cell(cohort, p, variant, cell.seed, cell.keys["batch"]), {}
     if cell.arm == fingerprints.SCENARIO:
         return fingerprints.cell(_begin(cohort, p, variant, cell.seed, 1), cell), {}
     if cell.arm == imprints.SCENARIO:
@@ -487,7 +505,9 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
     if cell.arm in (fingerprints.SCENARIO, fingerprints.LATER, imprints.SCENARIO):
         return instruments.lacks(cohort, p, cell.variants, cell.seed, max(cell.given["batches"]))
-    victims = 1 if cell.arm != "attack" else p.inversion.sweep_victims if cell.keys else p.inversion.victims
+    victims = (
+        1 if cell.arm not in ("attack", "longer") else p.inversion.sweep_victims if cell.keys else p.inversion.victims
+    )
     return instruments.lacks(cohort, p, cell.variants, cell.seed, victims * int(cell.keys.get("batch", 1)))
 
 

@@ -63,6 +63,10 @@ def plan(cohort: str, p: Params) -> list[Cell]:
                     for batch in sweep.batch
                 ]
                 found.append(Cell("rounds", seed, group=variant, variants=(variant,), given=rounds))
+            found += [
+                Cell("longer", seed, _longer(p), {"batch": batch}, group="none", variants=("none",))
+                for batch in sweep.longer.batches
+            ]
         if seed in fewest:
             found += [
                 Cell("attack", seed, keys=keys, group=variant, variants=(variant,))
@@ -82,6 +86,10 @@ def plan(cohort: str, p: Params) -> list[Cell]:
         for variant in sweep.utility_variants
     ]
     return found + _fingerprints(p) + _imprints(p)
+
+
+def _longer(p: Params) -> dict:
+    return {"inversion": {"attack": {"iterations": p.record.inversion.longer.iterations}}}
 
 
 def _fingerprints(p: Params) -> list[Cell]:
@@ -151,6 +159,7 @@ def _worth_keeping(table: pd.DataFrame) -> pd.DataFrame:
 def multiple(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured: an attack costs about as much as training."""
     others = {"federation": 0.6, "rounds": 2, "strength": 1, "fingerprint": 0.3, "fingerprint_later": 1, "imprint": 0.5}
+    others["longer"] = 0.01 * p.record.inversion.longer.iterations
     return (1 if cell.keys else 3) if cell.arm == "attack" else others[cell.arm]
 
 

@@ -9,6 +9,7 @@ from experiments.gia_defense.clients import VARIANTS
 from experiments.params import Params
 from medsec.evidence import claims, tables
 
+LONGER = "ig, "  # how the key of a longer search begins, such as "ig, 1000 steps"
 RARE = 0.025  # chance of so many hits by luck, below which they are more than luck
 MEASURED = {  # column: digits and row
     f"{metric.replace('_', ' ')}, {scenario}": (digits, {"scenario": scenario, "metric": metric})
@@ -74,13 +75,17 @@ def reaching(points: pd.DataFrame, floor: float) -> str:
 
 
 def trend(rows: pd.DataFrame, label: str) -> str:
-    """What the undefended curve of `sweeps` does from its first to its last point, if their intervals do not meet."""
+    """What the undefended curve of `sweeps` does from its first to its last point, and what a longer search has there."""
     none = rows[rows["name"] == "none"].sort_values("x")
     first, last = none.iloc[0], none.iloc[-1]
     apart = first["low"] > last["high"] or first["high"] < last["low"]
     word = ("falls" if last["value"] < first["value"] else "rises") if apart else "does not clearly change"
     ends = f"from {first['value']:.0f} dB at {first['x']:g} to {last['value']:.0f} dB at {last['x']:g} {label}"
-    return f"No defence: the PSNR {word}, {ends}"
+    longer = rows[rows["name"].str.startswith(f"none, {LONGER}") & (rows["x"] == last["x"])]
+    more = "".join(
+        f";\n{row['value']:.0f} dB there with {row['attack'].removeprefix(LONGER)}" for _, row in longer.iterrows()
+    )
+    return f"No defence: the PSNR {word}, {ends}{more}"
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
@@ -339,7 +344,10 @@ def by_attack(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweeps(summary: pd.DataFrame, params: Params, metric: str = "psnr") -> dict[str, pd.DataFrame]:
-    """What the adaptive attacker gets over the batch size and over the rounds (`plots.curves`); empty without such rows."""
+    """What the adaptive attacker gets over the batch size and over the rounds (`plots.curves`); empty without such rows.
+
+    Over the batch size also what a longer search gets without a defence, as a curve of its own, if it was recorded.
+    """
     rows = summary[(summary["scenario"] == "adaptive") & (summary["metric"] == metric)]
     rows = rows[rows["variant"].isin(params.record.inversion.variants)]
     found = {}
@@ -349,6 +357,9 @@ def sweeps(summary: pd.DataFrame, params: Params, metric: str = "psnr") -> dict[
         if mine.empty:
             return {}
         found[key] = mine.assign(name=mine["variant"], x=mine[key].astype(float))
+    longer = summary[summary["attack"].str.startswith(LONGER) & (summary["metric"] == metric)]
+    longer = longer.assign(name="none, " + longer["attack"], x=pd.to_numeric(longer["batch"]))
+    found["batch"] = pd.concat([found["batch"], longer], ignore_index=True)
     return found
 
 

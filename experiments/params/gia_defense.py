@@ -66,6 +66,13 @@ class FingerprintRecord(Section):
     released_scale: NotNegative
 
 
+class LongerRecord(Section):
+    """A longer search against larger batches without a defence: is it the batch that protects, or the search that is short?"""
+
+    iterations: Count
+    batches: list[Count]
+
+
 class InversionRecord(Section):
     """What notebook 03's record adds to every attack on every defence."""
 
@@ -73,6 +80,7 @@ class InversionRecord(Section):
     variants: list[str]
     batch: list[Count]
     inferred: list[Count]
+    longer: LongerRecord
     steps: list[Annotated[int, Field(ge=2, le=1024)]]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
     utility_seeds: list[Seed]

@@ -134,6 +134,7 @@ BLENDED = {
     }
 }
 FEWER = {"inversion": {"attacks": ["ig"], "adaptive": ["unmasked"]}}
+LONG = {"inversion": {"attack": {"iterations": 8}}}
 WEAKER = {"inversion": {"defences": {"gradient_noise": {"ratio": 1.0}}}}
 FEDDETECT = ("feddetect_released", "feddetect_described", "feddetect_hardened")
 RULES = ("median", "trimmed_mean", "krum", "multi_krum", "norm_clip", "oracle")
@@ -181,6 +182,7 @@ CELLS = {
     "03-batch": inversion("phantom", "attack", "none", "shadow_hardened", batch=2, labels="inferred"),
     "03-steps": inversion("fundus", "attack", "none", steps=2),
     "03-rounds": inversion("phantom", "rounds", "none", "shadow_hardened", given={"shares": [0.5, 1.0]}),
+    "03-longer": inversion("phantom", "longer", "none", change=LONG, batch=2),
     "03-strength": inversion("phantom", "strength", "gradient_noise", change=WEAKER, strength=1.0),
     "03-fingerprint": inversion("phantom", "fingerprint", *FINGERPRINTED, given=COMPARED),
     "03-fingerprint_later": inversion("phantom", "fingerprint_later", "none", given=COMPARED | {"shares": [1.0]}),
