@@ -497,8 +497,10 @@ def test_a_single_defence_must_meet_every_threat():
     better = [{"variant": "at", "column": place, "judged": tables.BETTER} for place in places]
     alike = [{"variant": "cbam", "column": place, "judged": tables.ALIKE} for place in places]
     stack = [{**cell, "variant": "shadow+at"} for cell in better]
-    assert tables.message(pd.DataFrame(better[1:] + alike)).endswith(": adversarial training")
-    assert tables.message(pd.DataFrame(better[:3] + alike + stack)).startswith("No single defence")
+    said = tables.message(pd.DataFrame(better[1:] + alike))
+    assert said == "Better against all three threats: adversarial training; of the stacks: none"
+    said = tables.message(pd.DataFrame(better[:3] + alike + stack))
+    assert said == "No single defence meets all three threats; of the stacks: shadow h. + adv. training"
 
 
 def test_a_reading_is_shown_only_with_cells_that_it_fits():

@@ -128,17 +128,16 @@ def better(cells: pd.DataFrame, scenario: str, metric: str) -> set[str]:
 
 
 def message(cells: pd.DataFrame) -> str:
-    """The matrix in a sentence: the single defences that are better than none in every column that decides on a threat."""
+    """The matrix in a sentence: which defences are better than none in every column that decides on a threat, and which stacks."""
     decisive = {place for place, column in enumerate(COLUMNS) if column.decides}
-    better = cells[
-        (cells["judged"] == BETTER) & cells["column"].isin(decisive) & ~cells["variant"].isin(FAMILIES["stacks"])
-    ]
+    better = cells[(cells["judged"] == BETTER) & cells["column"].isin(decisive)]
     threats = {column.threat for column in COLUMNS} - {COLUMNS[0].threat}
     met = better.groupby("variant")["column"].agg(lambda places: {COLUMNS[place].threat for place in places})
-    all_three = [named_row(v).title for v in dict.fromkeys(cells["variant"]) if v in met and met[v] >= threats]
-    if not all_three:
-        return "No single defence meets all three threats"
-    return f"Better against all three threats: {', '.join(all_three)}"
+    all_three = [v for v in dict.fromkeys(cells["variant"]) if v in met and met[v] >= threats]
+    single = ", ".join(named_row(v).title for v in all_three if v not in FAMILIES["stacks"])
+    stacked = ", ".join(named_row(v).title for v in all_three if v in FAMILIES["stacks"])
+    first = f"Better against all three threats: {single}" if single else "No single defence meets all three threats"
+    return f"{first}; of the stacks: {stacked or 'none'}"
 
 
 def answer(summary: pd.DataFrame, p: MatrixParams, variant: str, scenario: str, metric: str, digits: int = 2) -> str:
