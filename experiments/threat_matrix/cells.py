@@ -123,7 +123,7 @@ COLUMNS = (
     Column("gradient inversion", "PSNR (dB)", "adaptive", "psnr", (10.0, 25.0)),
     Column(
         "gradient inversion",
-        "identified",
+        "identified in a picture",
         "adaptive",
         "retrieval",
         (0.0, 1.0),

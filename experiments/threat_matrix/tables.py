@@ -128,7 +128,7 @@ def better(cells: pd.DataFrame, scenario: str, metric: str) -> set[str]:
 
 
 def message(cells: pd.DataFrame) -> str:
-    """The matrix in a sentence: which defences are better than none in every column that decides on a threat, and which stacks."""
+    """The matrix in a sentence: which defences, and which stacks, are better than none against every threat."""
     decisive = {place for place, column in enumerate(COLUMNS) if column.decides}
     better = cells[(cells["judged"] == BETTER) & cells["column"].isin(decisive)]
     threats = {column.threat for column in COLUMNS} - {COLUMNS[0].threat}
