@@ -16,7 +16,7 @@ from experiments.feddetect import cells as feddetect_eval
 from experiments.feddetect import hospitals
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
-from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
+from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, advice, complete, holds, where_hospitals_differ
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
@@ -745,7 +745,7 @@ DIFFER = {"partition": "dirichlet"}
 
 
 @pytest.fixture(scope="module")
-def where_hospitals_differ(p):
+def differing(p):
     """Function: the rows of one arm, run once."""
     p = params.validate(params.merge(p.model_dump(), {"hospitals": {"public": 12, "aware": {"steps": 4, "draws": 8}}}))
 
@@ -758,8 +758,8 @@ def where_hospitals_differ(p):
 
 
 @pytest.mark.parametrize("arm", hospitals.ARMS)
-def test_every_rule_where_hospitals_differ(where_hospitals_differ, arm):
-    table, scenario = where_hospitals_differ(arm), hospitals.ARMS[arm]
+def test_every_rule_differing(differing, arm):
+    table, scenario = differing(arm), hospitals.ARMS[arm]
     assert tuple(table["variant"].unique()) == hospitals.variants(scenario)
     assert (table["scenario"] == scenario).all()
     assert (table["partition"] == "dirichlet").all()
@@ -776,8 +776,8 @@ def test_every_rule_where_hospitals_differ(where_hospitals_differ, arm):
     assert len(summary) == len(table)
 
 
-def test_rules_differ_and_who_is_repaired_excludes_nobody(where_hospitals_differ):
-    table = where_hospitals_differ("hospitals_no_attack")
+def test_rules_differ_and_who_is_repaired_excludes_nobody(differing):
+    table = differing("hospitals_no_attack")
     rows = table[(table["round"] == "") & (table["client"] == "")]
     assert rows[rows["metric"] == "frechet"]["value"].nunique() == len(hospitals.RULES) + 1
     assert value(rows, variant="repaired", scenario="no_attack", metric="false_exclusion", **DIFFER) == 0
@@ -817,6 +817,48 @@ def test_only_cells_of_hospitals_depend_on_their_section(p):
         assert len(names) == (2 if cell.arm in hospitals.ARMS else 1), cell.name
         if cell.arm not in hospitals.ARMS:
             assert names == {cells.identity(feddetect_eval.EXPERIMENT, "cohort", p, cell)}
+
+
+def summary_of(rates, scheme="style"):
+    """A summary: rule -> trigger rate of ``boost_liar``, of its own attacker, share excluded, distance."""
+    lines = []
+    for variant, (liar, own, excluded, distance) in rates.items():
+        knowing = "aware" if variant == "feddetect_hardened" else "aware_rule"
+        told = [("boost_liar", "trigger_rate", liar), (knowing, "trigger_rate", own)]
+        told += [("no_attack", "false_exclusion", excluded), ("no_attack", "frechet", distance)]
+        lines += [
+            dict.fromkeys(KEYS, "")
+            | {"variant": variant, "scenario": s, "metric": m, "partition": scheme}
+            | {"value": x, "low": x - 0.01, "high": x + 0.01, "n": 5}
+            for s, m, x in told
+            if x is not None
+        ]
+    return pd.DataFrame(lines)
+
+
+def test_the_rule_that_a_hospital_should_take_by_hand():
+    rates = {
+        "none": (1.0, 1.0, 0.0, 15.0),
+        "feddetect_hardened": (0.0, 0.9, 0.1, 15.0),
+        "median": (0.02, 0.03, None, 40.0),
+        "krum": (0.0, 0.045, 0.0, 20.0),  # its interval reaches beyond
+        "multi_krum": (0.0, 0.01, 0.02, 12.0),  # leaves out honest ones
+        "repaired": (0.0, 0.03, -0.01, 10.0),
+        hospitals.ALONE: (None, None, None, 30.0),
+    }
+    table = where_hospitals_differ(summary_of(rates))
+    assert list(dict.fromkeys(table["name"])) == list(rates)
+    assert holds(table, 0.05, 0.01) == ["repaired", "median"]
+    said = advice(table, 0.5, 0.05, 0.01)
+    assert "take `repaired`" in said
+    assert "0.03 [0.02, 0.04] of the images, without it in 1 [0.99, 1.01]" in said
+    assert "without any hospital, 30 [30, 30]" in said
+    worse = where_hospitals_differ(summary_of({k: rates[k] for k in ("none", "feddetect_hardened", "multi_krum")}))
+    assert "No rule holds" in advice(worse, 0.5, 0.05, 0.01)
+    assert "with `multi_krum`" in advice(worse, 0.5, 0.05, 0.01)
+    weak = where_hospitals_differ(summary_of(rates | {"none": (0.4, 0.4, 0.0, 15.0)}, "dirichlet"))
+    assert "no rule is tested" in advice(weak, 0.5, 0.05, 0.01)
+    assert not len(where_hospitals_differ(summary_of({"none": (1.0, None, 0.0, 15.0)})))
 
 
 # --------------------------------------------------------------------------------------------------------------- record
