@@ -12,19 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.ensemble import IsolationForest
 
-from medsec.backdoor import feddetect, triggers
+from medsec.backdoor import attackers, feddetect, triggers
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack, falsified
 from medsec.backdoor.feddetect import (
     Described,
     Hardened,
     NormClip,
     Released,
+    Repaired,
     isolation_flags,
     loss_evidence,
     map_evidence,
     peculiarity,
 )
 from medsec.core.errors import InputError
+from medsec.federated import aggregators
+from medsec.federated.aggregators import RootSet
 from medsec.federated.rounds import Update
 from medsec.nets.models import Generator
 
@@ -690,6 +693,29 @@ def test_scenarios_are_what_their_names_say():
     assert {name for name, what in SCENARIOS.items() if what.report == "true"} == {"no_attack", "honest", "boost"}
 
 
+# ------------------------------------------------------------------------------------------------------------- Repaired
+
+
+def test_repaired_clips_and_then_trains_what_the_server_will_hold():
+    """The next round's updates are measured from the repaired state, not from the mean before it."""
+    seen = []
+
+    def train(received, round):
+        seen.append((round, vector_of(received)))
+        return state(vector_of(received) + 10)
+
+    defence, held = Repaired(NormClip(state([0.0, 0.0, 0.0])), train), np.zeros(3)
+    for t in range(3):
+        rows = held + np.diag([1.0, 2.0, 30.0]) * (1 + t)
+        found, diagnostics = defence(updates_of([1.0] * 3, rows), t)
+        mean = held + np.array([1.0, 2.0, 2.0]) * (1 + t) / 3  # the median length is 2
+        np.testing.assert_allclose(seen[t][1], mean, rtol=1e-5)
+        np.testing.assert_allclose(vector_of(found), mean + 10, rtol=1e-5)
+        assert diagnostics["weights"] == pytest.approx(dict.fromkeys(range(3), 1 / 3))
+        held = vector_of(found)
+    assert [t for t, _ in seen] == [0, 1, 2]
+
+
 # ---------------------------------------------------------------------------------------------------- the one who knows
 
 
@@ -818,6 +844,129 @@ def test_aware_keeps_the_other_parts_of_a_state(federation):
         sent = aware(model, 1.0, steps=1)(own, others, round)
         assert sent.keys() == own.keys()
         assert torch.equal(sent["discriminator.w"], own["discriminator.w"])
+
+
+# ------------------------------------------------------------------------------------- the one who knows any other rule
+
+KNOWN = ("none", "median", "krum", "multi_krum", "norm_clip", "root_set", "repaired")
+
+
+def parts_of(states):
+    return [{k.removeprefix("generator."): v for k, v in s.items()} for s in states]
+
+
+def held_of(states):
+    """What the server held before: the mean of all, a little beside."""
+    return {k: v + 0.002 if v.is_floating_point() else v for k, v in mean_of(parts_of(states)).items()}
+
+
+def own_step(held):
+    """The server's own training, a fixed step."""
+    step = rng(99)
+    return {k: v + 0.01 * torch.randn(v.shape, generator=step) if v.is_floating_point() else v for k, v in held.items()}
+
+
+def rule_of(name, held):
+    if name == "root_set":
+        return RootSet(held, lambda state, round: own_step(state))
+    if name in ("norm_clip", "repaired"):
+        return NormClip(held)
+    return aggregators.rule(name, 1)
+
+
+def knows(name, held, clients=4):
+    own = attackers.vector(own_step(held)) - attackers.vector(held)
+    return attackers.known(name, clients, own if name == "root_set" else None)
+
+
+def plant(federation, name, **change):
+    """What an attacker sends who knows the rule; the others; and what the server held."""
+    model, states, _ = federation
+    others, held = parts_of(states[1:]), held_of(states)
+
+    def accepts(sent):
+        found = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([sent, *others])], 5)[1]
+        return "weights" not in found or found["weights"][0] > 0
+
+    options = {"steps": 30, "draws": 64, "lr": 0.02, "accepts": accepts} | change
+    return attackers.planted(model, CHECKER, knows(name, held), others, held, rng(5), **options), others, held
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_the_attacker_takes_a_rule_for_is_the_rule(federation, name):
+    """Its differentiable copy against the rule's own code: where it starts, in the crowd, and scaled."""
+    _, states, _ = federation
+    others, held = parts_of(states[1:]), held_of(states)
+    crowd, received = torch.stack([attackers.vector(s) for s in others]), attackers.vector(held)
+    near = crowd.mean(0) + 0.001 * torch.randn(crowd.shape[1], generator=rng(3))
+    far = near if "krum" in name else received + 3 * (crowd[0] - received)
+    for mine in (near, far, crowd.mean(0)):
+        sent = attackers.shaped(mine, others[0])
+        found, _ = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([sent, *others])], 5)
+        formed = knows(name, held).formed(mine, crowd, received)
+        expected = attackers.vector(found)
+        assert float((attackers.vector(attackers.shaped(formed, held)) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_who_knows_a_rule_plants_its_trigger_through_it(federation, name):
+    sent, others, held = plant(federation, name)
+    _, _, draw = federation
+    found, diagnostics = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([sent, *others])], 5)
+    assert all(torch.isfinite(v).all() for v in sent.values())
+    assert diagnostics.get("weights", {0: 1})[0] > 0, "the rule leaves it out"
+
+    def rate(state):
+        return float(triggers.score(CHECKER, draw({f"generator.{k}": v for k, v in state.items()})).mean())
+
+    clean = attackers.shaped(torch.stack([attackers.vector(s) for s in others]).mean(0), held)
+    before, _ = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([clean, *others])], 5)
+    assert rate(found) > rate(before) + 0.2
+
+
+def test_its_statistic_stays_within_the_bound_of_the_rule(federation):
+    """Median: inside the others' range. Krum: not beyond, by a second way to the scores. Clipping: no longer than the limit."""
+    sent, others, _ = plant(federation, "median")
+    for name, value in sent.items():
+        if value.is_floating_point():
+            stacked = torch.stack([other[name] for other in others])
+            assert (value >= stacked.amin(0) - 1e-6).all(), name
+            assert (value <= stacked.amax(0) + 1e-6).all(), name
+    for name, keep in (("krum", 1), ("multi_krum", 3)):
+        sent, others, _ = plant(federation, name)
+        scores = aggregators.krum_scores([Update(i, s, 1) for i, s in enumerate([sent, *others])], 1, strict=False)
+        assert (scores < scores[0]).sum() < keep
+    sent, others, held = plant(federation, "norm_clip")
+    clean = mean_of(others)
+    formed, bare = (NormClip(held)([Update(i, s, 1) for i, s in enumerate([x, *others])], 5)[0] for x in (sent, clean))
+    lengths = sorted(float((attackers.vector(s) - attackers.vector(held)).norm()) for s in [sent, *others])
+    moved = float((attackers.vector(formed) - attackers.vector(bare)).norm())
+    assert moved <= 2 * (lengths[1] + lengths[2]) / 2 / 4 + 1e-4
+
+
+def test_who_is_never_accepted_sends_the_mean_of_the_others(federation):
+    sent, others, _ = plant(federation, "krum", steps=2, accepts=lambda state: False)
+    assert all(torch.allclose(sent[k], v, atol=1e-6) for k, v in mean_of(others).items() if v.is_floating_point())
+
+
+def test_who_knows_what_follows_looks_ahead(federation):
+    """It tries the server's own step as often as it says, and its update is another one for it."""
+    tried = []
+
+    def after(state):
+        tried.append(state)
+        return own_step(state)
+
+    ahead, others, _ = plant(federation, "repaired", steps=6, after=after, looks=3)
+    assert len(tried) == 3
+    assert all(state.keys() == others[0].keys() for state in tried)
+    blind, *_ = plant(federation, "repaired", steps=6)
+    assert not same(ahead, blind)
+
+
+def test_against_an_unknown_rule_there_is_no_attacker():
+    with pytest.raises(InputError, match="no attacker knows the rule 'fedprox'"):
+        attackers.known("fedprox", 4)
 
 
 # ------------------------------------------------------------------------------------------------------------- triggers

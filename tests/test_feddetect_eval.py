@@ -13,9 +13,10 @@ import yaml
 from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.feddetect import cells as feddetect_eval
+from experiments.feddetect import hospitals
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
-from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, complete
+from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, advice, complete, holds, where_hospitals_differ
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
@@ -67,6 +68,9 @@ PROMISED = {  # without an attack
     "norm_clip": IMAGES | WEIGHTS,
     ORACLE: IMAGES | WEIGHTS,
 }
+# And in the cells of hospitals that differ:
+HOSPITALS = {v: {"trigger_rate", "frechet", "server_ms"} for v in ("none", *hospitals.RULES, hospitals.ALONE)}
+HOSPITALS |= {v: HOSPITALS[v] | WEIGHTS for v in HOSPITALS if v not in ("median", hospitals.ALONE)}
 ADDRESS = ["seed", "variant", "scenario", "metric", *KEYS]
 SUMMARY = ["variant", "scenario", "metric", *KEYS]
 
@@ -227,7 +231,7 @@ def hand_made(p, scenario, variant="feddetect_hardened", **diagnostics):
     ]
     log = [{"round": 3 + t, "diagnostics": d, "trigger_rate": 0.5} for t, d in enumerate(rounds)]
     rows = tables.Rows(KEYS, SEED, variant, scenario)
-    feddetect_eval._detection_rows(rows, log, feddetect_eval.settings(p, scenario))
+    feddetect_eval.detection_rows(rows, log, feddetect_eval.settings(p, scenario))
     table = rows.table()
     assert np.isfinite(table["value"]).all()
     return table[(table[list(KEYS)] == "").all(axis=1)].set_index("metric")["value"]
@@ -735,6 +739,128 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
     assert [set(entry["diagnostics"]["weights"]) for entry in log] == [{1, 2, 3}] * (ROUNDS - WARM_UP)
 
 
+# ----------------------------------------------------------------------------------------------------------- hospitals
+
+DIFFER = {"partition": "dirichlet"}
+
+
+@pytest.fixture(scope="module")
+def differing(p):
+    """Function: the rows of one arm, run once."""
+    p = params.validate(params.merge(p.model_dump(), {"hospitals": {"public": 12, "aware": {"steps": 4, "draws": 8}}}))
+
+    @functools.cache
+    def run(arm):
+        cell = cells.Cell(arm, SEED, keys=DIFFER, variants=hospitals.variants(hospitals.ARMS[arm]))
+        return hospitals.run(COHORT, p, cell)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("arm", hospitals.ARMS)
+def test_every_rule_differing(differing, arm):
+    table, scenario = differing(arm), hospitals.ARMS[arm]
+    assert tuple(table["variant"].unique()) == hospitals.variants(scenario)
+    assert (table["scenario"] == scenario).all()
+    assert (table["partition"] == "dirichlet").all()
+    assert not table.duplicated(ADDRESS).any()
+    assert np.isfinite(table["value"]).all()
+    for variant, rows in table.groupby("variant"):
+        attacked = (
+            {"blocked_tpr", "rounds_to_detect"}
+            if scenario != "no_attack" and "weight" in set(rows["metric"])
+            else set()
+        )
+        assert set(rows["metric"]) == HOSPITALS[variant] | attacked, variant
+    summary = tables.summarise(table, KEYS)
+    assert len(summary) == len(table)
+
+
+def test_rules_differ_and_who_is_repaired_excludes_nobody(differing):
+    table = differing("hospitals_no_attack")
+    rows = table[(table["round"] == "") & (table["client"] == "")]
+    assert rows[rows["metric"] == "frechet"]["value"].nunique() == len(hospitals.RULES) + 1
+    assert value(rows, variant="repaired", scenario="no_attack", metric="false_exclusion", **DIFFER) == 0
+    assert value(rows, variant="repaired", scenario="no_attack", metric="weight_lost", **DIFFER) == 0
+
+
+def test_hospitals_begin_as_the_cells_of_the_sweep_do(p):
+    """The same clients, the same warm-up: what these cells leave out is measured on the same federations."""
+    setup = feddetect_eval.instruments(COHORT, p, feddetect_eval.settings(p, "boost_liar", DIFFER), "boost_liar")
+    for scenario in ("no_attack", "boost_liar"):
+        first, _ = feddetect_eval.warm_up(setup, SEED, scenario)
+        second, server = hospitals.warm_up(setup, SEED, scenario)
+        assert all(torch.equal(first.state[k], v) for k, v in second.state.items())
+        assert (server.index, server.malicious) == (4, False)
+    # The one who knows the rule is honest until the defences act.
+    clean, _ = hospitals.warm_up(setup, SEED, "no_attack")
+    aware, _ = hospitals.warm_up(setup, SEED, "aware_rule")
+    assert all(torch.equal(clean.state[k], v) for k, v in aware.state.items())
+
+
+def test_the_server_trains_on_public_images_only_and_needs_some(p):
+    setup = feddetect_eval.instruments(COHORT, p, p, "no_attack")
+    server, (images, _) = hospitals.server_of(setup, SEED), setup.splits["public"]
+    assert len(server.images) == min(p.hospitals.public, len(images))
+    known = {image.numpy().tobytes() for image in images}
+    assert all(image.numpy().tobytes() in known for image in server.images)
+    empty = dataclasses.replace(setup, splits=setup.splits | {"public": (images[:1], setup.splits["public"][1][:1])})
+    with pytest.raises(InputError, match="split 'public' has 1 images"):
+        hospitals.server_of(empty, SEED)
+
+
+def test_only_cells_of_hospitals_depend_on_their_section(p):
+    """So a record that lacks them keeps every other cell."""
+    other = params.validate(params.merge(p.model_dump(), {"hospitals": {"public": 99}}))
+    for cell in feddetect_record.plan(COHORT, p):
+        names = {cells.identity(hospitals.EXPERIMENT, "cohort", each, cell) for each in (p, other)}
+        assert len(names) == (2 if cell.arm in hospitals.ARMS else 1), cell.name
+        if cell.arm not in hospitals.ARMS:
+            assert names == {cells.identity(feddetect_eval.EXPERIMENT, "cohort", p, cell)}
+
+
+def summary_of(rates, scheme="style"):
+    """A summary: rule -> trigger rate of ``boost_liar``, of its own attacker, share excluded, distance."""
+    lines = []
+    for variant, (liar, own, excluded, distance) in rates.items():
+        knowing = "aware" if variant == "feddetect_hardened" else "aware_rule"
+        told = [("boost_liar", "trigger_rate", liar), (knowing, "trigger_rate", own)]
+        told += [("no_attack", "false_exclusion", excluded), ("no_attack", "frechet", distance)]
+        lines += [
+            dict.fromkeys(KEYS, "")
+            | {"variant": variant, "scenario": s, "metric": m, "partition": scheme}
+            | {"value": x, "low": x - 0.01, "high": x + 0.01, "n": 5}
+            for s, m, x in told
+            if x is not None
+        ]
+    return pd.DataFrame(lines)
+
+
+def test_the_rule_that_a_hospital_should_take_by_hand():
+    rates = {
+        "none": (1.0, 1.0, 0.0, 15.0),
+        "feddetect_hardened": (0.0, 0.9, 0.1, 15.0),
+        "median": (0.02, 0.03, None, 40.0),
+        "krum": (0.0, 0.045, 0.0, 20.0),  # its interval reaches beyond
+        "multi_krum": (0.0, 0.01, 0.02, 12.0),  # leaves out honest ones
+        "repaired": (0.0, 0.03, -0.01, 10.0),
+        hospitals.ALONE: (None, None, None, 30.0),
+    }
+    table = where_hospitals_differ(summary_of(rates))
+    assert list(dict.fromkeys(table["name"])) == list(rates)
+    assert holds(table, 0.05, 0.01) == ["repaired", "median"]
+    said = advice(table, 0.5, 0.05, 0.01)
+    assert "take `repaired`" in said
+    assert "0.03 [0.02, 0.04] of the images, without it in 1 [0.99, 1.01]" in said
+    assert "without any hospital, 30 [30, 30]" in said
+    worse = where_hospitals_differ(summary_of({k: rates[k] for k in ("none", "feddetect_hardened", "multi_krum")}))
+    assert "No rule holds" in advice(worse, 0.5, 0.05, 0.01)
+    assert "with `multi_krum`" in advice(worse, 0.5, 0.05, 0.01)
+    weak = where_hospitals_differ(summary_of(rates | {"none": (0.4, 0.4, 0.0, 15.0)}, "dirichlet"))
+    assert "no rule is tested" in advice(weak, 0.5, 0.05, 0.01)
+    assert not len(where_hospitals_differ(summary_of({"none": (1.0, None, 0.0, 15.0)})))
+
+
 # --------------------------------------------------------------------------------------------------------------- record
 
 
@@ -762,6 +888,8 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
         if c.arm in SCENARIOS:
             feddetect_eval.settings(changed, c.arm, c.keys)
             assert set(c.variants) <= {*VARIANTS, ORACLE}
+        elif c.arm in hospitals.ARMS:
+            assert c.variants == hospitals.variants(hospitals.ARMS[c.arm])
         else:
             assert c.arm in ("null", "downstream")
 
@@ -826,14 +954,18 @@ def test_every_claim_asks_for_a_row_that_can_exist():
     for claim in ledger["claims"]:
         where, name = dict(claim["where"]), claim["id"]
         variant, scenario, metric = (where.pop(key) for key in ("variant", "scenario", "metric"))
-        assert variant in {*VARIANTS, "augmentation"}, name
-        assert scenario in {*SCENARIOS, "null", "downstream"}, name
+        assert variant in {*VARIANTS, *hospitals.RULES, "augmentation"}, name
+        assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), "null", "downstream"}, name
         assert metric in UNITS, name
         assert set(where) <= set(KEYS), name
         assert all(isinstance(v, str) for v in where.values()), f"{name}: keys of a table are text"
         if scenario == "null":
             assert (variant, set(where)) == ("feddetect_released", {"m"}), name
             assert int(where["m"]) in p.null_test.clients, name
+        elif scenario == "aware_rule" or variant in ("root_set", "repaired"):  # only measured where hospitals differ
+            assert variant in hospitals.variants(scenario), name
+            assert set(where) == {"partition"}, name
+            assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name
         elif scenario == "downstream" or variant == "augmentation":
             assert (variant, scenario, set(where)) == ("augmentation", "downstream", {"source", "real"}), name
             assert where["source"] in feddetect_eval.SOURCES, name

@@ -1,6 +1,7 @@
 """Aggregation rules against second, naive implementations, and a server that survives broken updates."""
 
 import itertools
+import math
 import statistics
 
 import hypothesis.extra.numpy as hnp
@@ -15,7 +16,7 @@ from medsec.core import seeds as seeding
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed
 from medsec.federated import aggregators, rounds
-from medsec.federated.aggregators import fedavg, krum, krum_scores, median, multi_krum, trimmed_mean
+from medsec.federated.aggregators import RootSet, fedavg, krum, krum_scores, median, multi_krum, trimmed_mean
 from medsec.federated.rounds import NoQuorum, Update, run_round
 from medsec.nets.models import Generator
 
@@ -159,6 +160,61 @@ def test_krum_survives_cancellation(spread):
     # The trap is one: products of the raw float32 states mislead in most of the eight rounds.
     assert naive_wrong >= 4
     assert naive_negative == (0 if spread == 1e-3 else 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- root set
+
+
+def oracle_of_trust(held, own, rows):
+    """Cao et al. 2021, algorithm 2, one number at a time: the new global model and the trust scores."""
+    g0 = [a - b for a, b in zip(own, held, strict=True)]
+    length0 = math.sqrt(sum(x * x for x in g0))
+    scores, total = [], [0.0] * len(held)
+    for row in rows:
+        g = [a - b for a, b in zip(row, held, strict=True)]
+        length = math.sqrt(sum(x * x for x in g))
+        scores.append(max(0.0, sum(a * b for a, b in zip(g, g0, strict=True)) / (length * length0)))
+        total = [t + scores[-1] * length0 / length * x for t, x in zip(total, g, strict=True)]
+    return [h + t / sum(scores) for h, t in zip(held, total, strict=True)], scores
+
+
+@pytest.mark.parametrize(("m", "seed"), [(4, 0), (5, 1), (9, 2)])
+def test_root_set_is_fltrust(m, seed):
+    """Several rounds: the state of the last is what the next one's updates are measured from."""
+    draw = np.random.default_rng(seed)
+    held, asked = draw.normal(size=6).astype(np.float32), []
+
+    def train(received, round):
+        asked.append(round)
+        return state(vector_of(received) + np.float32(0.3))
+
+    rule = RootSet(state(held), train)
+    for t in range(3):
+        rows = (held + 0.2 + draw.normal(size=(m, 6)) * draw.uniform(0.1, 2, (m, 1))).astype(np.float32)
+        found, diagnostics = rule(updates_of(rows), t)
+        expected, scores = oracle_of_trust(held.tolist(), (held + np.float32(0.3)).tolist(), rows.tolist())
+        np.testing.assert_allclose(vector_of(found), expected, rtol=1e-4, atol=1e-5)
+        assert diagnostics["weights"] == pytest.approx({i: s / sum(scores) for i, s in enumerate(scores)}, rel=1e-5)
+        held = vector_of(found)
+    assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("own", "sent"), [(1.0, -1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_where_the_root_set_trusts_nobody_the_state_stays(own, sent):
+    """All against it, a server that learns nothing, or clients that learn nothing."""
+    held = state([1.0, 2.0, 3.0])
+    rule = RootSet(held, lambda received, round: state(vector_of(received) + np.float32(own)))
+    found, diagnostics = rule(updates_of([np.array([1, 2, 3]) + sent] * 4), 0)
+    np.testing.assert_array_equal(vector_of(found), [1, 2, 3])
+    assert diagnostics["weights"] == dict.fromkeys(range(4), 0.0)
+
+
+def test_a_long_update_counts_no_more_than_a_short_one():
+    """Length is not influence: the boosted client weighs what its direction is worth."""
+    rule = RootSet(state([0.0, 0.0]), lambda received, round: state([1.0, 0.0]))
+    found, diagnostics = rule(updates_of([[600.0, 800.0], [0.006, 0.008]]), 0)
+    np.testing.assert_allclose(vector_of(found), [0.6, 0.8], rtol=1e-6)
+    assert diagnostics["weights"] == pytest.approx({0: 0.5, 1: 0.5})
 
 
 # ---------------------------------------------------------------------------------------------------------- properties

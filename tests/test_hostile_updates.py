@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medsec.backdoor.feddetect import Described, Hardened, NormClip, Released
+from medsec.backdoor.feddetect import Described, Hardened, NormClip, Released, Repaired
 from medsec.core.errors import InputError
-from medsec.federated.aggregators import RULES, fedavg, rule
+from medsec.federated.aggregators import RULES, RootSet, fedavg, rule
 from medsec.federated.rounds import LARGEST_COUNT, LARGEST_VALUE, NoQuorum, Update, run_round, screen
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about nested and quantised tensors
@@ -55,6 +55,11 @@ def hardened():
     return Hardened(draw, START, warm_up=1, watch=0, fpr=0.01, scale=(0.3, 0.4), **memory)
 
 
+def learns(state, round):
+    """The server's own training, in the direction of honest clients."""
+    return {k: v + 0.005 if k in WEIGHTS else v + 1 for k, v in state.items()}
+
+
 SERVERS = {
     "fedavg": lambda: fedavg,
     **{name: lambda name=name: rule(name, 1) for name in RULES},
@@ -62,6 +67,8 @@ SERVERS = {
     "described": lambda: Described(1, 1),
     "hardened": hardened,
     "norm_clip": lambda: NormClip(START),
+    "root_set": lambda: RootSet(START, learns),
+    "repaired": lambda: Repaired(NormClip(START), learns),
 }
 
 

@@ -201,11 +201,18 @@ def run_variant(
         The finished federation, and a log: for every round ``diagnostics``, ``server_s`` (time of the defence) and
         ``trigger_rate`` of the new average.
     """
-    p, log = setup.params, []
+    p = setup.params
     boost = p.fedgan.poison.boost if SCENARIOS[scenario].boosted else None
     federation = fedgan.branch(start, boost, warm_up_rounds(p))
     rule = defence(variant, p, federation, watcher)
-    attack = attack_of(scenario, setup, federation, watcher)
+    return federation, follow(setup, federation, scenario, rule, attack_of(scenario, setup, federation, watcher))
+
+
+def follow(
+    setup: GANSetup, federation: FederatedGAN, scenario: str, rule: Aggregator, attack: BackdoorAttack
+) -> list[dict]:
+    """Run a federation in place to the end under a rule and an attack; the log of `run_variant`."""
+    p, log = setup.params, []
 
     def aggregate(updates: Sequence[Update], round: int) -> tuple[State, dict]:
         arrived, rejected = screen(attack(updates, round), federation.state)
@@ -218,14 +225,19 @@ def run_variant(
         log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
-    constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
+    constant = unfading(federation)
 
     def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
         return fedgan_eval.train_client(client, state, constant if faithless else federation, round)
 
     fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
-    return federation, log
+    return log
+
+
+def unfading(federation: FederatedGAN) -> FederatedGAN:
+    """The same with a learning rate that never fades."""
+    return dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
 
 
 # One cell ------------------------------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ def run_cell(
     for variant in variants:
         federation, log = run_variant(setup, start, watcher, scenario, variant)
         rows = tables.Rows(KEYS, seed, variant, scenario)
-        _detection_rows(rows, log, changed)
+        detection_rows(rows, log, changed)
         if timed:
             rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
         images, _ = fedgan_eval.generator_rows(rows, setup, federation)
@@ -271,12 +283,12 @@ def run_cell(
     return pd.concat(parts, ignore_index=True), galleries
 
 
-def _detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
+def detection_rows(rows: tables.Rows, log: list[dict], params: Params) -> None:
     """Rows on flags, weights and evidence; only those that the defence gives.
 
     An update that was turned away because it is broken (`screen`) counts as flagged and as weighing nothing.
     """
-    m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if SCENARIOS[rows.fixed[2]].attacks else set()
+    m, attackers = params.fedgan.n_clients, set(params.fedgan.malicious) if rows.fixed[2] != "no_attack" else set()
     for entry in log:
         rows.add("trigger_rate", entry["trigger_rate"], PER_ROUND, round=entry["round"])
     found = [entry["diagnostics"] for entry in log]
@@ -446,7 +458,9 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     return fedgan_eval.lacks(cohort, p, cell) + ([few] if least < real else [])
 
 
-LIKE = {"no_attack": "clean", "boost_liar": "attack"}  # scenarios that begin as an arm of notebook 01
+# Scenarios, here and in `hospitals`, that begin as an arm of notebook 01.
+LIKE = {"no_attack": "clean", "boost_liar": "attack"}
+LIKE |= {"hospitals_no_attack": "clean", "hospitals_aware": "clean", "hospitals_boost_liar": "attack"}
 
 
 def family(cell: cells.Cell) -> str:

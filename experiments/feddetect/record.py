@@ -3,7 +3,7 @@
 import pandas as pd
 
 from experiments import record_plans
-from experiments.feddetect import cells, tables
+from experiments.feddetect import cells, hospitals, tables
 from experiments.params import Params
 from medsec.backdoor.attackers import SCENARIOS
 from medsec.evidence.cells import Cell
@@ -64,7 +64,18 @@ def plan(cohort: str, p: Params) -> list[Cell]:
             for kind in sweep.trigger
             for scenario in ("honest", "boost_liar")
         ]
-    return found
+    return found + _where_hospitals_differ(cohort, p)
+
+
+def _where_hospitals_differ(cohort: str, p: Params) -> list[Cell]:
+    """Seed by seed, in the federations of the sweep; what that runs there is not run again."""
+    sweep = p.record.feddetect
+    return [
+        Cell(arm, seed, keys={"partition": scheme}, variants=hospitals.variants(scenario))
+        for seed in p.seeds.evaluation[: sweep.seeds]
+        for scheme in record_plans.allowed(cohort, p, sweep.partition)
+        for arm, scenario in hospitals.ARMS.items()
+    ]
 
 
 def _baselines(scenario: str, p: Params) -> tuple[str, ...]:
@@ -86,8 +97,8 @@ def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
 
 def multiple(p: Params, cell: Cell) -> float:
     """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
-    each = (1 - p.feddetect.warm_up) * (3 if cell.arm.startswith("aware") else 1)
+    each = (1 - p.feddetect.warm_up) * (3 if "aware" in cell.arm else 1)
     return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 
 
-DESIGN = Design(cells.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))
+DESIGN = Design(hospitals.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from experiments.feddetect.cells import KEYS, READS_LOSSES
+from experiments.feddetect.hospitals import ALONE, RULES
 from experiments.params import Params
 from medsec.evidence import tables
 
@@ -59,6 +60,77 @@ def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
     rows = rows[(rows[["m", "partition", "trigger", "round", "client"]] == "").all(axis=1)]
     share = rows["evade"].where(rows["evade"] != "", str(params.feddetect.scenario.aware.evade)).astype(float)
     return rows.assign(name=rows["variant"], x=share).sort_values(["name", "x"], ascending=[False, True])
+
+
+COMPARED = ("none", "feddetect_hardened", *RULES)  # where hospitals differ
+ASIDE = ("excluded", "distance")  # groups of `where_hospitals_differ` that are told, not drawn
+
+
+def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
+    """Each rule where hospitals differ: in style if the record has that, else in their patients.
+
+    Returns:
+        Rows of the summary with ``name`` (rule, or the control `ALONE`) and ``group``: the trigger rate of ``boost_liar``
+        and of its ``own attacker``; without an attack honest ``weight lost``, the share ``excluded``, and the ``distance``
+        of the images. Empty where the record has no such rows.
+    """
+    rows = summary[(summary[[key for key in KEYS if key != "partition"]] == "").all(axis=1)]
+    schemes = set(rows.loc[rows["scenario"] == "aware_rule", "partition"])
+    rows = rows[rows["partition"] == ("style" if "style" in schemes else min(schemes, default="-"))]
+    own = rows["variant"].map({"feddetect_hardened": "aware"}).fillna("aware_rule")
+    groups = {
+        "boost_liar": (rows["metric"] == "trigger_rate") & (rows["scenario"] == "boost_liar"),
+        "own attacker": (rows["metric"] == "trigger_rate") & (rows["scenario"] == own),
+        "weight lost": (rows["metric"] == "weight_lost") & (rows["scenario"] == "no_attack"),
+        "excluded": (rows["metric"] == "false_exclusion") & (rows["scenario"] == "no_attack"),
+        "distance": (rows["metric"] == "frechet") & (rows["scenario"] == "no_attack"),
+    }
+    found = pd.concat([rows[at].assign(name=rows["variant"], group=group) for group, at in groups.items()])
+    order = [*COMPARED, ALONE]
+    return found[found["name"].isin(order)].sort_values("name", key=lambda c: c.map(order.index), kind="stable")
+
+
+def holds(table: pd.DataFrame, stopped: float, excluded: float) -> list[str]:
+    """The rules of `where_hospitals_differ` that neither attacker gets past and that exclude nobody, the best images first.
+
+    Past: the interval reaches beyond a trigger rate of ``stopped``. Nobody: at most a share ``excluded`` of honest
+    client-rounds without an attack; a rule without weights excludes nobody.
+    """
+    cells = table.set_index(["name", "group"])
+    kept = [
+        name
+        for name in COMPARED
+        if all((name, group) in cells.index for group in ("boost_liar", "own attacker"))
+        and max(cells.loc[(name, group), "high"] for group in ("boost_liar", "own attacker")) <= stopped
+        and ((name, "excluded") not in cells.index or cells.loc[(name, "excluded"), "high"] <= excluded)
+    ]
+    far = {name: cells["value"].get((name, "distance"), float("inf")) for name in kept}
+    return sorted(kept, key=far.__getitem__)
+
+
+def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -> str:
+    """Which rule a hospital should take where hospitals differ, in a sentence or two; see `holds`.
+
+    ``works``: the trigger rate that an attacker must reach without a defence.
+    """
+    cells = table.set_index(["name", "group"])
+    told = {at: f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]" for at, row in cells.iterrows()}
+    if not cells["low"].get(("none", "own attacker"), 0.0) >= works:
+        return "Here the attacker is too weak without a defence: no rule is tested."
+    if not (kept := holds(table, stopped, excluded)):
+        tried = table[(table["group"] == "own attacker") & (table["name"] != "none")]
+        best = tried.loc[tried["value"].idxmin(), "name"]
+        return (
+            f"**No rule holds** where hospitals differ. The least that an attacker who knows the rule plants is "
+            f"{told[best, 'own attacker']}, with `{best}`."
+        )
+    best, alone = kept[0], told.get((ALONE, "distance"), "(not measured)")
+    return (
+        f"**Where hospitals differ, take `{best}`**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
+        f"images, without it in {told['none', 'own attacker']}. Without an attack its Fréchet distance is "
+        f"{told.get((best, 'distance'), '(not measured)')}; the undefended federation's is "
+        f"{told.get(('none', 'distance'), '(not measured)')}, and that of the server alone, without any hospital, {alone}."
+    )
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord, Review, Transfer
 from experiments.params.backdoor_fedgan import Drawing, FedGANRecord
 from experiments.params.data_and_threats import Threats
-from experiments.params.feddetect import FedDetectParams, FedDetectRecord
+from experiments.params.feddetect import FedDetectParams, FedDetectRecord, Hospitals
 from experiments.params.gia_defense import FingerprintParams, ImprintParams, InversionParams, InversionRecord
 from experiments.params.threat_matrix import MatrixParams
 from medsec.core.params import Section, Seeds, merge, read, registered, validated
@@ -75,6 +75,7 @@ class Params(Section):
     fedgan: FedGANParams
     drawing: Drawing
     feddetect: FedDetectParams
+    hospitals: Hospitals
     inversion: InversionParams
     fingerprint: FingerprintParams
     imprint: ImprintParams

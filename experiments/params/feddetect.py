@@ -1,4 +1,4 @@
-"""Sections ``feddetect`` and ``record.feddetect`` of the parameters."""
+"""Sections ``feddetect``, ``hospitals`` and ``record.feddetect`` of the parameters."""
 
 from typing import Annotated, Literal
 
@@ -63,6 +63,20 @@ class FedDetectParams(Section):
     scenario: ScenarioParams
     null_test: NullParams
     downstream: DownstreamParams
+
+
+class KnowingParams(Section):
+    steps: Count
+    draws: int = Field(ge=8, le=MOST)
+    lr: Positive
+    looks: Count
+
+
+class Hospitals(Section):
+    """Every rule where hospitals differ; only its own cells depend on it."""
+
+    public: int = Field(ge=2, le=MOST)
+    aware: KnowingParams
 
 
 class FedDetectRecord(Section):

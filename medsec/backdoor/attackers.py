@@ -8,9 +8,11 @@ A `Scenario` says what an attacker does; a `BackdoorAttack` is what stands betwe
 """
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from medsec.backdoor import triggers
 from medsec.backdoor.feddetect import map_evidence, peculiarity
 from medsec.backdoor.gan import part_of
 from medsec.backdoor.triggers import Trigger
+from medsec.core.errors import InputError
 from medsec.core.seeds import torch_generator
 from medsec.federated.aggregators import uniform_mean
 from medsec.federated.rounds import State, Update
@@ -256,3 +259,186 @@ class Aware:
 
     def _draw(self, state: State, z: Tensor, y: Tensor) -> Tensor:
         return functional_call(self.model, state, (z, y))
+
+
+# Against any rule -----------------------------------------------------------------------------------------------------
+# What a rule makes of the attacker's ``mine`` (d,), the ``others`` (k, d) and what the server ``held`` (d,): its next state
+# (d,), as the rule itself computes it, but differentiable. The vectors hold all floating-point entries of the generators.
+
+
+def formed_mean(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
+    return torch.cat([mine[None], others]).mean(0)
+
+
+def formed_median(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
+    ranked = torch.cat([mine[None], others]).sort(0).values
+    return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+
+
+def formed_krum(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
+    return mine
+
+
+def formed_multi_krum(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
+    """With one attacker, who is kept: the other left out is the one that lies furthest from the rest."""
+    scores = _scores(torch.cat([mine[None], others]).detach(), 1)[1:]
+    kept = others[scores.argsort(stable=True)[: len(others) - 1]]
+    return torch.cat([mine[None], kept]).mean(0)
+
+
+def formed_clipped(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
+    sent = torch.cat([mine[None], others]) - held
+    lengths = sent.norm(dim=1)
+    ranked = lengths.sort().values
+    limit = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+    return held + (sent * (limit / lengths.clamp_min(1e-12)).clamp_max(1)[:, None]).mean(0)
+
+
+def formed_trusted(mine: Tensor, others: Tensor, held: Tensor, *, own: Tensor) -> Tensor:
+    """``own`` (d,): the server's own update of this round."""
+    sent = torch.cat([mine[None], others]) - held
+    lengths = sent.norm(dim=1).clamp_min(1e-12)
+    trust = (sent @ own / (lengths * own.norm())).clamp_min(0)
+    return held + (trust * own.norm() / lengths) @ sent / trust.sum().clamp_min(1e-12)
+
+
+def _scores(points: Tensor, n_malicious: int) -> Tensor:
+    """(n,) `krum_scores` of the rows of ``points``, differentiable."""
+    apart = (points[:, None] - points[None]).square().sum(2) + torch.diag(torch.full((len(points),), torch.inf))
+    return apart.sort(1).values[:, : max(1, len(points) - n_malicious - 2)].sum(1)
+
+
+def beyond(mine: Tensor, others: Tensor, *, keep: int) -> Tensor:
+    """By what share the attacker's Krum score exceeds the ``keep``-th smallest that the others have among themselves."""
+    return _scores(torch.cat([mine[None], others]), 1)[0] / _scores(others, 0).sort().values[keep - 1] - 1
+
+
+class Known(NamedTuple):
+    """What an attacker knows of a rule.
+
+    Attributes:
+        formed: the rule's next state, see above.
+        beyond: ``beyond(mine, others)``, above 0 where the rule would leave its update out; None if it leaves out nobody.
+        inside: whether it keeps every entry within the others' range, beyond which the rule does not follow it.
+        own: (d,) the server's own update of the round, from which it then starts; None: from the mean of the others'.
+    """
+
+    formed: Callable[[Tensor, Tensor, Tensor], Tensor]
+    beyond: Callable[[Tensor, Tensor], Tensor] | None = None
+    inside: bool = False
+    own: Tensor | None = None
+
+
+def known(rule: str, clients: int, own: Tensor | None = None) -> Known:
+    """What the only attacker among ``clients`` knows of ``rule``; ``own``: the server's own update, for ``root_set``.
+
+    Raises:
+        InputError: no attacker is built against that rule.
+    """
+    kept = {"krum": 1, "multi_krum": clients - 1}
+    formed = {
+        "none": formed_mean,
+        "median": formed_median,
+        "krum": formed_krum,
+        "multi_krum": formed_multi_krum,
+        "norm_clip": formed_clipped,
+        "repaired": formed_clipped,
+        "root_set": functools.partial(formed_trusted, own=own),
+    }
+    if rule not in formed:
+        raise InputError(f"no attacker knows the rule {rule!r}: choose one of {', '.join(formed)}")
+    outside = functools.partial(beyond, keep=min(kept[rule], clients - 1)) if rule in kept else None
+    return Known(formed[rule], outside, rule == "median", own)
+
+
+def planted(
+    generator: Generator,
+    trigger: Trigger,
+    rule: Known,
+    others: Sequence[State],
+    held: State,
+    rng: torch.Generator,
+    *,
+    steps: int,
+    draws: int,
+    lr: float,
+    accepts: Callable[[State], bool] = lambda state: True,
+    after: Callable[[State], State] | None = None,
+    looks: int = 1,
+) -> State:
+    """The update of an attacker who optimises against a rule that it knows, with all that its round consists of.
+
+    As `Aware` it starts from the mean of the others' updates (or from the server's own, see `Known`), and gradient steps
+    (Adam) change that generator until what the server will hold shows the trigger. Here the steps go through the rule
+    itself. Where the rule may leave the update out, they also keep it near enough (to 95 % of what is allowed), and in the
+    end it moves back to where it began, by bisection, until the rule takes it. Only the generator's weights are changed;
+    its running statistics stay. It is written for federations that average the generator alone.
+
+    Args:
+        generator: any generator of the federation, for its architecture.
+        trigger: what it plants.
+        rule: what it knows of the rule.
+        others: the others' updates of this round, states of generators under their names in that network.
+        held: what the server holds, likewise.
+        rng: of its latents.
+        steps, draws, lr: gradient steps, latents for them, Adam's learning rate.
+        accepts: the rule's own code, whether it keeps an update.
+        after: what the server does to the new state. The attacker runs it itself ``looks`` times during its search, on the
+            server's own images and random numbers, and between takes the change that it made for constant.
+
+    Returns:
+        A state like those of the others; where it began if the rule takes nothing else.
+    """
+    model = copy.deepcopy(generator).eval().requires_grad_(False)
+    names = dict(model.named_parameters())
+    crowd, received = torch.stack([vector(state) for state in others]), vector(held)
+    learnt = torch.cat([torch.full((v.numel(),), k in names) for k, v in held.items() if v.is_floating_point()])
+    start = crowd.mean(0) if rule.own is None else received + rule.own
+    moved = torch.zeros_like(received)
+    free, lowest, highest = start.clone().requires_grad_(), crowd.amin(0), crowd.amax(0)
+    optimizer = torch.optim.Adam([free], lr=lr)
+    z = torch.randn(draws, model.z_dim, generator=rng).to(received.device)
+    y = (torch.arange(draws) % model.n_classes).to(received.device)
+    learnt = learnt.to(received.device)
+    for step in range(steps):
+        mine = torch.where(learnt, free, start)
+        new = rule.formed(mine, crowd, received)
+        if after is not None and step % max(1, steps // looks) == 0:
+            moved = vector(after(shaped(new.detach(), held))) - new.detach()
+        state = {k: v if k in names else v.detach() for k, v in shaped(new + moved, held).items()}
+        missing = (0.9 - triggers.score(trigger, functional_call(model, state, (z, y)))).clamp_min(0).mean()
+        excess = (rule.beyond(mine, crowd) + 0.05).clamp_min(0) if rule.beyond else 0.0
+        optimizer.zero_grad()
+        (missing + 10 * excess).backward()
+        optimizer.step()
+        if rule.inside:
+            with torch.no_grad():
+                free.clamp_(lowest, highest)
+
+    def at(share: float) -> State:
+        return shaped(start + share * (torch.where(learnt, free.detach(), start) - start), others[0])
+
+    if accepts(at(1.0)):
+        return at(1.0)
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (middle, high) if accepts(at(middle)) else (low, middle)
+    return at(low)
+
+
+def vector(state: State) -> Tensor:
+    """(d,) all floating-point entries of a state, as `medsec.federated.aggregators.flatten`, on its device."""
+    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()])
+
+
+def shaped(values: Tensor, like: State) -> State:
+    """The state whose floating-point entries are ``values`` (d,), with the integers of ``like``; no variance is negative."""
+    state, at = {}, 0
+    for name, tensor in like.items():
+        state[name] = tensor.clone()
+        if tensor.is_floating_point():
+            part = values[at : at + tensor.numel()].view_as(tensor)
+            state[name] = part.clamp_min(0) if name.endswith("running_var") else part
+            at += tensor.numel()
+    return state

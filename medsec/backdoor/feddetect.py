@@ -197,6 +197,26 @@ class NormClip:
         return self.state, diagnostics
 
 
+class Repaired:
+    """`NormClip`, after which the server has the last word: it trains the average for an epoch on images of its own (ours).
+
+    Nobody is judged, so nobody can be excluded wrongly. What a client plants has to survive a round of training against a
+    discriminator that has never seen a real image with a trigger; and clipping bounds how deep it can be planted.
+
+    Args:
+        clip: the rule before, which then measures updates from the repaired state.
+        train: ``train(state, round) -> state``, the server's own local training on clean images.
+    """
+
+    def __init__(self, clip: NormClip, train: Callable[[State, int], State]):
+        self.clip, self.train = clip, train
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        clipped, diagnostics = self.clip(updates, round)
+        self.clip.state = self.train(clipped, round)
+        return self.clip.state, diagnostics
+
+
 def update_length(sent: State, received: State) -> float:
     """Euclidean length of an update over all floating-point entries."""
     squares = [(v.double() - received[k].double()).square().sum() for k, v in sent.items() if v.is_floating_point()]

@@ -5,6 +5,7 @@ clients (FedDetect) is an object with the same call. States are dictionaries of 
 returns them; integer buffers (BatchNorm's counters) are averaged and rounded. `RULES` lists what notebooks compare.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from medsec.core.errors import InputError
-from medsec.federated.rounds import Aggregator, State, Update
+from medsec.federated.rounds import Aggregator, State, Update, scale_update
 
 __all__ = ["RULES", "fedavg", "flatten", "krum", "krum_scores", "median", "multi_krum", "trimmed_mean", "uniform_mean"]
 
@@ -148,6 +149,39 @@ def _most_central(updates: Sequence[Update], scores: np.ndarray, keep: int) -> t
     kept = [updates[i] for i in sorted(np.argsort(scores, kind="stable")[:keep])]
     chosen = {u.client for u in kept}
     return uniform_mean(kept)[0], {"weights": {u.client: (u.client in chosen) / keep for u in updates}}
+
+
+class RootSet:
+    """FLTrust (Cao et al. 2021, arXiv:2012.13995, section IV): what the server learns from clean images is the measure.
+
+    In every round the server trains as a client does, on a small *root set* of its own. An update is what a client sends
+    minus what it received, over all floating-point entries. Each is brought to the length of the server's own update, and
+    weighs as its cosine with that, or nothing if the cosine is negative. If nobody weighs anything, the state stays.
+
+    Args:
+        state: what the server holds before the first round.
+        train: ``train(state, round) -> state``, the server's own local training on its root set.
+    """
+
+    def __init__(self, state: State, train: Callable[[State, int], State]):
+        self.state, self.train = state, train
+
+    def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        _need(updates, "root_set")
+        held = flatten(self.state).astype(np.float64)
+        own = flatten(self.train(self.state, round)) - held
+        scaled, trust = [], []
+        for u in updates:
+            sent = flatten(u.state) - held
+            lengths = np.linalg.norm(sent), np.linalg.norm(own)
+            both = min(lengths) > 0
+            trust.append(max(0.0, float(sent @ own / (lengths[0] * lengths[1]))) if both else 0.0)
+            factor = float(lengths[1] / lengths[0]) if both else 1.0
+            scaled.append(dataclasses.replace(u, state=scale_update(u.state, self.state, factor)))
+        if sum(trust) == 0:
+            return self.state, {"weights": {u.client: 0.0 for u in updates}}
+        self.state, diagnostics = fedavg(scaled, weights=trust)
+        return self.state, diagnostics
 
 
 def flatten(state: State) -> np.ndarray:

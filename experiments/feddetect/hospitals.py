@@ -1,0 +1,181 @@
+"""Notebook 02, record only: every rule where hospitals differ, against attackers who know that very rule.
+
+Clients whose images differ by nature are what robust rules fear most: honest updates lie far apart, and an attacker hides
+between them. The server may own clean images here, the split ``public``: FLTrust measures updates by what it learns from
+them, `feddetect.Repaired` trains the average on them. `ALONE` is the control for both, a server that needs no client.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan.cells import GANSetup
+from experiments.feddetect import cells as plain
+from experiments.feddetect.cells import KEYS
+from experiments.params import Params
+from medsec import data
+from medsec.backdoor import attackers, feddetect
+from medsec.backdoor import gan as fedgan
+from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
+from medsec.backdoor.gan import FederatedGAN, GANClient, part_of
+from medsec.core.errors import InputError
+from medsec.core.seeds import derive_seed, torch_generator
+from medsec.evidence import cells, tables
+from medsec.federated.aggregators import RootSet, uniform_mean
+from medsec.federated.rounds import Aggregator, State, Update
+
+# Arm -> the scenario of its rows. ``aware_rule`` optimises against the rule that it meets; of the hardened defence and its
+# undefended twin that is ``aware``, whose cells are older.
+ARMS = {
+    "hospitals_no_attack": "no_attack",
+    "hospitals_boost_liar": "boost_liar",
+    "hospitals_aware": "aware_rule",
+}
+RULES = ("median", "krum", "multi_krum", "norm_clip", "root_set", "repaired")  # of four, the trimmed mean is the median
+ALONE = "server_alone"  # a control, no defence: the server trains on its own images and hears nobody
+BEHAVES = {"no_attack": "no_attack", "boost_liar": "boost_liar", "aware_rule": "aware"}  # as `SCENARIOS` calls it
+Train = Callable[[State, int], State]
+
+
+def variants(scenario: str) -> tuple[str, ...]:
+    """What a cell runs: what the record has not run in the same federation already."""
+    return {"no_attack": (*RULES, ALONE), "boost_liar": RULES, "aware_rule": ("none", *RULES)}[scenario]
+
+
+def server_of(setup: GANSetup, seed: int) -> GANClient:
+    """The server as one more client, whose images are the first ``hospitals.public`` of the shuffled split ``public``.
+
+    Raises:
+        InputError: the split has fewer than two images.
+    """
+    p, (images, labels) = setup.params, setup.splits["public"]
+    if len(images) < 2:
+        raise InputError(
+            f"hospitals.public: split 'public' has {len(images)} images; a server that trains needs 2 or more"
+        )
+    some = torch.randperm(len(images), generator=torch_generator(seed, "root set"))[: p.hospitals.public]
+    classes, index = setup.cohort.n_classes, p.fedgan.n_clients
+    return fedgan.new_federation([images[some]], [labels[some]], classes, p.fedgan, seed, indices=[index]).clients[0]
+
+
+def trains(server: GANClient, federation: FederatedGAN, fades: bool) -> Train:
+    """The server's own epoch, at the clients' learning rate or at one that never fades."""
+    fixed = federation if fades else plain.unfading(federation)
+    return lambda state, round: fedgan_eval.train_client(server, state, fixed, round).state
+
+
+def defence(variant: str, params: Params, federation: FederatedGAN, server: GANClient) -> Aggregator:
+    """A fresh rule for the rounds after the warm-up."""
+    if variant == "root_set":
+        return RootSet(federation.state, trains(server, federation, fades=True))
+    train = trains(server, federation, fades=False)
+    if variant == "repaired":
+        return feddetect.Repaired(feddetect.NormClip(federation.state), train)
+    if variant == ALONE:
+        return lambda updates, round: (train(federation.state, round), {})
+    return plain.defence(variant, params, federation, None)
+
+
+def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GANClient, rule: Aggregator) -> Callable:
+    """What the attacker sends who knows the rule, the others' updates of the round, and all that the server has.
+
+    The server's images and random numbers included, which is more than a real attacker could know.
+    """
+    p, attacker = setup.params, setup.params.fedgan.malicious[0]
+
+    def aware(own: State, others: Sequence[State], round: int) -> State:
+        held, peers = part_of(federation.state, "generator"), [part_of(state, "generator") for state in others]
+
+        def whole(state: State) -> State:
+            return {f"generator.{name}": value for name, value in state.items()}
+
+        def after(state: State) -> State:
+            ahead = trains(copy.deepcopy(server), federation, fades=variant != "repaired")
+            return part_of(ahead(whole(state), round), "generator")
+
+        def accepts(state: State) -> bool:
+            sent = [Update(attacker, whole(state), 1), *(Update(-1 - i, s, 1) for i, s in enumerate(others))]
+            return rule(sent, round)[1]["weights"][attacker] > 0
+
+        root = attackers.vector(after(held)) - attackers.vector(held) if variant == "root_set" else None
+        settings = p.hospitals.aware
+        sent = attackers.planted(
+            federation.generator(),
+            setup.trigger,
+            attackers.known(variant, 1 + len(others), root),
+            peers,
+            held,
+            torch_generator(federation.seed, "aware", round),
+            **settings.model_dump(),
+            **({"accepts": accepts} if variant in ("krum", "multi_krum") else {}),
+            after=after if variant == "repaired" else None,
+        )
+        return own | whole(sent)
+
+    return aware
+
+
+def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, GANClient]:
+    """A federation after the rounds in which no defence acts, and the server, whose discriminator learnt with it."""
+    what, p = SCENARIOS[BEHAVES[scenario]], setup.params
+    trigger = setup.trigger if what.attacks and not what.aware else None
+    federation = fedgan.new_federation(*fedgan_eval.deal(setup, seed), setup.cohort.n_classes, p.fedgan, seed, trigger)
+    server = server_of(setup, seed)
+    learn = trains(server, federation, fades=True)
+
+    def look_on(updates: Sequence[Update], round: int) -> tuple[State, dict]:
+        learn(federation.state, round)
+        return uniform_mean(updates)
+
+    fedgan.run(federation, plain.warm_up_rounds(p), train=fedgan_eval.train_client, aggregate=look_on, strict=True)
+    return federation, server
+
+
+def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
+    """One cell of the record: of an arm of `ARMS` rows as of `experiments.feddetect.cells.run_cell`, without pictures."""
+    if cell.arm not in ARMS:
+        return plain.run(cohort, params, cell)
+    torch.set_num_threads(1)
+    scenario = ARMS[cell.arm]
+    behaves = BEHAVES[scenario]
+    changed = plain.settings(params, behaves, cell.keys)
+    setup = plain.instruments(cohort, params, changed, behaves)
+    start, server = warm_up(setup, cell.seed, scenario)
+    boost = changed.fedgan.poison.boost if SCENARIOS[behaves].boosted else None
+    parts = []
+    for variant in cell.variants:
+        federation, own = fedgan.branch(start, boost, plain.warm_up_rounds(changed)), copy.deepcopy(server)
+        rule = defence(variant, changed, federation, own)
+        aware = knowing(variant, setup, federation, own, rule) if SCENARIOS[behaves].aware else None
+        attack = BackdoorAttack(SCENARIOS[behaves], changed.fedgan.malicious, aware=aware)
+        log = plain.follow(setup, federation, behaves, rule, attack)
+        rows = tables.Rows(KEYS, cell.seed, variant, scenario)
+        plain.detection_rows(rows, log, changed)
+        _image_rows(rows, setup, federation)
+        rows.add("server_ms", 1000 * np.median([entry["server_s"] for entry in log]), len(log))
+        parts.append(rows.table().assign(**{k: str(v) for k, v in cell.keys.items()}))
+    return pd.concat(parts, ignore_index=True), {}
+
+
+def _image_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN) -> None:
+    """The averaged generator's trigger rate and distance, on the same latents as `fedgan_eval.generator_rows`."""
+    n, draw = setup.params.fedgan.measure.synthetic, derive_seed(federation.seed, "measure")
+    images, _ = fedgan.synthesise(federation.generator(), n, draw, fedgan_eval.reference_labels(setup, n, draw))
+    rows.add("trigger_rate", fedgan_eval.trigger_rate(setup, images)[0], n)
+    rows.add("frechet", fedgan_eval.frechet(setup, images), n)
+
+
+def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
+    """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
+    if cell.arm not in ARMS:
+        return plain.lacks(cohort, p, cell)
+    return plain.lacks(cohort, p, dataclasses.replace(cell, arm=BEHAVES[ARMS[cell.arm]]))
+
+
+# What the record runs: the notebook's cells, and those of hospitals that differ.
+EXPERIMENT = dataclasses.replace(plain.EXPERIMENT, run=run, lacks=lacks, more=dict.fromkeys(ARMS, ("hospitals",)))
