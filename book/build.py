@@ -5,9 +5,11 @@ both. Sphinx makes FOLDER/html of it. No notebook is executed, and nothing is wr
 """
 
 import argparse
+import ast
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from posixpath import normpath, relpath
 
@@ -157,21 +159,30 @@ def command(name: str, cohort: str) -> str:
     return f"dvc repro -f {stage}"
 
 
+SET_UP = {
+    "parameters",
+    "injected-parameters",
+}  # tags of cells that say which cohort and profile: so does the first line
+
+
 def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str]) -> nbformat.NotebookNode:
     """A copy of an executed notebook, for the book.
 
     Every code cell gets an anchor, and every figure a line with a link to its cell and the command that remakes it. The first
-    cell says which cohort this is and where the others are. The default parameters go where others were injected.
+    cell says which cohort this is and where the others are. The code of all cells but those of the method is folded.
     """
     notebook = nbformat.from_dict(notebook)
     titled = [heading for cell in notebook.cells if (heading := _last_heading(cell))]
     head = titled[0] if titled else name
+    foreign = _foreign(notebook)
     for number, cell in enumerate(notebook.cells):
         head = _last_heading(cell) or head
         if cell.cell_type != "code":
             continue
         anchor = f"cell-{number}"
         cell.metadata["anchor"] = anchor
+        if not is_method(cell.source, foreign):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         for output in cell.outputs:
             if shown := output.get("data", {}).get("text/markdown"):
                 output.data["text/markdown"] = keep_together(shown)
@@ -180,8 +191,7 @@ def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: li
                 "image": {"alt": f"Figure of the section “{head}”"},
                 "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},
             }
-    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
-        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
+    notebook.cells = gathered(cell for cell in notebook.cells if not SET_UP & set(cell.metadata.get("tags", [])))
     title, _, rest = notebook.cells[0].source.partition("\n")
     links = " · ".join(f"[{other}](../{other}/{name}.ipynb)" for other in others)
     also = f" The same on {links}." if links else ""
@@ -190,6 +200,44 @@ def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: li
     )
     notebook.cells[0].source = f"{title} · {cohort}\n\n{where}\n{rest}"
     return notebook
+
+
+def is_method(source: str, foreign: set[str]) -> bool:
+    """Whether a cell shows a method: it defines functions or classes, with nothing but Python and PyTorch.
+
+    A function that speaks of tables, figures or our own modules phrases or draws.
+    """
+    defined = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    used = {name.id for node in defined for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return bool(defined) and not used & foreign
+
+
+def _foreign(notebook: nbformat.NotebookNode) -> set[str]:
+    """Names that a notebook imports from elsewhere than PyTorch."""
+    found = set()
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", "") or node.names[0].name
+                if module.split(".")[0] != "torch":
+                    found |= {each.asname or each.name.split(".")[0] for each in node.names}
+    return found
+
+
+def gathered(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The same cells, where a folded one without an output joins the folded one that follows: one line to unfold, not five."""
+    kept: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        before = kept[-1] if kept else None
+        if before is not None and _is_folded(before) and not before.outputs and _is_folded(cell):
+            cell.source = f"{before.source}\n\n\n{cell.source}"
+            kept.pop()
+        kept.append(cell)
+    return kept
+
+
+def _is_folded(cell: nbformat.NotebookNode) -> bool:
+    return cell.cell_type == "code" and "hide-input" in cell.metadata.get("tags", [])
 
 
 def _last_heading(cell) -> str | None:

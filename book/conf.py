@@ -23,6 +23,8 @@ nb_execution_mode = "off"  # the notebooks are executed already, by the pipeline
 nb_render_markdown_format = "myst"  # tables in outputs
 nb_ipywidgets_js = {}  # no widget, and no script from elsewhere for one
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_update_mathjax = False
@@ -62,10 +64,10 @@ def display_math(translator, node):
 
 
 def name_cells(app, doctree):
-    """Give each cell of a notebook the anchor that `build.annotate` chose for it."""
+    """Give the code of each cell of a notebook the anchor that `build.annotate` chose: a link to folded code unfolds it."""
     for cell in doctree.findall(nodes.container):
         if anchor := cell.get("cell_metadata", {}).get("anchor"):
-            cell["ids"].append(anchor)
+            cell.children[0]["ids"].append(anchor)
 
 
 def plain_signs(app, what, name, obj, options, lines):

@@ -63,6 +63,28 @@ def test_the_command_under_a_figure_names_a_stage():
         assert f"\n  {stage}:\n" in (ROOT / (pipeline or "dvc.yaml")).read_text(encoding="utf-8")
 
 
+def test_only_the_method_of_a_notebook_stays_open():
+    shown = {}
+    for file in ROOT.glob("executed/phantom/*.ipynb"):
+        page = book.annotate(nbformat.read(file, as_version=4), file.stem, "phantom", [])
+        code = [cell for cell in page.cells if cell.cell_type == "code"]
+        assert "profile = " not in code[0].source, "the first line of the page says it"
+        assert all("hide-input" in cell.metadata.tags for cell in code[:1])
+        opened = [cell.source for cell in code if "hide-input" not in cell.metadata.get("tags", [])]
+        shown[file.stem[:2]] = re.findall(r"^def (\w+)", "\n".join(opened), re.MULTILINE)
+    assert {name: found for name, found in shown.items() if found} == {
+        "01": ["step"],
+        "03": ["invert", "undo"],
+        "04": ["pgd"],
+    }
+
+
+def test_what_is_a_method():
+    assert book.is_method("def f(x):\n    return torch.sign(x)\n", {"pd"})
+    assert not book.is_method("def f(x):\n    return pd.DataFrame(x)\n", {"pd"})
+    assert not book.is_method("y = f(x)", {"pd"})
+
+
 def processor_seconds():
     """Of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
