@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,7 @@ def script(name):
     return module
 
 
-book, slides = script("build"), script("slides")
+book, slides, settings = script("build"), script("slides"), script("conf")
 
 
 def test_every_module_is_documented_once():
@@ -83,6 +84,15 @@ def test_what_is_a_method():
     assert book.is_method("def f(x):\n    return torch.sign(x)\n", {"pd"})
     assert not book.is_method("def f(x):\n    return pd.DataFrame(x)\n", {"pd"})
     assert not book.is_method("y = f(x)", {"pd"})
+
+
+def test_what_stands_in_the_way_of_a_keyboard_is_mended():
+    long = "<pre><span></span>" + 40 * "x" + "</pre>"
+    assert settings.accessible("<pre>short &amp; sweet</pre>") == "<pre>short &amp; sweet</pre>"
+    assert settings.accessible(long) == long.replace("<pre>", '<pre tabindex="0">')
+    assert settings.accessible("<dl>\n<dd>x,</dd>\n</dl>") == '<div class="sig-lines"><div>x,</div>\n</div>'
+    terms = "<dl>\n<dt>a term</dt><dd>what it is</dd>\n</dl>"
+    assert settings.accessible(terms) == terms
 
 
 def processor_seconds():
@@ -223,7 +233,7 @@ def browser(tmp_path_factory):
         service = webdriver.ChromeService(executable_path=driver, log_output=os.devnull)
         chrome = webdriver.Chrome(options=options, service=service)
         chrome.set_page_load_timeout(PAGE_LIMIT)
-        chrome.set_script_timeout(PAGE_LIMIT)
+        chrome.set_script_timeout(3 * PAGE_LIMIT)  # axe looks at thousands of elements
         yield chrome
         chrome.quit()
 
@@ -231,6 +241,23 @@ def browser(tmp_path_factory):
 def complaints(browser):
     """Console errors since the last call; a request that fails is one, and one to elsewhere fails."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+AXE = """
+const [only, theme] = arguments;
+document.body.dataset.theme = theme;
+const options = {resultTypes: ["violations"], preload: false, ...(only.length ? {runOnly: only} : {})};
+return axe.run(document, options).then(found => found.violations
+  .filter(each => ["critical", "serious"].includes(each.impact))
+  .map(each => `${each.impact} ${each.id}: ${each.nodes.slice(0, 3).map(node => node.html.slice(0, 160)).join(" | ")}`));
+"""
+
+
+def barriers(browser, *rules, theme="light"):
+    """What axe calls critical or serious on the page: for readers with a keyboard, a screen reader, or weak eyes."""
+    folder = Path(importlib.util.find_spec("selenium_axe_python").origin).parent
+    browser.execute_script((folder / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
+    return browser.execute_script(AXE, rules, theme)
 
 
 BROKEN_IMAGES = """
@@ -245,10 +272,28 @@ def test_every_page_opens_without_an_error(browser, address, pages):
     for name in pages:
         browser.get(address + name)
         assert browser.title, name
-        if name != "search.html":  # (empty until something is searched for)
-            assert browser.execute_script("return document.querySelectorAll('h1').length") == 1, name
+        assert browser.execute_script("return document.querySelectorAll('h1').length") == 1, name
         assert browser.execute_script(BROKEN_IMAGES) == [], name
+        assert barriers(browser) == [], name
         assert complaints(browser) == [], name
+
+
+def test_axe_would_find_what_is_in_the_way(browser, address):
+    """So that its silence above means something."""
+    browser.get(address + "index.html")
+    browser.execute_script("document.querySelector('article').insertAdjacentHTML('beforeend', '<input type=range>')")
+    (found,) = barriers(browser)
+    assert found.startswith("critical label:")
+
+
+def test_a_link_to_folded_code_unfolds_it(browser, address):
+    page = "executed/phantom/01_backdoor_fedgan.html"
+    browser.get(address + page)
+    anchor = browser.execute_script("return document.querySelector('figcaption a').hash")
+    shown = f"return document.querySelector('{anchor}').closest('details').open"
+    assert not browser.execute_script(shown)
+    browser.get(address + page + anchor)
+    assert browser.execute_script(shown)
 
 
 def test_no_page_is_wider_than_a_phone(browser, address, pages):
@@ -259,3 +304,4 @@ def test_no_page_is_wider_than_a_phone(browser, address, pages):
         browser.get(address + name)
         wide = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert max(wide) <= PHONE[0], name
+        assert barriers(browser, "color-contrast", "scrollable-region-focusable", theme="dark") == [], name
