@@ -8,10 +8,12 @@ import argparse
 import ast
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from posixpath import normpath, relpath
+from urllib.parse import quote
 
 import nbformat
 from sphinx.cmd.build import build_main
@@ -165,7 +167,38 @@ SET_UP = {
 }  # tags of cells that say which cohort and profile: so does the first line
 
 
-def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str]) -> nbformat.NotebookNode:
+def binder(remote: str, path: str) -> str | None:
+    """The address at which the public Binder opens a file of the repository; None unless the remote is on GitHub or GitLab.
+
+    >>> binder("git@github.com:someone/medsec.git", "notebooks/01.ipynb")
+    'https://mybinder.org/v2/gh/someone/medsec/HEAD?labpath=notebooks%2F01.ipynb'
+    """
+    found = re.fullmatch(r"(?:https://(?:[^/@]*@)?|ssh://git@|git@)(github|gitlab)\.com[:/](.+?)(?:\.git)?/?", remote)
+    if not found:
+        return None
+    host = {"github": "gh", "gitlab": "gl"}[found[1]]
+    name = found[2] if host == "gh" else quote(found[2], safe="")  # a project of GitLab may lie in groups of groups
+    return f"https://mybinder.org/v2/{host}/{name}/HEAD?labpath={quote(path, safe='')}"
+
+
+def run_link(remote: str, name: str) -> str:
+    """Where a reader of a notebook's page can run it: on Binder, or the page that says how."""
+    address = binder(remote, f"notebooks/{name}.ipynb")
+    return f"[Run it on Binder]({address})" if address else "[Run this notebook](../../docs/binder.md)"
+
+
+def origin() -> str:
+    """The address that this repository was cloned from; empty if it has none, or lies in no repository."""
+    command = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # there is no git
+        return ""
+
+
+def annotate(
+    notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str], remote: str = ""
+) -> nbformat.NotebookNode:
     """A copy of an executed notebook, for the book.
 
     Every code cell gets an anchor, and every figure a line with a link to its cell and the command that remakes it. The first
@@ -195,9 +228,8 @@ def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: li
     title, _, rest = notebook.cells[0].source.partition("\n")
     links = " · ".join(f"[{other}](../{other}/{name}.ipynb)" for other in others)
     also = f" The same on {links}." if links else ""
-    where = (
-        f"*Executed on the cohort **{cohort}**, quick profile. [Source notebook](../../notebooks/{name}.ipynb).{also}*"
-    )
+    run = f"[Source notebook](../../notebooks/{name}.ipynb). {run_link(remote, name)}."
+    where = f"*Executed on the cohort **{cohort}**, quick profile. {run}{also}*"
     notebook.cells[0].source = f"{title} · {cohort}\n\n{where}\n{rest}"
     return notebook
 
@@ -254,7 +286,7 @@ def _caption(name: str, cohort: str, anchor: str) -> str:
 
 def gather(pages: Path) -> None:
     """Write all sources of the book below ``pages``, an empty folder."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme, remote = (ROOT / "README.md").read_text(encoding="utf-8"), origin()
     notebooks = sorted(ROOT.glob("executed/*/*.ipynb"))
     texts = _texts(readme, notebooks)
     known = set(texts) | {str(file.relative_to(ROOT).as_posix()) for file in notebooks}
@@ -265,7 +297,7 @@ def gather(pages: Path) -> None:
     for file in notebooks:
         cohort = file.parent.name
         others = [other.parent.name for other in notebooks if other.name == file.name and other != file]
-        notebook = annotate(nbformat.read(file, as_version=4), file.stem, cohort, others)
+        notebook = annotate(nbformat.read(file, as_version=4), file.stem, cohort, others, remote)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = settle_links(cell.source, f"executed/{cohort}", known, files)

@@ -95,6 +95,24 @@ def test_what_stands_in_the_way_of_a_keyboard_is_mended():
     assert settings.accessible(terms) == terms
 
 
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://github.com/some-one/medsec.git", "gh/some-one/medsec"),
+        ("https://name:secret@github.com/someone/medsec", "gh/someone/medsec"),
+        ("git@github.com:someone/medsec.git", "gh/someone/medsec"),
+        ("ssh://git@gitlab.com/group/part/medsec.git", "gl/group%2Fpart%2Fmedsec"),
+        ("https://git.hospital.example/medsec.git", None),
+        ("../medsec", None),
+        ("", None),
+    ],
+)
+def test_a_notebook_runs_on_binder_where_binder_can_clone_it(remote, address):
+    found = book.run_link(remote, "01_name")
+    wanted = f"https://mybinder.org/v2/{address}/HEAD?labpath=notebooks%2F01_name.ipynb"
+    assert found == (f"[Run it on Binder]({wanted})" if address else "[Run this notebook](../../docs/binder.md)")
+
+
 def processor_seconds():
     """Of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
