@@ -15,13 +15,16 @@ from pathlib import Path
 from posixpath import normpath, relpath
 from urllib.parse import quote
 
+import movable
 import nbformat
 from sphinx.cmd.build import build_main
 
+from medsec.core import files as disk
 from medsec.evidence import claims, ledger, tables
 
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
+PANELS = ROOT / "results" / "phantom" / "panels.json"
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
 PICTURE = re.compile(r"!\[[^\[\]]*\]\(([^()\s:]+)\)")
 
@@ -228,6 +231,8 @@ def annotate(
     title, _, rest = notebook.cells[0].source.partition("\n")
     links = " · ".join(f"[{other}](../{other}/{name}.ipynb)" for other in others)
     also = f" The same on {links}." if links else ""
+    moved = [anchor for anchor, words in movable.PANELS.items() if words["notebook"] == name and cohort == "phantom"]
+    also += "".join(f" [Move its panel yourself](../../move.md#{anchor})." for anchor in moved)
     run = f"[Source notebook](../../notebooks/{name}.ipynb). {run_link(remote, name)}."
     where = f"*Executed on the cohort **{cohort}**, quick profile. {run}{also}*"
     notebook.cells[0].source = f"{title} · {cohort}\n\n{where}\n{rest}"
@@ -323,6 +328,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     welcome = (BOOK / "index.md").read_text(encoding="utf-8")
     return {
         "index.md": f"{introduction}\n{welcome}\n{navigation(readme, notebooks, docs)}",
+        "move.md": movable.page(disk.read_json(PANELS)),
         "results.md": f"# What was measured\n\n{results}\n",
         "run.md": f"# Run it yourself\n\n{run}\n",
         **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "SECURITY.md")},
@@ -341,7 +347,7 @@ def verdicts() -> str:
 def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:
     """The tables of contents: results, the notebooks of each cohort, guides, interface."""
     titles = short_titles(readme)
-    parts = {"Results": ["results"]}
+    parts = {"Results": ["results", "move"]}
     for cohort in sorted({file.parent.name for file in notebooks}):
         names = [file.stem for file in notebooks if file.parent.name == cohort]
         parts[f"Notebooks: {cohort}"] = [

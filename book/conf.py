@@ -46,7 +46,7 @@ toc_object_entries_show_parents = "hide"
 # Look
 html_theme = "furo"
 html_title = "medsec"
-html_static_path = ["_static"]
+html_static_path = ["_static", "../results/phantom/panels.png"]
 html_css_files = ["book.css"]
 html_favicon = "_static/icon.svg"
 html_copy_source = False

@@ -1,8 +1,11 @@
 """The book builds without a warning, holds together, calls nobody, and works in a browser."""
 
 import functools
+import html as html_
 import http.server
 import importlib.util
+import itertools
+import json
 import os
 import re
 import resource
@@ -16,8 +19,13 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
+from experiments import panels as computed
+from experiments import params
+from experiments.adversarial_pruning_defense import arms
 from medsec.core import paths
 from medsec.core.errors import InputError
 
@@ -37,6 +45,7 @@ def script(name):
     return module
 
 
+sys.path.insert(0, str(ROOT / "book"))  # where build.py finds the module beside it
 book, slides, settings = script("build"), script("slides"), script("conf")
 
 
@@ -113,6 +122,66 @@ def test_a_notebook_runs_on_binder_where_binder_can_clone_it(remote, address):
     assert found == (f"[Run it on Binder]({wanted})" if address else "[Run this notebook](../../docs/binder.md)")
 
 
+PANELS = json.loads((ROOT / "results" / "phantom" / "panels.json").read_text(encoding="utf-8"))
+STRIPS = Image.open(ROOT / "results" / "phantom" / "panels.png")
+
+
+def fits(table, sizes):
+    """Whether nested lists have as many values as the controls, as deep as they go."""
+    if not isinstance(table, list):
+        return True
+    return bool(sizes) and len(table) == sizes[0] and all(fits(part, sizes[1:]) for part in table)
+
+
+@pytest.mark.parametrize("name", PANELS["panels"])
+def test_every_position_of_a_panel_has_images_and_numbers(name):
+    panel, words = PANELS["panels"][name], book.movable.PANELS[name]
+    assert list(panel["start"]) == list(panel["controls"]) == list(words["controls"])
+    assert {layer for layers in words["strips"].values() for layer in layers} == set(panel["rows"]) - words[
+        "strips"
+    ].keys()
+    sizes = [len(choices) for choices in panel["controls"].values()]
+    assert all(fits(table, sizes) for table in (*panel["rows"].values(), panel["marks"], *panel["numbers"].values()))
+    for place in itertools.product(*map(range, sizes)):
+        rows = [book.movable.at(table, place) for table in panel["rows"].values()]
+        assert all(0 <= row < PANELS["rows"] for row in rows)
+        assert re.fullmatch(r"[01]{4}", book.movable.at(panel["marks"], place))
+        assert "{" not in book.movable.filled(words["says"], book.movable.values(panel, place))
+
+
+def test_the_picture_of_the_panels_has_all_rows_and_stays_small():
+    assert STRIPS.size == (PANELS["shown"] * PANELS["side"], PANELS["rows"] * PANELS["side"])
+    assert sum(file.stat().st_size for file in (ROOT / "results" / "phantom").glob("panels.*")) <= 150_000
+
+
+def strip(row):
+    """A row of the picture, as whole numbers."""
+    side = PANELS["side"]
+    return np.asarray(STRIPS, np.int16)[row * side : (row + 1) * side]
+
+
+def drawn(images):
+    rows = computed.Strips()
+    rows.add(images)
+    return rows.rows[0].astype(np.int16)
+
+
+def test_panels_show_what_their_functions_compute():
+    """A part of them, within what another kind of processor rounds otherwise."""
+    p, (trigger, eps) = params.load(), (PANELS["panels"][name] for name in ("trigger", "eps"))
+    splits = computed.inversion_setup("phantom", p).splits
+    size = trigger["controls"]["size"][2]
+    stamped, hits, alarms = computed.trigger_at(p, splits, "inside", size)
+    assert (drawn(stamped) == strip(trigger["rows"]["stamped"][1][2])).all()
+    found = trigger["numbers"]["found"][1][2]
+    assert np.abs(np.array([int(each.sum()) for each in hits]) - found).max() <= 2
+    assert abs(alarms - trigger["numbers"]["alarms"][1][2]) <= 1
+    setup, times = arms.prepare("phantom", p), computed.EPS.index(1)
+    images, wrong = computed.attacked(p, setup, "base", 1)
+    assert np.abs(drawn(images) - strip(eps["rows"]["attacked"][0][times])).mean() < 0.5
+    assert abs(int(wrong.sum()) - eps["numbers"]["wrong"][0][times]) <= 2
+
+
 def processor_seconds():
     """Of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -165,7 +234,7 @@ def external(address):
 
 
 def test_the_book_has_its_pages(pages):
-    expected = {"index.html", "results.html", "run.html", "search.html", "genindex.html", "api/index.html"}
+    expected = {"index.html", "results.html", "move.html", "run.html", "search.html", "genindex.html", "api/index.html"}
     expected |= {f"docs/{file.stem}.html" for file in (ROOT / "docs").glob("*.md")}
     expected |= {file.relative_to(ROOT).with_suffix(".html").as_posix() for file in ROOT.glob("executed/*/*.ipynb")}
     assert expected <= set(pages)
@@ -302,6 +371,63 @@ def test_axe_would_find_what_is_in_the_way(browser, address):
     browser.execute_script("document.querySelector('article').insertAdjacentHTML('beforeend', '<input type=range>')")
     (found,) = barriers(browser)
     assert found.startswith("critical label:")
+
+
+SHOWN_BY = """
+const form = document.querySelector(`[data-panel="${arguments[0]}"]`);
+const all = (what, tell) => [...form.querySelectorAll(what)].map(tell);
+return {
+  rows: all("[data-row]", layer => [layer.dataset.row, Number(getComputedStyle(layer).getPropertyValue("--row"))]),
+  loaded: all("[data-row]", layer => getComputedStyle(layer).backgroundImage.includes("panels.png")).every(Boolean),
+  faded: all("[data-fades]", layer => Number(getComputedStyle(layer).opacity)),
+  marks: all(".marks li", item => item.textContent),
+  alt: all("[data-alt]", image => image.getAttribute("aria-label")),
+  said: form.querySelector("output").textContent,
+};
+"""
+
+
+def expected_of(name, place):
+    """What a reader of a panel sees and hears at a position."""
+    panel, words = PANELS["panels"][name], book.movable.PANELS[name]
+    known = book.movable.values(panel, place)
+    said = book.movable.filled(words["says"], known)
+    layers = [layer for layers in words["strips"].values() for layer in layers]
+    return {
+        "rows": [[layer, book.movable.at(panel["rows"][layer], place)] for layer in layers],
+        "marks": [words["marks"][int(mark)] for mark in book.movable.at(panel["marks"], place)],
+        "said": said,
+        "alt": [f"{label}. {said}" for label in words["strips"]],
+        "loaded": True,
+        "faded": [known["opacity"]] if "fades" in words else [],
+    }
+
+
+@pytest.mark.parametrize("name", PANELS["panels"])
+def test_a_panel_is_moved_by_the_keyboard(browser, address, name):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(address + "move.html")
+    panel = PANELS["panels"][name]
+    place = list(panel["start"].values())
+    assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place)
+    for k, (control, choices) in enumerate(panel["controls"].items()):
+        field = browser.find_element(By.ID, f"{name}-{control}")
+        field.send_keys(Keys.END)
+        place[k] = len(choices) - 1
+        assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place), control
+        field.send_keys(Keys.ARROW_UP if field.tag_name == "select" else Keys.ARROW_LEFT)
+        place[k] -= 1
+        assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place), control
+    assert complaints(browser) == []
+
+
+def test_the_panels_can_be_read_without_a_script(pages):
+    text = pages["move.html"].text
+    for name in PANELS["panels"]:
+        assert html_.escape(expected_of(name, list(PANELS["panels"][name]["start"].values()))["said"]) in text
+    assert "Moving them needs JavaScript" in text
 
 
 def test_a_link_to_folded_code_unfolds_it(browser, address):
