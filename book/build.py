@@ -5,19 +5,26 @@ both. Sphinx makes FOLDER/html of it. No notebook is executed, and nothing is wr
 """
 
 import argparse
+import ast
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from posixpath import normpath, relpath
+from urllib.parse import quote
 
+import movable
 import nbformat
 from sphinx.cmd.build import build_main
 
+from medsec.core import files as disk
 from medsec.evidence import claims, ledger, tables
 
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
+PANELS = ROOT / "results" / "phantom" / "panels.json"
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^()\s]+)\)")
 PICTURE = re.compile(r"!\[[^\[\]]*\]\(([^()\s:]+)\)")
 
@@ -157,21 +164,61 @@ def command(name: str, cohort: str) -> str:
     return f"dvc repro -f {stage}"
 
 
-def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str]) -> nbformat.NotebookNode:
+SET_UP = {
+    "parameters",
+    "injected-parameters",
+}  # tags of cells that say which cohort and profile: so does the first line
+
+
+def binder(remote: str, path: str) -> str | None:
+    """The address at which the public Binder opens a file of the repository; None unless the remote is on GitHub or GitLab.
+
+    >>> binder("git@github.com:someone/medsec.git", "notebooks/01.ipynb")
+    'https://mybinder.org/v2/gh/someone/medsec/HEAD?labpath=notebooks%2F01.ipynb'
+    """
+    found = re.fullmatch(r"(?:https://(?:[^/@]*@)?|ssh://git@|git@)(github|gitlab)\.com[:/](.+?)(?:\.git)?/?", remote)
+    if not found:
+        return None
+    host = {"github": "gh", "gitlab": "gl"}[found[1]]
+    name = found[2] if host == "gh" else quote(found[2], safe="")  # a project of GitLab may lie in groups of groups
+    return f"https://mybinder.org/v2/{host}/{name}/HEAD?labpath={quote(path, safe='')}"
+
+
+def run_link(remote: str, name: str) -> str:
+    """Where a reader of a notebook's page can run it: on Binder, or the page that says how."""
+    address = binder(remote, f"notebooks/{name}.ipynb")
+    return f"[Run it on Binder]({address})" if address else "[Run this notebook](../../docs/binder.md)"
+
+
+def origin() -> str:
+    """The address that this repository was cloned from; empty if it has none, or lies in no repository."""
+    command = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # there is no git
+        return ""
+
+
+def annotate(
+    notebook: nbformat.NotebookNode, name: str, cohort: str, others: list[str], remote: str = ""
+) -> nbformat.NotebookNode:
     """A copy of an executed notebook, for the book.
 
     Every code cell gets an anchor, and every figure a line with a link to its cell and the command that remakes it. The first
-    cell says which cohort this is and where the others are. The default parameters go where others were injected.
+    cell says which cohort this is and where the others are. The code of all cells but those of the method is folded.
     """
     notebook = nbformat.from_dict(notebook)
     titled = [heading for cell in notebook.cells if (heading := _last_heading(cell))]
     head = titled[0] if titled else name
+    foreign = _foreign(notebook)
     for number, cell in enumerate(notebook.cells):
         head = _last_heading(cell) or head
         if cell.cell_type != "code":
             continue
         anchor = f"cell-{number}"
         cell.metadata["anchor"] = anchor
+        if not is_method(cell.source, foreign):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         for output in cell.outputs:
             if shown := output.get("data", {}).get("text/markdown"):
                 output.data["text/markdown"] = keep_together(shown)
@@ -180,16 +227,54 @@ def annotate(notebook: nbformat.NotebookNode, name: str, cohort: str, others: li
                 "image": {"alt": f"Figure of the section “{head}”"},
                 "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},
             }
-    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
-        notebook.cells = [cell for cell in notebook.cells if "parameters" not in cell.metadata.get("tags", [])]
+    notebook.cells = gathered(cell for cell in notebook.cells if not SET_UP & set(cell.metadata.get("tags", [])))
     title, _, rest = notebook.cells[0].source.partition("\n")
     links = " · ".join(f"[{other}](../{other}/{name}.ipynb)" for other in others)
     also = f" The same on {links}." if links else ""
-    where = (
-        f"*Executed on the cohort **{cohort}**, quick profile. [Source notebook](../../notebooks/{name}.ipynb).{also}*"
-    )
+    moved = [anchor for anchor, words in movable.PANELS.items() if words["notebook"] == name and cohort == "phantom"]
+    also += "".join(f" [Move its panel yourself](../../move.md#{anchor})." for anchor in moved)
+    run = f"[Source notebook](../../notebooks/{name}.ipynb). {run_link(remote, name)}."
+    where = f"*Executed on the cohort **{cohort}**, quick profile. {run}{also}*"
     notebook.cells[0].source = f"{title} · {cohort}\n\n{where}\n{rest}"
     return notebook
+
+
+def is_method(source: str, foreign: set[str]) -> bool:
+    """Whether a cell shows a method: it defines functions or classes, with nothing but Python and PyTorch.
+
+    A function that speaks of tables, figures or our own modules phrases or draws.
+    """
+    defined = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    used = {name.id for node in defined for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return bool(defined) and not used & foreign
+
+
+def _foreign(notebook: nbformat.NotebookNode) -> set[str]:
+    """Names that a notebook imports from elsewhere than PyTorch."""
+    found = set()
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", "") or node.names[0].name
+                if module.split(".")[0] != "torch":
+                    found |= {each.asname or each.name.split(".")[0] for each in node.names}
+    return found
+
+
+def gathered(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The same cells, where a folded one without an output joins the folded one that follows: one line to unfold, not five."""
+    kept: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        before = kept[-1] if kept else None
+        if before is not None and _is_folded(before) and not before.outputs and _is_folded(cell):
+            cell.source = f"{before.source}\n\n\n{cell.source}"
+            kept.pop()
+        kept.append(cell)
+    return kept
+
+
+def _is_folded(cell: nbformat.NotebookNode) -> bool:
+    return cell.cell_type == "code" and "hide-input" in cell.metadata.get("tags", [])
 
 
 def _last_heading(cell) -> str | None:
@@ -206,7 +291,7 @@ def _caption(name: str, cohort: str, anchor: str) -> str:
 
 def gather(pages: Path) -> None:
     """Write all sources of the book below ``pages``, an empty folder."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme, remote = (ROOT / "README.md").read_text(encoding="utf-8"), origin()
     notebooks = sorted(ROOT.glob("executed/*/*.ipynb"))
     texts = _texts(readme, notebooks)
     known = set(texts) | {str(file.relative_to(ROOT).as_posix()) for file in notebooks}
@@ -217,7 +302,7 @@ def gather(pages: Path) -> None:
     for file in notebooks:
         cohort = file.parent.name
         others = [other.parent.name for other in notebooks if other.name == file.name and other != file]
-        notebook = annotate(nbformat.read(file, as_version=4), file.stem, cohort, others)
+        notebook = annotate(nbformat.read(file, as_version=4), file.stem, cohort, others, remote)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = settle_links(cell.source, f"executed/{cohort}", known, files)
@@ -243,6 +328,7 @@ def _texts(readme: str, notebooks: list[Path]) -> dict[str, str]:
     welcome = (BOOK / "index.md").read_text(encoding="utf-8")
     return {
         "index.md": f"{introduction}\n{welcome}\n{navigation(readme, notebooks, docs)}",
+        "move.md": movable.page(disk.read_json(PANELS)),
         "results.md": f"# What was measured\n\n{results}\n",
         "run.md": f"# Run it yourself\n\n{run}\n",
         **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "SECURITY.md")},
@@ -261,7 +347,7 @@ def verdicts() -> str:
 def navigation(readme: str, notebooks: list[Path], docs: list[Path]) -> str:
     """The tables of contents: results, the notebooks of each cohort, guides, interface."""
     titles = short_titles(readme)
-    parts = {"Results": ["results"]}
+    parts = {"Results": ["results", "move"]}
     for cohort in sorted({file.parent.name for file in notebooks}):
         names = [file.stem for file in notebooks if file.parent.name == cohort]
         parts[f"Notebooks: {cohort}"] = [

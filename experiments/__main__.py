@@ -83,6 +83,14 @@ def write_ledger(args: argparse.Namespace) -> int:
     return 0
 
 
+def make_panels(args: argparse.Namespace) -> int:
+    """Compute every position of the panels that the book shows without a kernel."""
+    from experiments import panels, params
+
+    panels.write(args.cohort, params.load(args.profile))
+    return 0
+
+
 def show_params(args: argparse.Namespace) -> int:
     """Check and print the parameters of a profile."""
     from experiments import params
@@ -123,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--processes", type=parallel.count, default=joblib.cpu_count())
     add("check", compare, None).add_argument("--cohort", default="phantom")
     add("ledger", write_ledger, None)
+    add("panels", make_panels, "quick").add_argument("--cohort", default="phantom")
     add("params", show_params, "quick")
     args = parser.parse_args(argv)
     return args.function(args)

@@ -243,11 +243,26 @@ def ledger_stages() -> list[Stage]:
     ]
 
 
+def panels_stage() -> Stage:
+    """What computes every position of the panels that the book shows without a kernel."""
+    experiments = ("gia_defense", "adversarial_pruning_defense")
+    packages = ("core", "data", "nets", "federated", "backdoor", "inversion", "evasion")
+    return Stage(
+        "panels",
+        "Every position of the panels that can be moved in the book",
+        "python -m experiments panels --cohort phantom",
+        [images("phantom"), "networks/phantom", "experiments/panels.py"],
+        ("seeds", "cohorts", "fedgan", "inversion", "evasion"),
+        (*(f"experiments/{name}" for name in experiments), *(f"medsec/{name}" for name in packages)),
+        [f"results/phantom/panels.{kind}" for kind in ("json", "png")],
+    )
+
+
 def pipeline(cohort: str) -> str:
     """The text of a cohort's dvc.yaml."""
     root = "" if cohort == "phantom" else "../../"
     stages = [*(record_stage(n, cohort) for n in RECORDED), *(notebook_stage(n, cohort) for n in NOTEBOOKS)]
-    stages = [code_stage(), *stages, *ledger_stages()] if cohort == "phantom" else stages
+    stages = [code_stage(), *stages, *ledger_stages(), panels_stage()] if cohort == "phantom" else stages
     plot = (
         f"plots:\n  - trigger_rate_{cohort}:\n      title: Trigger rate of the averaged generator ({cohort})\n"
         "      x: round\n      y_label: share of the images\n"

@@ -1,8 +1,11 @@
 """The book builds without a warning, holds together, calls nobody, and works in a browser."""
 
 import functools
+import html as html_
 import http.server
 import importlib.util
+import itertools
+import json
 import os
 import re
 import resource
@@ -11,12 +14,18 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
+from experiments import panels as computed
+from experiments import params
+from experiments.adversarial_pruning_defense import arms
 from medsec.core import paths
 from medsec.core.errors import InputError
 
@@ -36,7 +45,8 @@ def script(name):
     return module
 
 
-book, slides = script("build"), script("slides")
+sys.path.insert(0, str(ROOT / "book"))  # where build.py finds the module beside it
+book, slides, settings = script("build"), script("slides"), script("conf")
 
 
 def test_every_module_is_documented_once():
@@ -61,6 +71,115 @@ def test_the_command_under_a_figure_names_a_stage():
     for file in ROOT.glob("executed/*/*.ipynb"):
         pipeline, _, stage = book.command(file.stem, file.parent.name).split()[-1].rpartition(":")
         assert f"\n  {stage}:\n" in (ROOT / (pipeline or "dvc.yaml")).read_text(encoding="utf-8")
+
+
+def test_only_the_method_of_a_notebook_stays_open():
+    shown = {}
+    for file in ROOT.glob("executed/phantom/*.ipynb"):
+        page = book.annotate(nbformat.read(file, as_version=4), file.stem, "phantom", [])
+        code = [cell for cell in page.cells if cell.cell_type == "code"]
+        assert "profile = " not in code[0].source, "the first line of the page says it"
+        assert all("hide-input" in cell.metadata.tags for cell in code[:1])
+        opened = [cell.source for cell in code if "hide-input" not in cell.metadata.get("tags", [])]
+        shown[file.stem[:2]] = re.findall(r"^def (\w+)", "\n".join(opened), re.MULTILINE)
+    assert {name: found for name, found in shown.items() if found} == {
+        "01": ["step"],
+        "03": ["invert", "undo"],
+        "04": ["pgd"],
+    }
+
+
+def test_what_is_a_method():
+    assert book.is_method("def f(x):\n    return torch.sign(x)\n", {"pd"})
+    assert not book.is_method("def f(x):\n    return pd.DataFrame(x)\n", {"pd"})
+    assert not book.is_method("y = f(x)", {"pd"})
+
+
+def test_what_stands_in_the_way_of_a_keyboard_is_mended():
+    long = "<pre><span></span>" + 40 * "x" + "</pre>"
+    assert settings.accessible("<pre>short &amp; sweet</pre>") == "<pre>short &amp; sweet</pre>"
+    assert settings.accessible(long) == long.replace("<pre>", '<pre tabindex="0">')
+    assert settings.accessible("<dl>\n<dd>x,</dd>\n</dl>") == '<div class="sig-lines"><div>x,</div>\n</div>'
+    terms = "<dl>\n<dt>a term</dt><dd>what it is</dd>\n</dl>"
+    assert settings.accessible(terms) == terms
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://github.com/some-one/medsec.git", "gh/some-one/medsec"),
+        ("https://name:secret@github.com/someone/medsec", "gh/someone/medsec"),
+        ("git@github.com:someone/medsec.git", "gh/someone/medsec"),
+        ("ssh://git@gitlab.com/group/part/medsec.git", "gl/group%2Fpart%2Fmedsec"),
+        ("https://git.hospital.example/medsec.git", None),
+        ("../medsec", None),
+        ("", None),
+    ],
+)
+def test_a_notebook_runs_on_binder_where_binder_can_clone_it(remote, address):
+    found = book.run_link(remote, "01_name")
+    wanted = f"https://mybinder.org/v2/{address}/HEAD?labpath=notebooks%2F01_name.ipynb"
+    assert found == (f"[Run it on Binder]({wanted})" if address else "[Run this notebook](../../docs/binder.md)")
+
+
+PANELS = json.loads((ROOT / "results" / "phantom" / "panels.json").read_text(encoding="utf-8"))
+STRIPS = Image.open(ROOT / "results" / "phantom" / "panels.png")
+
+
+def fits(table, sizes):
+    """Whether nested lists have as many values as the controls, as deep as they go."""
+    if not isinstance(table, list):
+        return True
+    return bool(sizes) and len(table) == sizes[0] and all(fits(part, sizes[1:]) for part in table)
+
+
+@pytest.mark.parametrize("name", PANELS["panels"])
+def test_every_position_of_a_panel_has_images_and_numbers(name):
+    panel, words = PANELS["panels"][name], book.movable.PANELS[name]
+    assert list(panel["start"]) == list(panel["controls"]) == list(words["controls"])
+    assert {layer for layers in words["strips"].values() for layer in layers} == set(panel["rows"]) - words[
+        "strips"
+    ].keys()
+    sizes = [len(choices) for choices in panel["controls"].values()]
+    assert all(fits(table, sizes) for table in (*panel["rows"].values(), panel["marks"], *panel["numbers"].values()))
+    for place in itertools.product(*map(range, sizes)):
+        rows = [book.movable.at(table, place) for table in panel["rows"].values()]
+        assert all(0 <= row < PANELS["rows"] for row in rows)
+        assert re.fullmatch(r"[01]{4}", book.movable.at(panel["marks"], place))
+        assert "{" not in book.movable.filled(words["says"], book.movable.values(panel, place))
+
+
+def test_the_picture_of_the_panels_has_all_rows_and_stays_small():
+    assert STRIPS.size == (PANELS["shown"] * PANELS["side"], PANELS["rows"] * PANELS["side"])
+    assert sum(file.stat().st_size for file in (ROOT / "results" / "phantom").glob("panels.*")) <= 150_000
+
+
+def strip(row):
+    """A row of the picture, as whole numbers."""
+    side = PANELS["side"]
+    return np.asarray(STRIPS, np.int16)[row * side : (row + 1) * side]
+
+
+def drawn(images):
+    rows = computed.Strips()
+    rows.add(images)
+    return rows.rows[0].astype(np.int16)
+
+
+def test_panels_show_what_their_functions_compute():
+    """A part of them, within what another kind of processor rounds otherwise."""
+    p, (trigger, eps) = params.load(), (PANELS["panels"][name] for name in ("trigger", "eps"))
+    splits = computed.inversion_setup("phantom", p).splits
+    size = trigger["controls"]["size"][2]
+    stamped, hits, alarms = computed.trigger_at(p, splits, "inside", size)
+    assert (drawn(stamped) == strip(trigger["rows"]["stamped"][1][2])).all()
+    found = trigger["numbers"]["found"][1][2]
+    assert np.abs(np.array([int(each.sum()) for each in hits]) - found).max() <= 2
+    assert abs(alarms - trigger["numbers"]["alarms"][1][2]) <= 1
+    setup, times = arms.prepare("phantom", p), computed.EPS.index(1)
+    images, wrong = computed.attacked(p, setup, "base", 1)
+    assert np.abs(drawn(images) - strip(eps["rows"]["attacked"][0][times])).mean() < 0.5
+    assert abs(int(wrong.sum()) - eps["numbers"]["wrong"][0][times]) <= 2
 
 
 def processor_seconds():
@@ -115,7 +234,7 @@ def external(address):
 
 
 def test_the_book_has_its_pages(pages):
-    expected = {"index.html", "results.html", "run.html", "search.html", "genindex.html", "api/index.html"}
+    expected = {"index.html", "results.html", "move.html", "run.html", "search.html", "genindex.html", "api/index.html"}
     expected |= {f"docs/{file.stem}.html" for file in (ROOT / "docs").glob("*.md")}
     expected |= {file.relative_to(ROOT).with_suffix(".html").as_posix() for file in ROOT.glob("executed/*/*.ipynb")}
     assert expected <= set(pages)
@@ -201,7 +320,7 @@ def browser(tmp_path_factory):
         service = webdriver.ChromeService(executable_path=driver, log_output=os.devnull)
         chrome = webdriver.Chrome(options=options, service=service)
         chrome.set_page_load_timeout(PAGE_LIMIT)
-        chrome.set_script_timeout(PAGE_LIMIT)
+        chrome.set_script_timeout(3 * PAGE_LIMIT)  # axe looks at thousands of elements
         yield chrome
         chrome.quit()
 
@@ -209,6 +328,23 @@ def browser(tmp_path_factory):
 def complaints(browser):
     """Console errors since the last call; a request that fails is one, and one to elsewhere fails."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+AXE = """
+const [only, theme] = arguments;
+document.body.dataset.theme = theme;
+const options = {resultTypes: ["violations"], preload: false, ...(only.length ? {runOnly: only} : {})};
+return axe.run(document, options).then(found => found.violations
+  .filter(each => ["critical", "serious"].includes(each.impact))
+  .map(each => `${each.impact} ${each.id}: ${each.nodes.slice(0, 3).map(node => node.html.slice(0, 160)).join(" | ")}`));
+"""
+
+
+def barriers(browser, *rules, theme="light"):
+    """What axe calls critical or serious on the page: for readers with a keyboard, a screen reader, or weak eyes."""
+    folder = Path(importlib.util.find_spec("selenium_axe_python").origin).parent
+    browser.execute_script((folder / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
+    return browser.execute_script(AXE, rules, theme)
 
 
 BROKEN_IMAGES = """
@@ -223,10 +359,85 @@ def test_every_page_opens_without_an_error(browser, address, pages):
     for name in pages:
         browser.get(address + name)
         assert browser.title, name
-        if name != "search.html":  # (empty until something is searched for)
-            assert browser.execute_script("return document.querySelectorAll('h1').length") == 1, name
+        assert browser.execute_script("return document.querySelectorAll('h1').length") == 1, name
         assert browser.execute_script(BROKEN_IMAGES) == [], name
+        assert barriers(browser) == [], name
         assert complaints(browser) == [], name
+
+
+def test_axe_would_find_what_is_in_the_way(browser, address):
+    """So that its silence above means something."""
+    browser.get(address + "index.html")
+    browser.execute_script("document.querySelector('article').insertAdjacentHTML('beforeend', '<input type=range>')")
+    (found,) = barriers(browser)
+    assert found.startswith("critical label:")
+
+
+SHOWN_BY = """
+const form = document.querySelector(`[data-panel="${arguments[0]}"]`);
+const all = (what, tell) => [...form.querySelectorAll(what)].map(tell);
+return {
+  rows: all("[data-row]", layer => [layer.dataset.row, Number(getComputedStyle(layer).getPropertyValue("--row"))]),
+  loaded: all("[data-row]", layer => getComputedStyle(layer).backgroundImage.includes("panels.png")).every(Boolean),
+  faded: all("[data-fades]", layer => Number(getComputedStyle(layer).opacity)),
+  marks: all(".marks li", item => item.textContent),
+  alt: all("[data-alt]", image => image.getAttribute("aria-label")),
+  said: form.querySelector("output").textContent,
+};
+"""
+
+
+def expected_of(name, place):
+    """What a reader of a panel sees and hears at a position."""
+    panel, words = PANELS["panels"][name], book.movable.PANELS[name]
+    known = book.movable.values(panel, place)
+    said = book.movable.filled(words["says"], known)
+    layers = [layer for layers in words["strips"].values() for layer in layers]
+    return {
+        "rows": [[layer, book.movable.at(panel["rows"][layer], place)] for layer in layers],
+        "marks": [words["marks"][int(mark)] for mark in book.movable.at(panel["marks"], place)],
+        "said": said,
+        "alt": [f"{label}. {said}" for label in words["strips"]],
+        "loaded": True,
+        "faded": [known["opacity"]] if "fades" in words else [],
+    }
+
+
+@pytest.mark.parametrize("name", PANELS["panels"])
+def test_a_panel_is_moved_by_the_keyboard(browser, address, name):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(address + "move.html")
+    panel = PANELS["panels"][name]
+    place = list(panel["start"].values())
+    assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place)
+    for k, (control, choices) in enumerate(panel["controls"].items()):
+        field = browser.find_element(By.ID, f"{name}-{control}")
+        field.send_keys(Keys.END)
+        place[k] = len(choices) - 1
+        assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place), control
+        field.send_keys(Keys.ARROW_UP if field.tag_name == "select" else Keys.ARROW_LEFT)
+        place[k] -= 1
+        assert browser.execute_script(SHOWN_BY, name) == expected_of(name, place), control
+    assert complaints(browser) == []
+
+
+def test_the_panels_can_be_read_without_a_script(pages):
+    text = pages["move.html"].text
+    for name in PANELS["panels"]:
+        assert html_.escape(expected_of(name, list(PANELS["panels"][name]["start"].values()))["said"]) in text
+    assert "Moving them needs JavaScript" in text
+
+
+def test_a_link_to_folded_code_unfolds_it(browser, address):
+    page = "executed/phantom/01_backdoor_fedgan.html"
+    browser.get(address + page)
+    anchor = browser.execute_script("return document.querySelector('figcaption a').hash")
+    shown = f"return document.querySelector('{anchor}').closest('details').open"
+    assert not browser.execute_script(shown)
+    browser.get(address + page + anchor)
+    assert browser.execute_script(shown)
 
 
 def test_no_page_is_wider_than_a_phone(browser, address, pages):
@@ -237,3 +448,4 @@ def test_no_page_is_wider_than_a_phone(browser, address, pages):
         browser.get(address + name)
         wide = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert max(wide) <= PHONE[0], name
+        assert barriers(browser, "color-contrast", "scrollable-region-focusable", theme="dark") == [], name
