@@ -826,6 +826,7 @@ def summary_of(rates, scheme="style"):
         knowing = "aware" if variant == "feddetect_hardened" else "aware_rule"
         told = [("boost_liar", "trigger_rate", liar), (knowing, "trigger_rate", own)]
         told += [("no_attack", "false_exclusion", excluded), ("no_attack", "frechet", distance)]
+        told += [(knowing, "frechet", own and 7 + distance)]
         lines += [
             dict.fromkeys(KEYS, "")
             | {"variant": variant, "scenario": s, "metric": m, "partition": scheme}
@@ -852,6 +853,7 @@ def test_the_rule_that_a_hospital_should_take_by_hand():
     said = advice(table, 0.5, 0.05, 0.01)
     assert "take `repaired`" in said
     assert "0.03 [0.02, 0.04] of the images, without it in 1 [0.99, 1.01]" in said
+    assert "is 10 [9.99, 10] without an attack and 17 [17, 17] under that one" in said
     assert "without any hospital, 30 [30, 30]" in said
     worse = where_hospitals_differ(summary_of({k: rates[k] for k in ("none", "feddetect_hardened", "multi_krum")}))
     assert "No rule holds" in advice(worse, 0.5, 0.05, 0.01)

@@ -63,7 +63,7 @@ def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
 
 
 COMPARED = ("none", "feddetect_hardened", *RULES)  # where hospitals differ
-ASIDE = ("excluded", "distance")  # groups of `where_hospitals_differ` that are told, not drawn
+ASIDE = ("excluded", "distance", "attacked distance")  # groups of `where_hospitals_differ` that are told, not drawn
 
 
 def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Rows of the summary with ``name`` (rule, or the control `ALONE`) and ``group``: the trigger rate of ``boost_liar``
         and of its ``own attacker``; without an attack honest ``weight lost``, the share ``excluded``, and the ``distance``
-        of the images. Empty where the record has no such rows.
+        of the images, also under its own attacker. Empty where the record has no such rows.
     """
     rows = summary[(summary[[key for key in KEYS if key != "partition"]] == "").all(axis=1)]
     schemes = set(rows.loc[rows["scenario"] == "aware_rule", "partition"])
@@ -84,6 +84,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
         "weight lost": (rows["metric"] == "weight_lost") & (rows["scenario"] == "no_attack"),
         "excluded": (rows["metric"] == "false_exclusion") & (rows["scenario"] == "no_attack"),
         "distance": (rows["metric"] == "frechet") & (rows["scenario"] == "no_attack"),
+        "attacked distance": (rows["metric"] == "frechet") & (rows["scenario"] == own),
     }
     found = pd.concat([rows[at].assign(name=rows["variant"], group=group) for group, at in groups.items()])
     order = [*COMPARED, ALONE]
@@ -124,12 +125,17 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
             f"**No rule holds** where hospitals differ. The least that an attacker who knows the rule plants is "
             f"{told[best, 'own attacker']}, with `{best}`."
         )
-    best, alone = kept[0], told.get((ALONE, "distance"), "(not measured)")
+    best = kept[0]
+    far = {
+        at: told.get(at, "(not measured)")
+        for at in ((best, "distance"), (best, "attacked distance"), ("none", "distance"), (ALONE, "distance"))
+    }
     return (
         f"**Where hospitals differ, take `{best}`**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
-        f"images, without it in {told['none', 'own attacker']}. Without an attack its Fréchet distance is "
-        f"{told.get((best, 'distance'), '(not measured)')}; the undefended federation's is "
-        f"{told.get(('none', 'distance'), '(not measured)')}, and that of the server alone, without any hospital, {alone}."
+        f"images, without it in {told['none', 'own attacker']}. Its Fréchet distance is {far[best, 'distance']} without an "
+        f"attack and {far[best, 'attacked distance']} under that one; the undefended federation's is "
+        f"{far['none', 'distance']} without an attack, and that of the server alone, without any hospital, "
+        f"{far[ALONE, 'distance']}."
     )
 
 
