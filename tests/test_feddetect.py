@@ -19,7 +19,7 @@ from medsec.backdoor.feddetect import (
     Hardened,
     NormClip,
     Released,
-    Repaired,
+    ClipThenTrain,
     isolation_flags,
     loss_evidence,
     map_evidence,
@@ -693,18 +693,18 @@ def test_scenarios_are_what_their_names_say():
     assert {name for name, what in SCENARIOS.items() if what.report == "true"} == {"no_attack", "honest", "boost"}
 
 
-# ------------------------------------------------------------------------------------------------------------- Repaired
+# ------------------------------------------------------------------------------------------------------------- ClipThenTrain
 
 
-def test_repaired_clips_and_then_trains_what_the_server_will_hold():
-    """The next round's updates are measured from the repaired state, not from the mean before it."""
+def test_clip_then_train_trains_what_the_server_will_hold():
+    """The next round's updates are measured from the trained state, not from the mean before it."""
     seen = []
 
     def train(received, round):
         seen.append((round, vector_of(received)))
         return state(vector_of(received) + 10)
 
-    defence, held = Repaired(NormClip(state([0.0, 0.0, 0.0])), train), np.zeros(3)
+    defence, held = ClipThenTrain(NormClip(state([0.0, 0.0, 0.0])), train), np.zeros(3)
     for t in range(3):
         rows = held + np.diag([1.0, 2.0, 30.0]) * (1 + t)
         found, diagnostics = defence(updates_of([1.0] * 3, rows), t)
@@ -848,7 +848,7 @@ def test_aware_keeps_the_other_parts_of_a_state(federation):
 
 # ------------------------------------------------------------------------------------- the one who knows any other rule
 
-KNOWN = ("none", "median", "krum", "multi_krum", "norm_clip", "root_set", "repaired")
+KNOWN = ("none", "median", "krum", "multi_krum", "norm_clip", "root_set", "clip_then_train")
 
 
 def parts_of(states):
@@ -869,7 +869,7 @@ def own_step(held):
 def rule_of(name, held):
     if name == "root_set":
         return RootSet(held, lambda state, round: own_step(state))
-    if name in ("norm_clip", "repaired"):
+    if name in ("norm_clip", "clip_then_train"):
         return NormClip(held)
     return aggregators.rule(name, 1)
 
@@ -957,10 +957,10 @@ def test_who_knows_what_follows_looks_ahead(federation):
         tried.append(state)
         return own_step(state)
 
-    ahead, others, _ = plant(federation, "repaired", steps=6, after=after, looks=3)
+    ahead, others, _ = plant(federation, "clip_then_train", steps=6, after=after, looks=3)
     assert len(tried) == 3
     assert all(state.keys() == others[0].keys() for state in tried)
-    blind, *_ = plant(federation, "repaired", steps=6)
+    blind, *_ = plant(federation, "clip_then_train", steps=6)
     assert not same(ahead, blind)
 
 

@@ -776,12 +776,12 @@ def test_every_rule_differing(differing, arm):
     assert len(summary) == len(table)
 
 
-def test_rules_differ_and_who_is_repaired_excludes_nobody(differing):
+def test_rules_differ_and_clip_then_train_excludes_nobody(differing):
     table = differing("hospitals_no_attack")
     rows = table[(table["round"] == "") & (table["client"] == "")]
     assert rows[rows["metric"] == "frechet"]["value"].nunique() == len(hospitals.RULES) + 1
-    assert value(rows, variant="repaired", scenario="no_attack", metric="false_exclusion", **DIFFER) == 0
-    assert value(rows, variant="repaired", scenario="no_attack", metric="weight_lost", **DIFFER) == 0
+    assert value(rows, variant="clip_then_train", scenario="no_attack", metric="false_exclusion", **DIFFER) == 0
+    assert value(rows, variant="clip_then_train", scenario="no_attack", metric="weight_lost", **DIFFER) == 0
 
 
 def test_hospitals_begin_as_the_cells_of_the_sweep_do(p):
@@ -844,14 +844,14 @@ def test_the_rule_that_a_hospital_should_take_by_hand():
         "median": (0.02, 0.03, None, 40.0),
         "krum": (0.0, 0.045, 0.0, 20.0),  # its interval reaches beyond
         "multi_krum": (0.0, 0.01, 0.02, 12.0),  # leaves out honest ones
-        "repaired": (0.0, 0.03, -0.01, 10.0),
+        "clip_then_train": (0.0, 0.03, -0.01, 10.0),
         hospitals.ALONE: (None, None, None, 30.0),
     }
     table = where_hospitals_differ(summary_of(rates))
     assert list(dict.fromkeys(table["name"])) == list(rates)
-    assert holds(table, 0.05, 0.01) == ["repaired", "median"]
+    assert holds(table, 0.05, 0.01) == ["clip_then_train", "median"]
     said = advice(table, 0.5, 0.05, 0.01)
-    assert "take `repaired`" in said
+    assert "take `clip_then_train`" in said
     assert "0.03 [0.02, 0.04] of the images, without it in 1 [0.99, 1.01]" in said
     assert "is 10 [9.99, 10] without an attack and 17 [17, 17] under that one" in said
     assert "without any hospital, 30 [30, 30]" in said
@@ -964,7 +964,10 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         if scenario == "null":
             assert (variant, set(where)) == ("feddetect_released", {"m"}), name
             assert int(where["m"]) in p.null_test.clients, name
-        elif scenario == "aware_rule" or variant in ("root_set", "repaired"):  # only measured where hospitals differ
+        elif scenario == "aware_rule" or variant in (
+            "root_set",
+            "clip_then_train",
+        ):  # only measured where hospitals differ
             assert variant in hospitals.variants(scenario), name
             assert set(where) == {"partition"}, name
             assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name

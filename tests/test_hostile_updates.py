@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medsec.backdoor.feddetect import Described, Hardened, NormClip, Released, Repaired
+from medsec.backdoor.feddetect import Described, Hardened, NormClip, Released, ClipThenTrain
 from medsec.core.errors import InputError
 from medsec.federated.aggregators import RULES, RootSet, fedavg, rule
 from medsec.federated.rounds import LARGEST_COUNT, LARGEST_VALUE, NoQuorum, Update, run_round, screen
@@ -68,7 +68,7 @@ SERVERS = {
     "hardened": hardened,
     "norm_clip": lambda: NormClip(START),
     "root_set": lambda: RootSet(START, learns),
-    "repaired": lambda: Repaired(NormClip(START), learns),
+    "clip_then_train": lambda: ClipThenTrain(NormClip(START), learns),
 }
 
 

@@ -2,7 +2,7 @@
 
 Clients whose images differ by nature are what robust rules fear most: honest updates lie far apart, and an attacker hides
 between them. The server may own clean images here, the split ``public``: FLTrust measures updates by what it learns from
-them, `feddetect.Repaired` trains the average on them. `ALONE` is the control for both, a server that needs no client.
+them, `feddetect.ClipThenTrain` trains the average on them. `ALONE` is the control for both, a server that needs no client.
 """
 
 import copy
@@ -36,7 +36,14 @@ ARMS = {
     "hospitals_boost_liar": "boost_liar",
     "hospitals_aware": "aware_rule",
 }
-RULES = ("median", "krum", "multi_krum", "norm_clip", "root_set", "repaired")  # of four, the trimmed mean is the median
+RULES = (
+    "median",
+    "krum",
+    "multi_krum",
+    "norm_clip",
+    "root_set",
+    "clip_then_train",
+)  # of four, the trimmed mean is the median
 ALONE = "server_alone"  # a control, no defence: the server trains on its own images and hears nobody
 BEHAVES = {"no_attack": "no_attack", "boost_liar": "boost_liar", "aware_rule": "aware"}  # as `SCENARIOS` calls it
 Train = Callable[[State, int], State]
@@ -74,8 +81,8 @@ def defence(variant: str, params: Params, federation: FederatedGAN, server: GANC
     if variant == "root_set":
         return RootSet(federation.state, trains(server, federation, fades=True))
     train = trains(server, federation, fades=False)
-    if variant == "repaired":
-        return feddetect.Repaired(feddetect.NormClip(federation.state), train)
+    if variant == "clip_then_train":
+        return feddetect.ClipThenTrain(feddetect.NormClip(federation.state), train)
     if variant == ALONE:
         return lambda updates, round: (train(federation.state, round), {})
     return plain.defence(variant, params, federation, None)
@@ -95,7 +102,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             return {f"generator.{name}": value for name, value in state.items()}
 
         def after(state: State) -> State:
-            ahead = trains(copy.deepcopy(server), federation, fades=variant != "repaired")
+            ahead = trains(copy.deepcopy(server), federation, fades=variant != "clip_then_train")
             return part_of(ahead(whole(state), round), "generator")
 
         def accepts(state: State) -> bool:
@@ -113,7 +120,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             torch_generator(federation.seed, "aware", round),
             **settings.model_dump(),
             **({"accepts": accepts} if variant in ("krum", "multi_krum") else {}),
-            after=after if variant == "repaired" else None,
+            after=after if variant == "clip_then_train" else None,
         )
         return own | whole(sent)
 

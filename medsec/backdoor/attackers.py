@@ -342,7 +342,7 @@ def known(rule: str, clients: int, own: Tensor | None = None) -> Known:
         "krum": formed_krum,
         "multi_krum": formed_multi_krum,
         "norm_clip": formed_clipped,
-        "repaired": formed_clipped,
+        "clip_then_train": formed_clipped,
         "root_set": functools.partial(formed_trusted, own=own),
     }
     if rule not in formed:

@@ -197,14 +197,14 @@ class NormClip:
         return self.state, diagnostics
 
 
-class Repaired:
+class ClipThenTrain:
     """`NormClip`, after which the server has the last word: it trains the average for an epoch on images of its own (ours).
 
     Nobody is judged, so nobody can be excluded wrongly. What a client plants has to survive a round of training against a
     discriminator that has never seen a real image with a trigger; and clipping bounds how deep it can be planted.
 
     Args:
-        clip: the rule before, which then measures updates from the repaired state.
+        clip: the rule before, which then measures updates from the trained state.
         train: ``train(state, round) -> state``, the server's own local training on clean images.
     """
 
