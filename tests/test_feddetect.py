@@ -15,11 +15,11 @@ from sklearn.ensemble import IsolationForest
 from medsec.backdoor import attackers, feddetect, triggers
 from medsec.backdoor.attackers import SCENARIOS, Aware, BackdoorAttack, falsified
 from medsec.backdoor.feddetect import (
+    ClipThenTrain,
     Described,
     Hardened,
     NormClip,
     Released,
-    ClipThenTrain,
     isolation_flags,
     loss_evidence,
     map_evidence,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medsec.backdoor.feddetect import Described, Hardened, NormClip, Released, ClipThenTrain
+from medsec.backdoor.feddetect import ClipThenTrain, Described, Hardened, NormClip, Released
 from medsec.core.errors import InputError
 from medsec.federated.aggregators import RULES, RootSet, fedavg, rule
 from medsec.federated.rounds import LARGEST_COUNT, LARGEST_VALUE, NoQuorum, Update, run_round, screen
