@@ -104,6 +104,7 @@ record: $(READY) ## make or resume the records of a cohort (hours; PLAN=1 only s
 	$(PY) -m experiments record 02_feddetect --cohort $(COHORT) $(if $(PLAN),--plan)
 	$(PY) -m experiments record 03_gia_defense --cohort $(COHORT) $(if $(PLAN),--plan)
 	$(PY) -m experiments record 04_adversarial_pruning_defense --cohort $(COHORT) $(if $(PLAN),--plan)
+	$(PY) -m experiments record 05_threat_matrix --cohort $(COHORT) $(if $(PLAN),--plan)
 
 lab: $(READY) ## open the notebooks in JupyterLab, with sliders
 	MEDSEC_LIVE=1 $(PY) -c "import medsec; from jupyterlab.labapp import main; main()" .
