@@ -86,7 +86,8 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
         "distance": (rows["metric"] == "frechet") & (rows["scenario"] == "no_attack"),
         "attacked distance": (rows["metric"] == "frechet") & (rows["scenario"] == own),
     }
-    found = pd.concat([rows[at].assign(name=rows["variant"], group=group) for group, at in groups.items()])
+    rows = rows.assign(name=rows["variant"])
+    found = pd.concat([rows[at].assign(group=group) for group, at in groups.items()])
     order = [*COMPARED, ALONE]
     return found[found["name"].isin(order)].sort_values("name", key=lambda c: c.map(order.index), kind="stable")
 
