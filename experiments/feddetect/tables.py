@@ -1,5 +1,6 @@
 """The summary of notebook 02, and the rows of its tables that follow from others."""
 
+import numpy as np
 import pandas as pd
 
 from experiments.feddetect.cells import KEYS, READS_LOSSES
@@ -131,12 +132,18 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
         at: told.get(at, "(not measured)")
         for at in ((best, "distance"), (best, "attacked distance"), ("none", "distance"), (ALONE, "distance"))
     }
+    gains = cells["high"].get((best, "distance"), np.inf) < cells["low"].get((ALONE, "distance"), -np.inf)
+    worth = (
+        ""
+        if gains
+        else " So what stops the attacker is the server's own data: the hospitals add nothing that this measures."
+    )
     return (
         f"**Where hospitals differ, take `{best}`**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
         f"images, without it in {told['none', 'own attacker']}. Its Fréchet distance is {far[best, 'distance']} without an "
         f"attack and {far[best, 'attacked distance']} under that one; the undefended federation's is "
         f"{far['none', 'distance']} without an attack, and that of the server alone, without any hospital, "
-        f"{far[ALONE, 'distance']}."
+        f"{far[ALONE, 'distance']}.{worth}"
     )
 
 
