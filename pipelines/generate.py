@@ -84,7 +84,9 @@ NOTEBOOKS = {
         ("data_and_threats", "backdoor_fedgan", "feddetect"),
         ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan", "feddetect", "own.rules"),
-        _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack") | {"hospitals": False},
+        _all(
+            "aware", "downstream", "evidence", "gallery", "matrix", "no_attack"
+        ),  # and hospitals, once a record has it
         claims="1-fedgan-defence",
         record=True,
         recorded=("hospitals",),
