@@ -96,6 +96,7 @@ def test_covers_every_defence_of_images_and_gradients():
     assert column("03", "attack") >= {"dlg", "ig", "bn", "prior", *inversion_eval.ADAPTIVE}
     assert {cell.arm for cell in recorded("03_gia_defense")} == {
         "attack",
+        "longer",
         "federation",
         "rounds",
         "strength",

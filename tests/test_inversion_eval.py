@@ -590,7 +590,7 @@ def test_titles_say_what_the_numbers_say():
         [{"name": "none, ig, 9 steps", "attack": "ig, 9 steps", "x": 4.0, "value": 30.0, "low": 29, "high": 31}]
     )
     both = pd.concat([curve, longer], ignore_index=True)
-    assert inversion_tables.trend(both, "images").endswith("to 20 dB at 4 images;\n30 dB there with 9 steps")
+    assert inversion_tables.trend(both, "images").endswith("to 20 dB at 4 images;\n9 steps find 30 dB at 4")
 
     points = pd.DataFrame(
         {"variant": ["none", "a", "b", "c"], "usual": True, "y_low": [40.0, 17, 18, 25], "x_high": [0.0, -0.1, 0.01, 0]}

@@ -81,7 +81,7 @@ def in_the_matrix(name, p):
     rows = run("05", p, cell)
     assert set(rows["variant"]) == {name}
     shown = pd.DataFrame({"variant": [*ROWS, name], "column": 0, "value": 0.5, "low": 0.4, "high": 0.6})
-    fig, ax = figures.heat_map(shown.assign(judged="", why="", badness=0.5, n=3), "")
+    fig, ax = figures.heat_map(shown.assign(judged="", why="", badness=0.5, n=3, tested=True), "")
     assert name in [text.get_text() for text in ax.get_yticklabels()]
     return rows
 

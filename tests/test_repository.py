@@ -397,6 +397,7 @@ def test_committed_records_have_unique_rows_and_enough_seeds():
             fewer = headline["variant"].isin(BASELINES)  # robust aggregators, for comparison
             fewer |= headline["scenario"].eq("utility") & file.stem.startswith("03")  # of defences that decide no bar
             fewer |= headline["variant"].isin(CONTROLS)
+            fewer |= headline["variant"].eq("prune_random")  # of notebook 05, a control that may call nothing rightly
             fewer |= headline["variant"].str.startswith("drawn_")  # by the GAN that draws, which takes long
             assert headline["n"][~fewer].min() >= 5, file
             assert headline["n"][headline["metric"] != "failed"].min() >= 3, file  # n of "failed": how many diverged

@@ -75,16 +75,17 @@ def reaching(points: pd.DataFrame, floor: float) -> str:
 
 
 def trend(rows: pd.DataFrame, label: str) -> str:
-    """What the undefended curve of `sweeps` does from its first to its last point, and what a longer search has there."""
+    """What the undefended curve of `sweeps` does from its first to its last point, and what a longer search finds."""
     none = rows[rows["name"] == "none"].sort_values("x")
     first, last = none.iloc[0], none.iloc[-1]
     apart = first["low"] > last["high"] or first["high"] < last["low"]
     word = ("falls" if last["value"] < first["value"] else "rises") if apart else "does not clearly change"
     ends = f"from {first['value']:.0f} dB at {first['x']:g} to {last['value']:.0f} dB at {last['x']:g} {label}"
-    longer = rows[rows["name"].str.startswith(f"none, {LONGER}") & (rows["x"] == last["x"])]
-    more = "".join(
-        f";\n{row['value']:.0f} dB there with {row['attack'].removeprefix(LONGER)}" for _, row in longer.iterrows()
-    )
+    longer = rows[rows["name"].str.startswith(f"none, {LONGER}")].sort_values("x")
+    more = ""
+    if len(longer):
+        points = " and ".join(f"{row['value']:.0f} dB at {row['x']:g}" for _, row in longer.iterrows())
+        more = f";\n{longer['attack'].iloc[0].removeprefix(LONGER)} find {points}"
     return f"No defence: the PSNR {word}, {ends}{more}"
 
 
