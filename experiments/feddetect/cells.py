@@ -225,7 +225,7 @@ def follow(
         log[-1]["trigger_rate"] = fedgan_eval.rate_each_round(setup, federation)
 
     # An intermittent attacker has few rounds and does not let the learning rate fade in them.
-    constant = unfading(federation)
+    constant = dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
 
     def train(client: GANClient, state: State, federation: FederatedGAN, round: int) -> Update:
         faithless = SCENARIOS[scenario].intermittent and client.index in p.fedgan.malicious
@@ -233,11 +233,6 @@ def follow(
 
     fedgan.run(federation, train=train, aggregate=aggregate, after_round=measure, strict=True)
     return log
-
-
-def unfading(federation: FederatedGAN) -> FederatedGAN:
-    """The same with a learning rate that never fades."""
-    return dataclasses.replace(federation, gan=federation.gan.model_copy(update={"decay_after": 1.0}))
 
 
 # One cell ------------------------------------------------------------------------------------------------------------

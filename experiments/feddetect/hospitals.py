@@ -70,17 +70,16 @@ def server_of(setup: GANSetup, seed: int) -> GANClient:
     return fedgan.new_federation([images[some]], [labels[some]], classes, p.fedgan, seed, indices=[index]).clients[0]
 
 
-def trains(server: GANClient, federation: FederatedGAN, fades: bool) -> Train:
-    """The server's own epoch, at the clients' learning rate or at one that never fades."""
-    fixed = federation if fades else plain.unfading(federation)
-    return lambda state, round: fedgan_eval.train_client(server, state, fixed, round).state
+def trains(server: GANClient, federation: FederatedGAN) -> Train:
+    """The server's own epoch, at the clients' learning rate."""
+    return lambda state, round: fedgan_eval.train_client(server, state, federation, round).state
 
 
 def defence(variant: str, params: Params, federation: FederatedGAN, server: GANClient) -> Aggregator:
     """A fresh rule for the rounds after the warm-up."""
+    train = trains(server, federation)
     if variant == "root_set":
-        return RootSet(federation.state, trains(server, federation, fades=True))
-    train = trains(server, federation, fades=False)
+        return RootSet(federation.state, train)
     if variant == "clip_then_train":
         return feddetect.ClipThenTrain(feddetect.NormClip(federation.state), train)
     if variant == ALONE:
@@ -102,7 +101,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             return {f"generator.{name}": value for name, value in state.items()}
 
         def after(state: State) -> State:
-            ahead = trains(copy.deepcopy(server), federation, fades=variant != "clip_then_train")
+            ahead = trains(copy.deepcopy(server), federation)
             return part_of(ahead(whole(state), round), "generator")
 
         def accepts(state: State) -> bool:
@@ -133,7 +132,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, GA
     trigger = setup.trigger if what.attacks and not what.aware else None
     federation = fedgan.new_federation(*fedgan_eval.deal(setup, seed), setup.cohort.n_classes, p.fedgan, seed, trigger)
     server = server_of(setup, seed)
-    learn = trains(server, federation, fades=True)
+    learn = trains(server, federation)
 
     def look_on(updates: Sequence[Update], round: int) -> tuple[State, dict]:
         learn(federation.state, round)
