@@ -91,7 +91,7 @@ def test_a_second_modality_has_headlines_only():
         cells = design.cells("fundus", p)
         assert len({cell.name for cell in cells}) == len(cells)
         assert {cell.seed for cell in cells if not cell.keys} == set(p.seeds.evaluation)
-        swept = design.cells("phantom", p)  # that of notebook 05 has nothing but its headline, which is the whole matrix
+        swept = design.cells("phantom", p)  # notebook 05 has no sweeps: its headline is the whole matrix
         assert len(cells) < len(swept) / 2 or cells == swept == [cell for cell in swept if not cell.keys]
         assert all(cell.keys == {"trigger": "grid", "size": 64} for cell in cells if cell.keys)
 
