@@ -704,7 +704,7 @@ def test_clip_then_train_trains_what_the_server_will_hold():
         seen.append((round, vector_of(received)))
         return state(vector_of(received) + 10)
 
-    defence, held = ClipThenTrain(NormClip(state([0.0, 0.0, 0.0])), train), np.zeros(3)
+    defence, held = ClipThenTrain(state([0.0, 0.0, 0.0]), train), np.zeros(3)
     for t in range(3):
         rows = held + np.diag([1.0, 2.0, 30.0]) * (1 + t)
         found, diagnostics = defence(updates_of([1.0] * 3, rows), t)

@@ -735,6 +735,12 @@ class Locked(Counts):
         self.lock = threading.Lock()
 
 
+class Wraps(Counts):
+    def __init__(self):
+        self.inner = Counts()
+        self.inner.held = START  # what it remembers lies in an attribute that is itself a rule
+
+
 def closure(rule):
     return lambda updates, round: rule(updates, round)
 
@@ -758,6 +764,7 @@ def test_a_rule_that_remembers_from_its_first_call_goes_on():
         (functools.partial(Counts()), "a rule must be a plain function, or an object"),
         (Slotted(), "a rule must be a plain function, or an object"),
         (closure(Counts()), "a rule must be a plain function, or an object"),
+        (Wraps(), "a rule must keep what it remembers in its own attributes, not inside inner"),
         (Arrays(), r"may hold tensors, numbers, texts, .*; not this: "),
         (Locked(), r"may hold tensors, numbers, texts, .*; not this: TypeError: cannot pickle"),
     ],

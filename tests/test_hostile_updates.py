@@ -68,7 +68,7 @@ SERVERS = {
     "hardened": hardened,
     "norm_clip": lambda: NormClip(START),
     "root_set": lambda: RootSet(START, learns),
-    "clip_then_train": lambda: ClipThenTrain(NormClip(START), learns),
+    "clip_then_train": lambda: ClipThenTrain(START, learns),
 }
 
 

@@ -70,18 +70,24 @@ def server_of(setup: GANSetup, seed: int) -> GANClient:
     return fedgan.new_federation([images[some]], [labels[some]], classes, p.fedgan, seed, indices=[index]).clients[0]
 
 
-def trains(server: GANClient, federation: FederatedGAN) -> Train:
-    """The server's own epoch, at the clients' learning rate."""
-    return lambda state, round: fedgan_eval.train_client(server, state, federation, round).state
+def trains(server: GANClient, federation: FederatedGAN, passes: int) -> Train:
+    """The server's own passes over its images, at the clients' learning rate."""
+
+    def train(state: State, round: int) -> State:
+        for _ in range(passes):
+            state = fedgan_eval.train_client(server, state, federation, round).state
+        return state
+
+    return train
 
 
 def defence(variant: str, params: Params, federation: FederatedGAN, server: GANClient) -> Aggregator:
     """A fresh rule for the rounds after the warm-up."""
-    train = trains(server, federation)
+    train = trains(server, federation, params.hospitals.passes)
     if variant == "root_set":
         return RootSet(federation.state, train)
     if variant == "clip_then_train":
-        return feddetect.ClipThenTrain(feddetect.NormClip(federation.state), train)
+        return feddetect.ClipThenTrain(federation.state, train)
     if variant == ALONE:
         return lambda updates, round: (train(federation.state, round), {})
     return plain.defence(variant, params, federation, None)
@@ -101,7 +107,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             return {f"generator.{name}": value for name, value in state.items()}
 
         def after(state: State) -> State:
-            ahead = trains(copy.deepcopy(server), federation)
+            ahead = trains(copy.deepcopy(server), federation, p.hospitals.passes)
             return part_of(ahead(whole(state), round), "generator")
 
         def accepts(state: State) -> bool:
@@ -132,7 +138,7 @@ def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, GA
     trigger = setup.trigger if what.attacks and not what.aware else None
     federation = fedgan.new_federation(*fedgan_eval.deal(setup, seed), setup.cohort.n_classes, p.fedgan, seed, trigger)
     server = server_of(setup, seed)
-    learn = trains(server, federation)
+    learn = trains(server, federation, p.hospitals.passes)
 
     def look_on(updates: Sequence[Update], round: int) -> tuple[State, dict]:
         learn(federation.state, round)

@@ -79,7 +79,6 @@ class Params(Section):
     inversion: InversionParams
     fingerprint: FingerprintParams
     imprint: ImprintParams
-    imprint: ImprintParams
     evasion: EvasionParams
     transfer: Transfer
     review: Review

@@ -76,6 +76,7 @@ class Hospitals(Section):
     """Every rule where hospitals differ; only its own cells depend on it."""
 
     public: int = Field(ge=2, le=MOST)
+    passes: Count
     aware: KnowingParams
 
 

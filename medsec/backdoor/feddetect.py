@@ -173,10 +173,23 @@ class Described:
         return state, {"weights": shares, "flagged": _by_client(updates, flags)}
 
 
-class NormClip:
+def clipped_mean(updates: Sequence[Update], received: State) -> tuple[State, dict]:
     """Mean of the updates, each shortened to the median length of the round (Sun et al. 2019, arXiv:1911.07963).
 
-    An update is what a client sends minus what it received, over all floating-point entries.
+    An update is what a client sends minus what it ``received``, over all floating-point entries.
+    """
+    _need(updates)
+    lengths = np.array([update_length(u.state, received) for u in updates])
+    limit = float(np.median(lengths))
+    clipped = []
+    for u, length in zip(updates, lengths, strict=True):
+        factor = min(1.0, limit / length) if length > 0 else 1.0
+        clipped.append(dataclasses.replace(u, state=scale_update(u.state, received, factor)))
+    return uniform_mean(clipped)
+
+
+class NormClip:
+    """`clipped_mean` of every round.
 
     Args:
         state: what the server holds before the first round.
@@ -186,35 +199,28 @@ class NormClip:
         self.state = state
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        _need(updates)
-        lengths = np.array([update_length(u.state, self.state) for u in updates])
-        limit = float(np.median(lengths))
-        clipped = []
-        for u, length in zip(updates, lengths, strict=True):
-            factor = min(1.0, limit / length) if length > 0 else 1.0
-            clipped.append(dataclasses.replace(u, state=scale_update(u.state, self.state, factor)))
-        self.state, diagnostics = uniform_mean(clipped)
+        self.state, diagnostics = clipped_mean(updates, self.state)
         return self.state, diagnostics
 
 
 class ClipThenTrain:
-    """`NormClip`, after which the server has the last word: it trains the average for an epoch on images of its own (ours).
+    """`clipped_mean`, after which the server has the last word: it trains the average on images of its own (ours).
 
     Nobody is judged, so nobody can be excluded wrongly. What a client plants has to survive a round of training against a
     discriminator that has never seen a real image with a trigger; and clipping bounds how deep it can be planted.
 
     Args:
-        clip: the rule before, which then measures updates from the trained state.
+        state: what the server holds before the first round.
         train: ``train(state, round) -> state``, the server's own local training on clean images.
     """
 
-    def __init__(self, clip: NormClip, train: Callable[[State, int], State]):
-        self.clip, self.train = clip, train
+    def __init__(self, state: State, train: Callable[[State, int], State]):
+        self.state, self.train = state, train
 
     def __call__(self, updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        clipped, diagnostics = self.clip(updates, round)
-        self.clip.state = self.train(clipped, round)
-        return self.clip.state, diagnostics
+        clipped, diagnostics = clipped_mean(updates, self.state)
+        self.state = self.train(clipped, round)
+        return self.state, diagnostics
 
 
 def update_length(sent: State, received: State) -> float:

@@ -59,6 +59,9 @@ def memory(rule: Aggregator) -> dict[str, Any]:
     slots = any("__slots__" in vars(each) for each in type(rule).__mro__[:-1])
     if inner is rule and hasattr(rule, "__dict__") and not slots and not inspect.isroutine(rule):
         kept = {name: value for name, value in vars(rule).items() if not callable(value)}
+        within = [name for name, value in vars(rule).items() if _may_remember(value)]
+        if within:
+            raise InputError(f"a rule must keep what it remembers in its own attributes, not inside {', '.join(within)}")
         return {name: list(value) if isinstance(value, deque) else value for name, value in kept.items()}
     raise InputError("a rule must be a plain function, or an object that keeps what it remembers in its attributes")
 
@@ -66,6 +69,12 @@ def memory(rule: Aggregator) -> dict[str, Any]:
 def _harmless(value: object) -> bool:
     """Whether a function can close over it without remembering anything."""
     return isinstance(value, PLAIN) or inspect.isfunction(value)
+
+
+def _may_remember(value: object) -> bool:
+    """Whether an attribute that is called is an object with attributes of its own, which nobody would save."""
+    plain = isinstance(value, type | functools.partial) or inspect.isroutine(value)
+    return callable(value) and not plain and bool(getattr(value, "__dict__", None))
 
 
 def recall(rule: Aggregator, remembered: dict[str, Any]) -> None:
