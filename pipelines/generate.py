@@ -35,7 +35,7 @@ class Notebook:
         packages: that it uses besides those of `EVERYWHERE`.
         params: sections of ``params.yaml``.
         figures: name -> whether every cohort has it (some need masks or hospitals).
-        claims: its ledger.
+        claims: files below ``claims/`` that it reads: its ledger, and more; besides the metrics, which all read.
         more: other tables that it writes.
         record: it shows a record.
         recorded: sections that only its record uses.
@@ -47,7 +47,7 @@ class Notebook:
     packages: tuple[str, ...]
     params: tuple[str, ...]
     figures: dict[str, bool]
-    claims: str | None = None
+    claims: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
     record: bool = False
     recorded: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ NOTEBOOKS = {
         ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan"),
         _all("attribution", "frechet", "gallery", "mechanism", "record", "trigger", "triggers"),
-        claims="1-fedgan",
+        claims=("1-fedgan",),
         more=("01_rounds.csv",),
         record=True,
         recorded=("drawing",),
@@ -84,10 +84,8 @@ NOTEBOOKS = {
         ("data_and_threats", "backdoor_fedgan", "feddetect"),
         ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan", "feddetect", "own.rules"),
-        _all(
-            "aware", "downstream", "evidence", "gallery", "matrix", "no_attack"
-        ),  # and hospitals, once a record has it
-        claims="1-fedgan-defence",
+        _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack"),
+        claims=("1-fedgan-defence",),
         record=True,
         recorded=("hospitals",),
     ),
@@ -97,7 +95,7 @@ NOTEBOOKS = {
         ("medsec/federated", "medsec/inversion"),
         ("seeds", "cohorts", "inversion", "fingerprint", "imprint", "own.defences", "record.inversion"),
         _all("batch", "named", "plane", "round", "gallery", "spectrum", "noise", "psnr"),
-        claims="2-shadow",
+        claims=("2-shadow",),
         record=True,
     ),
     "04_adversarial_pruning_defense": Notebook(
@@ -106,7 +104,7 @@ NOTEBOOKS = {
         ("medsec/evasion",),
         ("seeds", "cohorts", "evasion", "transfer", "review", "own.attacks"),
         _all("examples", "rates", "eps", "maps", "sparsity") | {"pointing": False},
-        claims="3-pruning",
+        claims=("3-pruning",),
         record=True,
         networks=True,
     ),
@@ -116,7 +114,7 @@ NOTEBOOKS = {
         ("medsec/federated", "medsec/backdoor", "medsec/inversion", "medsec/evasion"),
         ("seeds", "cohorts", "fedgan", "feddetect", "inversion", "evasion", "matrix", "own.rules", "own.defences"),
         _all("matrix"),
-        claims="5-matrix",
+        claims=("5-matrix", "matrix-readings"),
         record=True,
     ),
 }
@@ -194,7 +192,8 @@ def record_stage(name: str, cohort: str) -> Stage:
 def notebook_stage(name: str, cohort: str) -> Stage:
     """What runs one notebook."""
     notebook, results = NOTEBOOKS[name], f"results/{cohort}"
-    deps = [images(cohort), f"notebooks/{name}.ipynb", "claims"]
+    deps = [images(cohort), f"notebooks/{name}.ipynb"]
+    deps += [f"claims/{file}.yaml" for file in ("metrics", *notebook.claims)]
     if notebook.record:
         deps += [f"records/{cohort}/{name}.csv", f"records/{cohort}/{name}.json"]
     if notebook.networks:

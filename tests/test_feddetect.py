@@ -875,7 +875,7 @@ def rule_of(name, held):
 
 
 def knows(name, held, clients=4):
-    own = attackers.vector(own_step(held)) - attackers.vector(held)
+    own = aggregators.vector(own_step(held)) - aggregators.vector(held)
     return attackers.known(name, clients, own if name == "root_set" else None)
 
 
@@ -897,15 +897,15 @@ def test_what_the_attacker_takes_a_rule_for_is_the_rule(federation, name):
     """Its differentiable copy against the rule's own code: where it starts, in the crowd, and scaled."""
     _, states, _ = federation
     others, held = parts_of(states[1:]), held_of(states)
-    crowd, received = torch.stack([attackers.vector(s) for s in others]), attackers.vector(held)
+    crowd, received = torch.stack([aggregators.vector(s) for s in others]), aggregators.vector(held)
     near = crowd.mean(0) + 0.001 * torch.randn(crowd.shape[1], generator=rng(3))
     far = near if "krum" in name else received + 3 * (crowd[0] - received)
     for mine in (near, far, crowd.mean(0)):
         sent = attackers.shaped(mine, others[0])
         found, _ = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([sent, *others])], 5)
         formed = knows(name, held).formed(mine, crowd, received)
-        expected = attackers.vector(found)
-        assert float((attackers.vector(attackers.shaped(formed, held)) - expected).abs().max()) < 1e-4
+        expected = aggregators.vector(found)
+        assert float((aggregators.vector(attackers.shaped(formed, held)) - expected).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -919,7 +919,7 @@ def test_who_knows_a_rule_plants_its_trigger_through_it(federation, name):
     def rate(state):
         return float(triggers.score(CHECKER, draw({f"generator.{k}": v for k, v in state.items()})).mean())
 
-    clean = attackers.shaped(torch.stack([attackers.vector(s) for s in others]).mean(0), held)
+    clean = attackers.shaped(torch.stack([aggregators.vector(s) for s in others]).mean(0), held)
     before, _ = rule_of(name, held)([Update(i, s, 1) for i, s in enumerate([clean, *others])], 5)
     assert rate(found) > rate(before) + 0.2
 
@@ -939,8 +939,8 @@ def test_its_statistic_stays_within_the_bound_of_the_rule(federation):
     sent, others, held = plant(federation, "norm_clip")
     clean = mean_of(others)
     formed, bare = (NormClip(held)([Update(i, s, 1) for i, s in enumerate([x, *others])], 5)[0] for x in (sent, clean))
-    lengths = sorted(float((attackers.vector(s) - attackers.vector(held)).norm()) for s in [sent, *others])
-    moved = float((attackers.vector(formed) - attackers.vector(bare)).norm())
+    lengths = sorted(float((aggregators.vector(s) - aggregators.vector(held)).norm()) for s in [sent, *others])
+    moved = float((aggregators.vector(formed) - aggregators.vector(bare)).norm())
     assert moved <= 2 * (lengths[1] + lengths[2]) / 2 / 4 + 1e-4
 
 

@@ -966,10 +966,8 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         if scenario == "null":
             assert (variant, set(where)) == ("feddetect_released", {"m"}), name
             assert int(where["m"]) in p.null_test.clients, name
-        elif scenario == "aware_rule" or variant in (
-            "root_set",
-            "clip_then_train",
-        ):  # only measured where hospitals differ
+        elif scenario == "aware_rule" or variant in ("root_set", "clip_then_train"):
+            # Only measured where hospitals differ.
             assert variant in hospitals.variants(scenario), name
             assert set(where) == {"partition"}, name
             assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name

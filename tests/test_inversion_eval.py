@@ -596,7 +596,7 @@ def test_titles_say_what_the_numbers_say():
         {"variant": ["none", "a", "b", "c"], "usual": True, "y_low": [40.0, 17, 18, 25], "x_high": [0.0, -0.1, 0.01, 0]}
     )
     assert inversion_tables.reaching(points, 18.0) == (
-        "2 of 3 defences leave no more than no gradient has, 1 of them without a clear loss"
+        "2 of 3 defences leave not clearly more than no gradient has, 1 without a clear loss"
     )
     shown = {
         "original": np.zeros((2, 1, 4, 4)),

@@ -29,9 +29,8 @@ from medsec.core import paths
 from medsec.evidence import cells, execute, ledger, tables
 
 ROOT = paths.ROOT
-LIMIT_FILES = (
-    490  # 450 before deployment, reports on one's own, a dishonest server, panels to move and a record of notebook 05
-)
+# 450 before deployment, reports on one's own, a dishonest server, panels to move and a record of notebook 05
+LIMIT_FILES = 490
 LIMIT_MB, LIMIT_README = 25, 7000
 LIMIT_WORDS = 1500  # of a notebook's text
 SOURCES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))

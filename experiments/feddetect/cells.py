@@ -453,9 +453,7 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     return fedgan_eval.lacks(cohort, p, cell) + ([few] if least < real else [])
 
 
-# Scenarios, here and in `hospitals`, that begin as an arm of notebook 01.
-LIKE = {"no_attack": "clean", "boost_liar": "attack"}
-LIKE |= {"hospitals_no_attack": "clean", "hospitals_aware": "clean", "hospitals_boost_liar": "attack"}
+LIKE = {"no_attack": "clean", "boost_liar": "attack"}  # scenarios that begin as an arm of notebook 01
 
 
 def family(cell: cells.Cell) -> str:

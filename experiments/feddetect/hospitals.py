@@ -26,7 +26,7 @@ from medsec.backdoor.gan import FederatedGAN, GANClient, part_of
 from medsec.core.errors import InputError
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.evidence import cells, tables
-from medsec.federated.aggregators import RootSet, uniform_mean
+from medsec.federated.aggregators import RootSet, uniform_mean, vector
 from medsec.federated.rounds import Aggregator, State, Update
 
 # Arm -> the scenario of its rows. ``aware_rule`` optimises against the rule that it meets; of the hardened defence and its
@@ -114,7 +114,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             sent = [Update(attacker, whole(state), 1), *(Update(-1 - i, s, 1) for i, s in enumerate(others))]
             return rule(sent, round)[1]["weights"][attacker] > 0
 
-        root = attackers.vector(after(held)) - attackers.vector(held) if variant == "root_set" else None
+        root = vector(after(held)) - vector(held) if variant == "root_set" else None
         settings = p.hospitals.aware
         sent = attackers.planted(
             federation.generator(),
@@ -189,5 +189,13 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     return plain.lacks(cohort, p, dataclasses.replace(cell, arm=BEHAVES[ARMS[cell.arm]]))
 
 
+def family(cell: cells.Cell) -> str:
+    """As that of the notebook's cells; who knows the rule is honest at first, like everybody without an attack."""
+    begins = {**ARMS, "hospitals_aware": "no_attack"}
+    return plain.family(dataclasses.replace(cell, arm=begins.get(cell.arm, cell.arm)))
+
+
 # What the record runs: the notebook's cells, and those of hospitals that differ.
-EXPERIMENT = dataclasses.replace(plain.EXPERIMENT, run=run, lacks=lacks, more=dict.fromkeys(ARMS, ("hospitals",)))
+EXPERIMENT = dataclasses.replace(
+    plain.EXPERIMENT, run=run, lacks=lacks, family=family, more=dict.fromkeys(ARMS, ("hospitals",))
+)

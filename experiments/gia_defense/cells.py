@@ -505,9 +505,9 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
     """What the cohort is too small for in one cell (`medsec.evidence.cells.Experiment`)."""
     if cell.arm in (fingerprints.SCENARIO, fingerprints.LATER, imprints.SCENARIO):
         return instruments.lacks(cohort, p, cell.variants, cell.seed, max(cell.given["batches"]))
-    victims = (
-        1 if cell.arm not in ("attack", "longer") else p.inversion.sweep_victims if cell.keys else p.inversion.victims
-    )
+    victims = 1
+    if cell.arm in ("attack", "longer"):
+        victims = p.inversion.sweep_victims if cell.keys else p.inversion.victims
     return instruments.lacks(cohort, p, cell.variants, cell.seed, victims * int(cell.keys.get("batch", 1)))
 
 

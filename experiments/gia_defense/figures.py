@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from medsec.show import plots
 from medsec.show.plots import WIDTH
 
-LONGER_LOOK = {"color": "#CC79A7", "linestyle": "--", "marker": "v"}
 FAMILIES = {  # look of a defence in the plane: colour, marker, and what the legend says
     "none": ("#000000", "*", "no defence"),
     "gradient": ("#0072B2", "o", "on the gradient"),
@@ -86,21 +85,6 @@ def plane(points: pd.DataFrame, family: dict[str, str], floor: float, title: str
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=10)
     fig.legend(loc="outside lower center", ncols=2)
     return fig, ax
-
-
-def sweep(panels: dict[str, pd.DataFrame], title: str, label: str):
-    """`plots.curves` of `tables.sweeps`; what a longer search finds has a look of its own, as a fifth curve needs one."""
-    fig, axes = plots.curves(panels, title, label)
-    for ax in axes.flat:
-        for line, ends in zip(ax.lines, ax.collections, strict=True):
-            if line.get_label().startswith("none, "):
-                line.set(**LONGER_LOOK)
-                ends.set_color(LONGER_LOOK["color"])
-    for legend in fig.legends:
-        for line, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
-            if text.get_text().startswith("none, "):
-                line.set(**LONGER_LOOK)
-    return fig, axes
 
 
 def _names_at_the_right(ax: Axes, points: pd.DataFrame) -> None:

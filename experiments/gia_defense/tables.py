@@ -71,7 +71,7 @@ def reaching(points: pd.DataFrame, floor: float) -> str:
     usual = points[points["usual"] & (points["variant"] != "none")]
     hidden = usual[usual["y_low"] <= floor]
     free = hidden[hidden["x_high"] >= 0]
-    return f"{len(hidden)} of {len(usual)} defences leave no more than no gradient has, {len(free)} of them without a clear loss"
+    return f"{len(hidden)} of {len(usual)} defences leave not clearly more than no gradient has, {len(free)} without a clear loss"
 
 
 def trend(rows: pd.DataFrame, label: str) -> str:

@@ -63,15 +63,9 @@ def _cell(ax: Axes, x: float, y: float, cell: dict) -> None:
         style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
     ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, **style))
     if empty:
-        ax.text(
-            x,
-            y,
-            "n/a" if cell["tested"] else f"untested ({cell['value']:.2f})",
-            **middle,
-            fontsize=6.5,
-            color="0.3",
-            backgroundcolor="white",
-        )
+        value = "" if pd.isna(cell["value"]) else f" ({cell['value']:.2f})"
+        word = "n/a" if cell["tested"] else f"untested{value}"
+        ax.text(x, y, word, **middle, fontsize=6.5, color="0.3", backgroundcolor="white")
         return
     ink = "white" if cell["badness"] > DARK else "black"
     value, low, high = (f"{cell[name]:.2f}" for name in ("value", "low", "high"))

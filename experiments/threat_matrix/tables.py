@@ -75,8 +75,8 @@ def grid(summary: pd.DataFrame, p: MatrixParams) -> pd.DataFrame:
     ]
     absent = [missing(v, s) or NOTHING_RIGHT for v, s in zip(cells["variant"], cells["scenario"], strict=True)]
     cells["why"] = np.where(cells["n"] == summary["n"].max(), "", absent)
-    cells["tested"] = [works(summary, p, COLUMNS[i]) for i in cells["column"]]
-    cells["tested"] |= cells["judged"] == WORSE
+    effective = [works(summary, p, column) for column in COLUMNS]
+    cells["tested"] = cells["column"].map(effective.__getitem__) | (cells["judged"] == WORSE)
     best, worst = np.array([COLUMNS[i].scale for i in cells["column"]]).T
     best[cells["metric"] == "psnr"] = floor(summary)
     cells["badness"] = ((cells["value"] - best) / (worst - best)).clip(0.0, 1.0)

@@ -25,7 +25,7 @@ from medsec.backdoor.gan import part_of
 from medsec.backdoor.triggers import Trigger
 from medsec.core.errors import InputError
 from medsec.core.seeds import torch_generator
-from medsec.federated.aggregators import uniform_mean
+from medsec.federated.aggregators import uniform_mean, vector
 from medsec.federated.rounds import State, Update
 from medsec.nets.models import Generator
 
@@ -271,7 +271,12 @@ def formed_mean(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
 
 
 def formed_median(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
-    ranked = torch.cat([mine[None], others]).sort(0).values
+    return _middle(torch.cat([mine[None], others]))
+
+
+def _middle(values: Tensor) -> Tensor:
+    """Median over the first axis; the mean of the middle two for an even number."""
+    ranked = values.sort(0).values
     return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
 
 
@@ -289,9 +294,7 @@ def formed_multi_krum(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
 def formed_clipped(mine: Tensor, others: Tensor, held: Tensor) -> Tensor:
     sent = torch.cat([mine[None], others]) - held
     lengths = sent.norm(dim=1)
-    ranked = lengths.sort().values
-    limit = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
-    return held + (sent * (limit / lengths.clamp_min(1e-12)).clamp_max(1)[:, None]).mean(0)
+    return held + (sent * (_middle(lengths) / lengths.clamp_min(1e-12)).clamp_max(1)[:, None]).mean(0)
 
 
 def formed_trusted(mine: Tensor, others: Tensor, held: Tensor, *, own: Tensor) -> Tensor:
@@ -425,11 +428,6 @@ def planted(
         middle = (low + high) / 2
         low, high = (middle, high) if accepts(at(middle)) else (low, middle)
     return at(low)
-
-
-def vector(state: State) -> Tensor:
-    """(d,) all floating-point entries of a state, as `medsec.federated.aggregators.flatten`, on its device."""
-    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()])
 
 
 def shaped(values: Tensor, like: State) -> State:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medsec.core.errors import InputError
 from medsec.federated.rounds import Aggregator, State, Update, scale_update
@@ -170,13 +171,14 @@ class RootSet:
         _need(updates, "root_set")
         held = flatten(self.state).astype(np.float64)
         own = flatten(self.train(self.state, round)) - held
+        wanted = np.linalg.norm(own)
         scaled, trust = [], []
         for u in updates:
             sent = flatten(u.state) - held
-            lengths = np.linalg.norm(sent), np.linalg.norm(own)
-            both = min(lengths) > 0
-            trust.append(max(0.0, float(sent @ own / (lengths[0] * lengths[1]))) if both else 0.0)
-            factor = float(lengths[1] / lengths[0]) if both else 1.0
+            length = np.linalg.norm(sent)
+            both = min(length, wanted) > 0
+            trust.append(max(0.0, float(sent @ own / (length * wanted))) if both else 0.0)
+            factor = float(wanted / length) if both else 1.0
             scaled.append(dataclasses.replace(u, state=scale_update(u.state, self.state, factor)))
         if sum(trust) == 0:
             return self.state, {"weights": {u.client: 0.0 for u in updates}}
@@ -184,9 +186,14 @@ class RootSet:
         return self.state, diagnostics
 
 
+def vector(state: State) -> Tensor:
+    """All floating-point entries of a state as one float32 vector (d,), in the order of the state's keys."""
+    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()])
+
+
 def flatten(state: State) -> np.ndarray:
-    """All floating-point entries of a state as one float32 vector, in the order of the state's keys."""
-    return torch.cat([v.detach().float().flatten() for v in state.values() if v.is_floating_point()]).cpu().numpy()
+    """`vector` as an array."""
+    return vector(state).cpu().numpy()
 
 
 def _combine(updates: Sequence[Update], reduce: Callable[[list[np.ndarray]], np.ndarray], chunk: int = CHUNK) -> State:

@@ -61,7 +61,9 @@ def memory(rule: Aggregator) -> dict[str, Any]:
         kept = {name: value for name, value in vars(rule).items() if not callable(value)}
         within = [name for name, value in vars(rule).items() if _may_remember(value)]
         if within:
-            raise InputError(f"a rule must keep what it remembers in its own attributes, not inside {', '.join(within)}")
+            raise InputError(
+                f"a rule must keep what it remembers in its own attributes, not inside {', '.join(within)}"
+            )
         return {name: list(value) if isinstance(value, deque) else value for name, value in kept.items()}
     raise InputError("a rule must be a plain function, or an object that keeps what it remembers in its attributes")
 

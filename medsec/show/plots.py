@@ -209,6 +209,7 @@ def curves(
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
     styles = [("#000000", ":", "D"), ("#0072B2", "-", "o"), ("#D55E00", "-.", "^"), ("#009E73", "--", "s")]
+    styles.append(("#CC79A7", (0, (6, 2, 1, 2, 1, 2)), "v"))
     names = list(dict.fromkeys(name for table in panels.values() for name in table["name"]))  # alike in all panels
     for ax, (label, table) in zip(axes[0], panels.items(), strict=True):
         for name, rows in table.groupby("name", sort=False):
