@@ -12,8 +12,9 @@ import yaml
 
 from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
+from experiments.backdoor_fedgan import drawing
 from experiments.feddetect import cells as feddetect_eval
-from experiments.feddetect import hospitals
+from experiments.feddetect import harm, hospitals
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
 from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, advice, complete, holds, where_hospitals_differ
@@ -739,6 +740,41 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
     assert [set(entry["diagnostics"]["weights"]) for entry in log] == [{1, 2, 3}] * (ROUNDS - WARM_UP)
 
 
+# ---------------------------------------------------------------------------------------------------------------- harm
+
+
+@pytest.fixture(scope="module")
+def harmed(p):
+    """The rows of both arms, after `complete`, and those of the same federation in notebook 01."""
+    gan = {"z_dim": 4, "width": 4}
+    short = {"rounds": ROUNDS, "gan": gan, "real_per_class": 4}
+    p = params.validate(params.merge(p.model_dump(), {"drawing": short}))
+    cells_of = [cells.Cell(arm, SEED, variants=variants) for arm, (_, variants) in harm.ARMS.items()]
+    runs = pd.concat([harm.run(COHORT, p, cell)[0] for cell in cells_of], ignore_index=True).fillna("")
+    return complete(runs, p), drawing.run(COHORT, p, cells.Cell("drawing_clean", SEED))[0]
+
+
+def test_harm_is_told_of_every_rule_and_from_a_clean_federation(harmed):
+    table, same = harmed
+    assert set(table["metric"]) <= UNITS.keys()
+    assert not table.duplicated(ADDRESS).any()
+    for scenario, (_, variants) in harm.ARMS.items():
+        rows = table[table["scenario"] == scenario]
+        assert tuple(rows["variant"].unique()) == variants
+        for _, of_one in rows.groupby("variant"):
+            assert {*harm.HARM, *harm.IMAGES, "false_exclusion"} <= set(of_one["metric"])
+    clean = value(table, variant="none", scenario="harm_clean", metric="attack_success")
+    for variant in harm.ARMS["harm"][1]:
+        success = value(table, variant=variant, scenario="harm", metric="attack_success")
+        more = value(table, variant=variant, scenario="harm", metric="attack_success_minus_clean")
+        assert more == pytest.approx(success - clean)
+    for metric in (*harm.HARM, *harm.IMAGES):  # the control is the very federation of notebook 01
+        there = same[same["metric"] == metric]["value"].item()
+        assert value(table, variant="none", scenario="harm_clean", metric=metric) == pytest.approx(there, abs=1e-6), (
+            metric
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- hospitals
 
 DIFFER = {"partition": "dirichlet"}
@@ -894,6 +930,8 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
             assert set(c.variants) <= {*VARIANTS, ORACLE}
         elif c.arm in hospitals.ARMS:
             assert c.variants == hospitals.variants(hospitals.ARMS[c.arm])
+        elif c.arm in harm.ARMS:
+            assert c.variants == harm.ARMS[c.arm][1]
         else:
             assert c.arm in ("null", "downstream")
 
@@ -901,6 +939,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
 def planned(p, cells):
     """What the record's table will hold: the (variant, scenario, seed) of the headline, after `complete`."""
     rows = [row(v, c.arm, "label_accuracy", 1.0, c.seed) for c in cells if not c.keys for v in c.variants]
+    rows = [each for each in rows if each["scenario"] not in harm.ARMS]
     full = complete(pd.DataFrame(rows), p)
     assert not full.duplicated(ADDRESS).any(), "two cells give the same row"
     return set(full[["variant", "scenario", "seed"]].itertuples(index=False, name=None))
@@ -959,7 +998,7 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         where, name = dict(claim["where"]), claim["id"]
         variant, scenario, metric = (where.pop(key) for key in ("variant", "scenario", "metric"))
         assert variant in {*VARIANTS, *hospitals.RULES, "augmentation"}, name
-        assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), "null", "downstream"}, name
+        assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), *harm.ARMS, "null", "downstream"}, name
         assert metric in UNITS, name
         assert set(where) <= set(KEYS), name
         assert all(isinstance(v, str) for v in where.values()), f"{name}: keys of a table are text"
@@ -971,6 +1010,9 @@ def test_every_claim_asks_for_a_row_that_can_exist():
             assert variant in hospitals.variants(scenario), name
             assert set(where) == {"partition"}, name
             assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name
+        elif scenario in harm.ARMS:
+            assert variant in harm.ARMS[scenario][1], name
+            assert (metric, set(where)) == ("attack_success_minus_clean", set()), name
         elif scenario == "downstream" or variant == "augmentation":
             assert (variant, scenario, set(where)) == ("augmentation", "downstream", {"source", "real"}), name
             assert where["source"] in feddetect_eval.SOURCES, name

@@ -77,7 +77,7 @@ def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
     parts, pictures = [], {}
     for variant, each in zip(ARMS[cell.arm], finished, strict=True):
         rows = tables.Rows(plain.KEYS, cell.seed, variant, "no_attack" if trigger is None else "attack")
-        pictures[variant] = _federation_rows(rows, setup, each)
+        pictures[variant] = federation_rows(rows, setup, each)
         parts.append(rows.table())
     return pd.concat(parts, ignore_index=True), pictures
 
@@ -131,8 +131,11 @@ def _image_rows(rows: tables.Rows, setup: GANSetup, images: Tensor, training: Te
         rows.add(metric, value, len(images))
 
 
-def _federation_rows(rows: tables.Rows, setup: GANSetup, fed: FederatedGAN) -> np.ndarray:
-    """Rows on the images of the averaged generator, and on what a classifier learns from them; returns a gallery."""
+def federation_rows(rows: tables.Rows, setup: GANSetup, fed: FederatedGAN) -> np.ndarray:
+    """Rows on the images of the averaged generator, and on what a classifier learns from them; returns a gallery.
+
+    ``setup`` is that of `setup_of`. ``tolerant_rate_late`` is there where the rounds were measured.
+    """
     n, draw, p = setup.params.fedgan.measure.synthetic, derive_seed(fed.seed, "measure"), setup.params.drawing
     images, labels = fedgan.synthesise(fed.generator(), n, draw, plain.reference_labels(setup, n, draw))
     _image_rows(rows, setup, images, torch.cat([client.images for client in fed.clients if not client.malicious]))
@@ -142,8 +145,8 @@ def _federation_rows(rows: tables.Rows, setup: GANSetup, fed: FederatedGAN) -> n
     rows.add("trigger_rate", plain.trigger_rate(setup, images)[0], n)
     rows.add("tolerant_rate", tolerant_rate(setup, images), n)
     rows.add("tolerant_rate_class", tolerant_rate(setup, target), len(target))
-    late = [entry["rate"] for entry in fed.history if "rate" in entry]
-    rows.add("tolerant_rate_late", np.mean(late), len(late) * plain.PER_ROUND)
+    if late := [entry["rate"] for entry in fed.history if "rate" in entry]:
+        rows.add("tolerant_rate_late", np.mean(late), len(late) * plain.PER_ROUND)
     if triggers.patch(setup.trigger):  # at its exact place: little of one that is drawn beside it
         rows.add("trigger_amplitude", triggers.amplitude(setup.trigger, target).mean(), len(target))
     _harm_rows(rows, setup, images, labels, fed.seed)
@@ -210,7 +213,7 @@ def _controls(cohort: str, params: Params, seed: int) -> cells.Finished:
     fed = fedgan.new_federation(images, labels, setup.cohort.n_classes, params.fedgan, seed)
     rows = tables.Rows(plain.KEYS, seed, "drawn_headline", "control")
     fedgan.run(fed, after_round=functools.partial(_rate, setup), strict=True)
-    pictures["drawn_headline"] = _federation_rows(rows, setup, fed)
+    pictures["drawn_headline"] = federation_rows(rows, setup, fed)
     return pd.concat([*parts, rows.table()], ignore_index=True), pictures
 
 

@@ -195,7 +195,7 @@ def family(cell: cells.Cell) -> str:
     return plain.family(dataclasses.replace(cell, arm=begins.get(cell.arm, cell.arm)))
 
 
-# What the record runs: the notebook's cells, and those of hospitals that differ.
+# The notebook's cells, and those of hospitals that differ.
 EXPERIMENT = dataclasses.replace(
     plain.EXPERIMENT, run=run, lacks=lacks, family=family, more=dict.fromkeys(ARMS, ("hospitals",))
 )

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from experiments import record_plans
-from experiments.feddetect import cells, hospitals, tables
+from experiments.feddetect import cells, harm, hospitals, tables
 from experiments.params import Params
 from medsec.backdoor.attackers import SCENARIOS
 from medsec.evidence.cells import Cell
@@ -64,6 +64,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
             for kind in sweep.trigger
             for scenario in ("honest", "boost_liar")
         ]
+    found += [Cell(arm, seed, variants=variants) for seed in few for arm, (_, variants) in harm.ARMS.items()]
     return found + _where_hospitals_differ(cohort, p)
 
 
@@ -92,13 +93,15 @@ def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     """No single client's rows; of a sweep no single round's."""
     if cell.arm in ("null", "downstream"):
         return rows
-    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]
+    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]  # those of `harm` have neither
 
 
 def multiple(p: Params, cell: Cell) -> float:
     """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
     each = (1 - p.feddetect.warm_up) * (3 if "aware" in cell.arm else 1)
-    return {"null": 0.05, "downstream": 3}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
+    return {"null": 0.05, "downstream": 3, "harm_clean": 5, "harm": 15}.get(
+        cell.arm, p.feddetect.warm_up + len(cell.variants) * each
+    )
 
 
-DESIGN = Design(hospitals.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))
+DESIGN = Design(harm.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))

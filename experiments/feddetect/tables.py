@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from experiments.feddetect import harm
 from experiments.feddetect.cells import KEYS, READS_LOSSES
 from experiments.feddetect.hospitals import ALONE, RULES
 from experiments.params import Params
@@ -25,7 +26,7 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
     losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
     (3) For all others ``<metric>_minus_clean``: the difference to the undefended federation without
-    attack, on the same seed and the same size and partition of the federation.
+    attack, on the same seed and the same size and partition of the federation; of `harm`, another GAN, with its own.
     """
     if has_twin(params):
         like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
@@ -33,7 +34,7 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     for liar, truthful in SAME_BUT_FOR_LOSSES.items():
         like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
         runs = _with(runs, like.assign(scenario=liar))
-    return pd.concat([runs, _minus_clean(runs, params)], ignore_index=True)
+    return pd.concat([runs, _minus_clean(runs, params), harm.minus_clean(runs)], ignore_index=True)
 
 
 def has_twin(params: Params) -> bool:
@@ -148,7 +149,7 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    compared = runs["metric"].isin(["frechet", "downstream_auc"])
+    compared = runs["metric"].isin(["frechet", "downstream_auc"]) & ~runs["scenario"].isin(harm.ARMS)
     rows = runs[compared & (runs["round"] == "") & (runs["client"] == "")]
     many = str(params.feddetect.scenario.colluders[1])
     rows = rows.assign(size=rows["m"].where((rows["scenario"] != "colluders") | (rows["m"] != ""), many))
