@@ -892,7 +892,9 @@ def test_the_rule_that_a_hospital_should_take_by_hand():
     assert "is 10 [9.99, 10] without an attack and 17 [17, 17] under that one" in said
     assert said.endswith("without any hospital, 30 [30, 30].")
     alike = where_hospitals_differ(summary_of(rates | {hospitals.ALONE: (None, None, None, 10.0)}))
-    assert "the hospitals add nothing" in advice(alike, 0.5, 0.05, 0.01)
+    told = advice(alike, 0.5, 0.05, 0.01)
+    assert "a server without hospitals draws no worse" in told
+    assert "take" not in told
     worse = where_hospitals_differ(summary_of({k: rates[k] for k in ("none", "feddetect_hardened", "multi_krum")}))
     assert "No rule holds" in advice(worse, 0.5, 0.05, 0.01)
     assert "with `multi_krum`" in advice(worse, 0.5, 0.05, 0.01)

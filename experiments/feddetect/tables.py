@@ -134,18 +134,37 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
         for at in ((best, "distance"), (best, "attacked distance"), ("none", "distance"), (ALONE, "distance"))
     }
     gains = cells["high"].get((best, "distance"), np.inf) < cells["low"].get((ALONE, "distance"), -np.inf)
-    worth = (
-        ""
-        if gains
-        else " So what stops the attacker is the server's own data: the hospitals add nothing that this measures."
-    )
+    lead, worth = f"take `{best}`", ""
+    if not gains:
+        lead = f"`{best}` holds, and a server without hospitals draws no worse"
+        worth = " What stops the attacker is the server's own data; that the hospitals add to it is not shown."
     return (
-        f"**Where hospitals differ, take `{best}`**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
+        f"**Where hospitals differ, {lead}**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
         f"images, without it in {told['none', 'own attacker']}. Its Fréchet distance is {far[best, 'distance']} without an "
         f"attack and {far[best, 'attacked distance']} under that one; the undefended federation's is "
         f"{far['none', 'distance']} without an attack, and that of the server alone, without any hospital, "
         f"{far[ALONE, 'distance']}.{worth}"
     )
+
+
+HARM = {  # column -> digits and metric
+    "called the stamped class, with the trigger": (2, "attack_success"),
+    "without it": (2, "attack_success_unstamped"),
+    "AUC": (2, "downstream_auc"),
+    "Fréchet distance": (1, "frechet"),
+    "honest excluded": (2, "false_exclusion"),
+}
+
+
+def harm_table(summary: pd.DataFrame) -> pd.DataFrame | None:
+    """One line a rule of `harm`, the federation without an attack first; None where the record has none of it."""
+    parts = []
+    for scenario, (behaves, variants) in harm.ARMS.items():
+        if scenario in set(summary["scenario"]):
+            columns = {name: (n, {"scenario": scenario, "metric": metric}) for name, (n, metric) in HARM.items()}
+            part = tables.wide(summary, "rule", "variant", variants, columns)
+            parts.append(part.assign(attack="none" if behaves == "no_attack" else "one class stamped"))
+    return pd.concat(parts)[["attack", "rule", *HARM]] if parts else None
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
