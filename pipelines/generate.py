@@ -87,7 +87,7 @@ NOTEBOOKS = {
         _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack"),
         claims=("1-fedgan-defence",),
         record=True,
-        recorded=("hospitals",),
+        recorded=("hospitals", "drawing", "regularised"),
     ),
     "03_gia_defense": Notebook(
         "Gradient inversion, the shadow defence, and attackers who know it",

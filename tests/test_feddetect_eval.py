@@ -14,10 +14,19 @@ from experiments import params, record_plans
 from experiments.backdoor_fedgan import cells as fedgan_eval
 from experiments.backdoor_fedgan import drawing
 from experiments.feddetect import cells as feddetect_eval
-from experiments.feddetect import harm, hospitals
+from experiments.feddetect import gans, hospitals
 from experiments.feddetect import record as feddetect_record
 from experiments.feddetect.cells import KEYS, ORACLE, READS_LOSSES, VARIANTS
-from experiments.feddetect.tables import SAME_BUT_FOR_LOSSES, TWIN, advice, complete, holds, where_hospitals_differ
+from experiments.feddetect.tables import (
+    SAME_BUT_FOR_LOSSES,
+    TWIN,
+    advice,
+    complete,
+    harm_table,
+    holds,
+    regularised_table,
+    where_hospitals_differ,
+)
 from medsec.backdoor import feddetect, triggers
 from medsec.backdoor import gan as fedgan
 from medsec.backdoor.attackers import SCENARIOS, BackdoorAttack
@@ -740,39 +749,61 @@ def test_what_an_attacker_made_of_its_update_is_screened_again(p, monkeypatch, v
     assert [set(entry["diagnostics"]["weights"]) for entry in log] == [{1, 2, 3}] * (ROUNDS - WARM_UP)
 
 
-# ---------------------------------------------------------------------------------------------------------------- harm
+# ----------------------------------------------------------------------------------------------------------- other GANs
 
 
 @pytest.fixture(scope="module")
-def harmed(p):
-    """The rows of both arms, after `complete`, and those of the same federation in notebook 01."""
+def other(p):
+    """The rows of all arms, after `complete`, and those of the same federation in notebook 01."""
     gan = {"z_dim": 4, "width": 4}
-    short = {"rounds": ROUNDS, "gan": gan, "real_per_class": 4}
-    p = params.validate(params.merge(p.model_dump(), {"drawing": short}))
-    cells_of = [cells.Cell(arm, SEED, variants=variants) for arm, (_, variants) in harm.ARMS.items()]
-    runs = pd.concat([harm.run(COHORT, p, cell)[0] for cell in cells_of], ignore_index=True).fillna("")
+    change = {"drawing": {"rounds": ROUNDS, "gan": gan, "real_per_class": 4}, "regularised": {**gan, "batch": 8}}
+    p = params.validate(params.merge(p.model_dump(), change))
+    listed = [cells.Cell(name, SEED, variants=arm.variants) for name, arm in gans.ARMS.items()]
+    runs = pd.concat([gans.run(COHORT, p, cell)[0] for cell in listed], ignore_index=True).fillna("")
     return complete(runs, p), drawing.run(COHORT, p, cells.Cell("drawing_clean", SEED))[0]
 
 
-def test_harm_is_told_of_every_rule_and_from_a_clean_federation(harmed):
-    table, same = harmed
+def test_every_rule_on_other_gans(other):
+    table, same = other
     assert set(table["metric"]) <= UNITS.keys()
     assert not table.duplicated(ADDRESS).any()
-    for scenario, (_, variants) in harm.ARMS.items():
+    for scenario, arm in gans.ARMS.items():
         rows = table[table["scenario"] == scenario]
-        assert tuple(rows["variant"].unique()) == variants
+        assert tuple(rows["variant"].unique()) == arm.variants
+        expected = {"frechet", "label_accuracy", "downstream_auc", "trigger_rate", "false_exclusion"}
+        expected |= set(gans.HARM) if arm.gan == "drawing" else set()
         for _, of_one in rows.groupby("variant"):
-            assert {*harm.HARM, *harm.IMAGES, "false_exclusion"} <= set(of_one["metric"])
-    clean = value(table, variant="none", scenario="harm_clean", metric="attack_success")
-    for variant in harm.ARMS["harm"][1]:
-        success = value(table, variant=variant, scenario="harm", metric="attack_success")
-        more = value(table, variant=variant, scenario="harm", metric="attack_success_minus_clean")
-        assert more == pytest.approx(success - clean)
-    for metric in (*harm.HARM, *harm.IMAGES):  # the control is the very federation of notebook 01
+            assert expected <= set(of_one["metric"])
+    for metric in gans.HARM:  # the control is the very federation of notebook 01
         there = same[same["metric"] == metric]["value"].item()
-        assert value(table, variant="none", scenario="harm_clean", metric=metric) == pytest.approx(there, abs=1e-6), (
-            metric
-        )
+        assert value(table, variant="none", scenario="harm_clean", metric=metric) == pytest.approx(there, abs=1e-6)
+
+
+def test_other_gans_are_compared_with_their_own_clean_federation(other):
+    table, _ = other
+    for scenario, arm in gans.ARMS.items():
+        for variant in arm.variants:
+            if (scenario, variant) in {(clean, "none") for clean in gans.CLEAN.values()}:
+                continue
+            for metric in ("frechet", "downstream_auc"):
+                clean = value(table, variant="none", scenario=gans.CLEAN[arm.gan], metric=metric)
+                its = value(table, variant=variant, scenario=scenario, metric=metric)
+                more = value(table, variant=variant, scenario=scenario, metric=f"{metric}_minus_clean")
+                assert more == pytest.approx(its - clean)
+    assert len(harm_table(table_of(table))) == 5
+    assert len(regularised_table(table_of(table))) == 6
+
+
+def table_of(runs):
+    return tables.summarise(runs, KEYS)
+
+
+def test_only_its_own_cells_depend_on_another_gan(p):
+    cell = {name: cells.Cell(name, SEED, variants=arm.variants) for name, arm in gans.ARMS.items()}
+    changed = params.validate(params.merge(p.model_dump(), {"regularised": {"penalty": 1.0}}))
+    for name, each in cell.items():
+        names = {cells.identity(gans.EXPERIMENT, "cohort", version, each) for version in (p, changed)}
+        assert len(names) == (2 if gans.ARMS[name].gan == "regularised" else 1), name
 
 
 # ----------------------------------------------------------------------------------------------------------- hospitals
@@ -932,8 +963,8 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
             assert set(c.variants) <= {*VARIANTS, ORACLE}
         elif c.arm in hospitals.ARMS:
             assert c.variants == hospitals.variants(hospitals.ARMS[c.arm])
-        elif c.arm in harm.ARMS:
-            assert c.variants == harm.ARMS[c.arm][1]
+        elif c.arm in gans.ARMS:
+            assert c.variants == gans.ARMS[c.arm].variants
         else:
             assert c.arm in ("null", "downstream")
 
@@ -941,7 +972,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
 def planned(p, cells):
     """What the record's table will hold: the (variant, scenario, seed) of the headline, after `complete`."""
     rows = [row(v, c.arm, "label_accuracy", 1.0, c.seed) for c in cells if not c.keys for v in c.variants]
-    rows = [each for each in rows if each["scenario"] not in harm.ARMS]
+    rows = [each for each in rows if each["scenario"] not in gans.ARMS]
     full = complete(pd.DataFrame(rows), p)
     assert not full.duplicated(ADDRESS).any(), "two cells give the same row"
     return set(full[["variant", "scenario", "seed"]].itertuples(index=False, name=None))
@@ -1000,7 +1031,7 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         where, name = dict(claim["where"]), claim["id"]
         variant, scenario, metric = (where.pop(key) for key in ("variant", "scenario", "metric"))
         assert variant in {*VARIANTS, *hospitals.RULES, "augmentation"}, name
-        assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), *harm.ARMS, "null", "downstream"}, name
+        assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), *gans.ARMS, "null", "downstream"}, name
         assert metric in UNITS, name
         assert set(where) <= set(KEYS), name
         assert all(isinstance(v, str) for v in where.values()), f"{name}: keys of a table are text"
@@ -1012,9 +1043,10 @@ def test_every_claim_asks_for_a_row_that_can_exist():
             assert variant in hospitals.variants(scenario), name
             assert set(where) == {"partition"}, name
             assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name
-        elif scenario in harm.ARMS:
-            assert variant in harm.ARMS[scenario][1], name
-            assert (metric, set(where)) == ("attack_success_minus_clean", set()), name
+        elif scenario in gans.ARMS:
+            assert variant in gans.ARMS[scenario].variants, name
+            assert metric in {*gans.KEPT, "attack_success_minus_clean", "frechet_minus_clean"}, name
+            assert not where, name
         elif scenario == "downstream" or variant == "augmentation":
             assert (variant, scenario, set(where)) == ("augmentation", "downstream", {"source", "real"}), name
             assert where["source"] in feddetect_eval.SOURCES, name

@@ -16,7 +16,7 @@ from experiments.backdoor_fedgan import drawing
 from experiments.backdoor_fedgan import record as fedgan_record
 from medsec import data
 from medsec.backdoor import gan as fedgan
-from medsec.backdoor import triggers
+from medsec.backdoor import recipes, triggers
 from medsec.core import parallel, paths
 from medsec.core.errors import InputError
 from medsec.core.settings import FedGANParams, ProjectionGAN
@@ -149,32 +149,32 @@ def test_hinge_losses_by_hand():
         return images.flatten(1).sum(1) + 0 * y
 
     real, fake, y = torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [1.0]]), torch.zeros(2)
-    assert fedgan.hinge_d(d, real, fake, y).item() == (0 + 0.5) / 2 + (0 + 2) / 2
-    assert fedgan.hinge_g(d, fake, y).item() == 1.0
+    assert recipes.hinge_d(d, real, fake, y).item() == (0 + 0.5) / 2 + (0 + 2) / 2
+    assert recipes.score_g(d, fake, y).item() == 1.0
 
 
 def test_augmentation_by_hand_and_its_gradient():
     images, still = torch.rand(6, 2, 8, 8), DRAWS.model_copy(update={"shift": 0, "brightness": 0.0, "contrast": 0.0})
     rng = torch.Generator().manual_seed(1)
-    torch.testing.assert_close(fedgan.augmented(images, still, rng), images)
+    torch.testing.assert_close(recipes.augmented(images, still, rng), images)
 
-    moved = fedgan.augmented(images, still.model_copy(update={"shift": 2}), rng)
+    moved = recipes.augmented(images, still.model_copy(update={"shift": 2}), rng)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
     for image, found in zip(padded, moved, strict=True):
         windows = [image[:, row : row + 8, column : column + 8] for row in range(5) for column in range(5)]
         assert any(torch.allclose(found, window) for window in windows)
 
-    brighter = fedgan.augmented(images, still.model_copy(update={"brightness": 0.15}), rng) - images
+    brighter = recipes.augmented(images, still.model_copy(update={"brightness": 0.15}), rng) - images
     torch.testing.assert_close(brighter, brighter[:, :1, :1, :1].expand_as(brighter), atol=1e-6, rtol=0)
     assert 0 < brighter.abs().max() <= 0.15
-    steeper = fedgan.augmented(images, still.model_copy(update={"contrast": 0.2}), rng)
+    steeper = recipes.augmented(images, still.model_copy(update={"contrast": 0.2}), rng)
     factor = steeper.flatten(1).std(1) / images.flatten(1).std(1)
     torch.testing.assert_close(steeper.mean((1, 2, 3)), images.mean((1, 2, 3)))
     assert ((factor > 0.79) & (factor < 1.21)).all()
 
     x = images.double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: fedgan.augmented(x, DRAWS, torch.Generator().manual_seed(2)).double(), (x,)
+        lambda x: recipes.augmented(x, DRAWS, torch.Generator().manual_seed(2)).double(), (x,)
     )
 
 

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from experiments import record_plans
-from experiments.feddetect import cells, harm, hospitals, tables
+from experiments.feddetect import cells, gans, hospitals, tables
 from experiments.params import Params
 from medsec.backdoor.attackers import SCENARIOS
 from medsec.evidence.cells import Cell
@@ -11,6 +11,7 @@ from medsec.evidence.record import Design
 
 CONTENDERS = ("feddetect_released", "feddetect_hardened")
 BASELINES = ("feddetect_described", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip")
+COST = {name: 15 if name == "harm" else 5 for name in gans.ARMS}  # federations that a cell is worth
 ADDED = tuple(v for v in cells.VARIANTS if v not in ("none", *CONTENDERS, *BASELINES))  # each with cells of its own
 
 
@@ -64,7 +65,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
             for kind in sweep.trigger
             for scenario in ("honest", "boost_liar")
         ]
-    found += [Cell(arm, seed, variants=variants) for seed in few for arm, (_, variants) in harm.ARMS.items()]
+    found += [Cell(name, seed, variants=arm.variants) for seed in few for name, arm in gans.ARMS.items()]
     return found + _where_hospitals_differ(cohort, p)
 
 
@@ -93,15 +94,13 @@ def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
     """No single client's rows; of a sweep no single round's."""
     if cell.arm in ("null", "downstream"):
         return rows
-    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]  # those of `harm` have neither
+    return rows[(rows["client"] == "") & ((rows["round"] == "") | (not cell.keys))]  # those of `gans` have neither
 
 
 def multiple(p: Params, cell: Cell) -> float:
     """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
     each = (1 - p.feddetect.warm_up) * (3 if "aware" in cell.arm else 1)
-    return {"null": 0.05, "downstream": 3, "harm_clean": 5, "harm": 15}.get(
-        cell.arm, p.feddetect.warm_up + len(cell.variants) * each
-    )
+    return {"null": 0.05, "downstream": 3, **COST}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 
 
-DESIGN = Design(harm.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))
+DESIGN = Design(gans.EXPERIMENT, plan, keep, tables.summarise, record_plans.cost(multiple))

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from experiments.feddetect import harm
+from experiments.feddetect import gans
 from experiments.feddetect.cells import KEYS, READS_LOSSES
 from experiments.feddetect.hospitals import ALONE, RULES
 from experiments.params import Params
@@ -26,7 +26,7 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     (1) With four clients and one attacker the trimmed mean is the median (`TWIN`). (2) Where a defence does not read
     losses, a liar's rows are those of the attacker who sends the same and tells the truth (`SAME_BUT_FOR_LOSSES`).
     (3) For all others ``<metric>_minus_clean``: the difference to the undefended federation without
-    attack, on the same seed and the same size and partition of the federation; of `harm`, another GAN, with its own.
+    attack, on the same seed and the same size and partition of the federation; those of `gans` with their own.
     """
     if has_twin(params):
         like = runs[(runs["variant"] == TWIN[1]) & (runs["scenario"] != "colluders") & (runs["m"] == "")]
@@ -34,7 +34,7 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     for liar, truthful in SAME_BUT_FOR_LOSSES.items():
         like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
         runs = _with(runs, like.assign(scenario=liar))
-    return pd.concat([runs, _minus_clean(runs, params), harm.minus_clean(runs)], ignore_index=True)
+    return pd.concat([runs, _minus_clean(runs, params), gans.minus_clean(runs)], ignore_index=True)
 
 
 def has_twin(params: Params) -> bool:
@@ -156,19 +156,38 @@ HARM = {  # column -> digits and metric
 }
 
 
+REGULARISED = {
+    "trigger rate": (3, "trigger_rate"),
+    "attacker blocked": (2, "blocked_tpr"),
+    "honest excluded": (2, "false_exclusion"),
+    "label agreement": (2, "label_accuracy"),
+    "Fréchet distance": (1, "frechet"),
+}
+
+
 def harm_table(summary: pd.DataFrame) -> pd.DataFrame | None:
-    """One line a rule of `harm`, the federation without an attack first; None where the record has none of it."""
+    """One line a rule on the GAN that draws, the federation without an attack first; see `_of_gan`."""
+    return _of_gan(summary, "drawing", HARM)
+
+
+def regularised_table(summary: pd.DataFrame) -> pd.DataFrame | None:
+    """The same of the release's second defence; see `_of_gan`."""
+    return _of_gan(summary, "regularised", REGULARISED)
+
+
+def _of_gan(summary: pd.DataFrame, gan: str, wanted: dict[str, tuple[int, str]]) -> pd.DataFrame | None:
+    """One line an attacker and rule of `gans`; None where the record has none of it."""
     parts = []
-    for scenario, (behaves, variants) in harm.ARMS.items():
-        if scenario in set(summary["scenario"]):
-            columns = {name: (n, {"scenario": scenario, "metric": metric}) for name, (n, metric) in HARM.items()}
-            part = tables.wide(summary, "rule", "variant", variants, columns)
-            parts.append(part.assign(attack="none" if behaves == "no_attack" else "one class stamped"))
-    return pd.concat(parts)[["attack", "rule", *HARM]] if parts else None
+    for scenario, arm in gans.ARMS.items():
+        if arm.gan == gan and scenario in set(summary["scenario"]):
+            columns = {name: (n, {"scenario": scenario, "metric": metric}) for name, (n, metric) in wanted.items()}
+            part = tables.wide(summary, "rule", "variant", arm.variants, columns)
+            parts.append(part.assign(attacker=arm.behaves))
+    return pd.concat(parts)[["attacker", "rule", *wanted]] if parts else None
 
 
 def _minus_clean(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
-    compared = runs["metric"].isin(["frechet", "downstream_auc"]) & ~runs["scenario"].isin(harm.ARMS)
+    compared = runs["metric"].isin(["frechet", "downstream_auc"]) & ~runs["scenario"].isin(gans.ARMS)
     rows = runs[compared & (runs["round"] == "") & (runs["client"] == "")]
     many = str(params.feddetect.scenario.colluders[1])
     rows = rows.assign(size=rows["m"].where((rows["scenario"] != "colluders") | (rows["m"] != ""), many))

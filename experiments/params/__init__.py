@@ -12,7 +12,7 @@ from experiments.params.feddetect import FedDetectParams, FedDetectRecord, Hospi
 from experiments.params.gia_defense import FingerprintParams, ImprintParams, InversionParams, InversionRecord
 from experiments.params.threat_matrix import MatrixParams
 from medsec.core.params import Section, Seeds, merge, read, registered, validated
-from medsec.core.settings import ClassifierParams, Cohorts, FedGANParams
+from medsec.core.settings import ClassifierParams, Cohorts, FedGANParams, WassersteinGAN
 
 __all__ = ["Params", "load", "merge", "validate"]
 
@@ -76,6 +76,7 @@ class Params(Section):
     drawing: Drawing
     feddetect: FedDetectParams
     hospitals: Hospitals
+    regularised: WassersteinGAN
     inversion: InversionParams
     fingerprint: FingerprintParams
     imprint: ImprintParams

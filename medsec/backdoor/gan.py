@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from medsec.backdoor.recipes import RECIPES
 from medsec.backdoor.triggers import Trigger, stamp
 from medsec.core.errors import InputError
 from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
-from medsec.core.settings import GAN, FedGANParams, ProjectionGAN
+from medsec.core.settings import GAN, FedGANParams
 from medsec.federated.aggregators import fedavg
 from medsec.federated.rounds import Aggregator, State, Update, run_round, scale_update
-from medsec.nets.models import Discriminator, Generator, ProjectionDiscriminator, UpGenerator
+from medsec.nets.models import Discriminator, Generator
 
 __all__ = ["FederatedGAN", "branch", "new_federation", "poison", "run", "synthesise", "train_client"]
 
@@ -45,8 +45,8 @@ class GANClient:
     poisoned: Tensor
     generator: Generator
     discriminator: Discriminator
-    optimizer_g: torch.optim.Adam
-    optimizer_d: torch.optim.Adam
+    optimizer_g: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
     boost: float = 1.0
     boost_from: int = 0
 
@@ -80,54 +80,6 @@ class FederatedGAN:
         model = copy.deepcopy(self.clients[0].generator)
         model.load_state_dict(part_of(self.state, "generator"))
         return model.eval()
-
-
-# Recipes -------------------------------------------------------------------------------------------------------------
-
-
-def cross_entropy_d(d: Discriminator, real: Tensor, fake: Tensor, y: Tensor) -> Tensor:
-    """The discriminator's loss on as many real as synthetic images (n, C, S, S) of the labels (n,) (Goodfellow et al. 2014)."""
-    return F.softplus(-d(real, y)).mean() + F.softplus(d(fake, y)).mean()
-
-
-def cross_entropy_g(d: Discriminator, fake: Tensor, y: Tensor) -> Tensor:
-    """The generator's, non-saturating."""
-    return F.softplus(-d(fake, y)).mean()
-
-
-def hinge_d(d: ProjectionDiscriminator, real: Tensor, fake: Tensor, y: Tensor) -> Tensor:
-    """Hinge loss (Lim & Ye 2017): what is told apart by more than 1 costs nothing. One pass: D has no batch statistics."""
-    of_real, of_fake = d(torch.cat([real, fake]), torch.cat([y, y])).chunk(2)
-    return F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
-
-
-def hinge_g(d: ProjectionDiscriminator, fake: Tensor, y: Tensor) -> Tensor:
-    return -d(fake, y).mean()
-
-
-def as_they_are(images: Tensor, gan: GAN, rng: torch.Generator) -> Tensor:
-    return images
-
-
-def augmented(images: Tensor, gan: ProjectionGAN, rng: torch.Generator) -> Tensor:
-    """DiffAugment (Zhao et al. 2020) without cutout: each image (N, C, S, S) shifted, brighter or darker, of more or less
-    contrast. Differentiable; what is shifted in repeats the edge.
-    """
-    n, size, most, device = len(images), images.shape[-1], gan.shift, images.device
-    shift = torch.randint(0, 2 * most + 1, (2, n, 1), generator=rng) + torch.arange(size)
-    rows, columns = ((shift - most).clamp(0, size - 1)).to(device)
-    brighter, steeper = (torch.rand(2, n, 1, 1, 1, generator=rng) * 2 - 1).to(device)
-    which = torch.arange(n, device=device)[:, None, None]
-    moved = images.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    mean = moved.mean((1, 2, 3), keepdim=True)
-    return (moved - mean) * (1 + gan.contrast * steeper) + mean + gan.brightness * brighter
-
-
-# name -> generator, discriminator, losses (of D, of G), and what D sees of an image.
-RECIPES = {
-    "dcgan": (Generator, Discriminator, (cross_entropy_d, cross_entropy_g), as_they_are),
-    "projection": (UpGenerator, ProjectionDiscriminator, (hinge_d, hinge_g), augmented),
-}
 
 
 # Building ------------------------------------------------------------------------------------------------------------
@@ -190,12 +142,12 @@ def new_federation(
     """
     gan = params.gan
     channels, size = images[0].shape[1], images[0].shape[-1]
+    recipe = RECIPES[gan.recipe]
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global stream; leave it untouched
         torch.manual_seed(derive_seed(seed, "init"))
-        generator, discriminator, _, _ = RECIPES[gan.recipe]
         networks = (
-            generator(size, channels, n_classes, gan.z_dim, gan.width),
-            discriminator(size, channels, n_classes, gan.width),
+            recipe.generator(size, channels, n_classes, gan.z_dim, gan.width),
+            recipe.discriminator(size, channels, n_classes, gan.width),
         )
     shared = [net.to(images[0].device) for net in networks]
     clients = []
@@ -208,10 +160,7 @@ def new_federation(
                 x, y, trigger, ratio=params.poison.ratio, label=params.poison.label, seed=derive_seed(seed, "poison", i)
             )
         g, d = copy.deepcopy(shared)
-        optimizers = [
-            torch.optim.Adam(net.parameters(), lr=lr, betas=(gan.beta1, 0.999), fused=True)
-            for net, lr in ((g, gan.lr_g), (d, gan.lr_d))
-        ]
+        optimizers = [recipe.optimizer(net, lr, gan) for net, lr in ((g, gan.lr_g), (d, gan.lr_d))]
         clients.append(GANClient(i, x, y, mask, g, d, *optimizers))
     return FederatedGAN(seed, gan, params.rounds, params.average, clients, _shared_state(clients[0], params.average))
 
@@ -301,7 +250,7 @@ def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, T
     """
     device = client.images.device
     g, d = client.generator.train(), client.discriminator.train()
-    _, _, (of_d, of_g), seen = RECIPES[gan.recipe]
+    recipe = RECIPES[gan.recipe]
     d.requires_grad_(True)  # if an error cut the last epoch short
     order = torch.randperm(len(client.images), generator=rng)
     losses_g, losses_d = [], []
@@ -310,12 +259,13 @@ def _epoch(client: GANClient, gan: GAN, rng: torch.Generator) -> tuple[Tensor, T
             continue  # a batch of one has no batch statistics
         real, y = client.images[batch], client.labels[batch]
         fake = g(torch.randn(len(batch), gan.z_dim, generator=rng).to(device), y)
-        loss_d = of_d(d, seen(real, gan, rng), seen(fake.detach(), gan, rng), y)
+        shown = recipe.seen(real, gan, rng), recipe.seen(fake.detach(), gan, rng)
+        loss_d = recipe.of_d(d, *shown, y, gan, rng)
         client.optimizer_d.zero_grad()
         loss_d.backward()
         client.optimizer_d.step()
         d.requires_grad_(False)  # the generator's step needs no gradient of D's weights
-        loss_g = of_g(d, seen(fake, gan, rng), y)
+        loss_g = recipe.of_g(d, recipe.seen(fake, gan, rng), y)
         client.optimizer_g.zero_grad()
         loss_g.backward()
         client.optimizer_g.step()

@@ -108,17 +108,30 @@ class ClassifierParams(Section):
     shift: int = Field(ge=0, le=224)
 
 
-class GAN(Section):
-    """Networks and training of the federated GAN; ``recipe`` is no parameter: it says which class of settings this is."""
+class AnyGAN(Section):
+    """Networks and training of a federated GAN; ``recipe`` is no parameter: it says which class of settings this is."""
 
-    recipe: ClassVar[str] = "dcgan"
+    recipe: ClassVar[str]
     z_dim: Size
     width: Size
     lr_g: Positive
     lr_d: Positive
-    beta1: float = Field(ge=0, lt=1)
     batch: int = Field(ge=2, le=MOST)
     decay_after: float = Field(ge=0, le=1)
+
+
+class GAN(AnyGAN):
+    """That of the lessons."""
+
+    recipe: ClassVar[str] = "dcgan"
+    beta1: float = Field(ge=0, lt=1)
+
+
+class WassersteinGAN(AnyGAN):
+    """The same with a gradient penalty, whose weight is ``penalty``."""
+
+    recipe: ClassVar[str] = "wgan_gp"
+    penalty: Positive
 
 
 class ProjectionGAN(GAN):

@@ -62,6 +62,8 @@ class Discriminator(nn.Module):
     ``forward(x, y)``: x (N, C, size, size) in [0, 1], y (N,) int64 -> logits (N,), positive for "real".
     """
 
+    norm: type[nn.Module] = nn.BatchNorm2d
+
     def __init__(self, size: int, channels: int, n_classes: int, width: int = 16):
         super().__init__()
         n = doublings(size)
@@ -69,13 +71,26 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(channels + n_classes, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for k in range(1, n):
             before, after = width * 2 ** (k - 1), width * 2**k
-            layers += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(before, after, 4, 2, 1), self.norm(after), nn.LeakyReLU(0.2)]
         base = size // 2**n
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 2 ** (n - 1) * base * base, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         planes = one_hot_signs(y, self.n_classes)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return self.net(torch.cat([2.0 * x - 1.0, planes], 1)).squeeze(1)
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Each image's maps by their own statistics, then a scale and a shift that are learnt."""
+
+    def __init__(self, maps: int):
+        super().__init__(maps, affine=True)
+
+
+class Critic(Discriminator):
+    """`Discriminator` for a gradient penalty, which asks of D that it judges each image by itself."""
+
+    norm = InstanceNorm
 
 
 class UpGenerator(Generator):
