@@ -19,12 +19,12 @@ from medsec.backdoor import gan as fedgan
 from medsec.backdoor import recipes, triggers
 from medsec.core import parallel, paths
 from medsec.core.errors import InputError
-from medsec.core.settings import FedGANParams, ProjectionGAN
+from medsec.core.settings import FedGANParams, ProjectionGAN, WassersteinGAN
 from medsec.evidence import cells, tables
 from medsec.federated import aggregators
 from medsec.federated.rounds import NoQuorum, scale_update
 from medsec.nets import fit as classifier
-from medsec.nets.models import ProjectionDiscriminator, UpGenerator, doublings
+from medsec.nets.models import Critic, ProjectionDiscriminator, UpGenerator, doublings
 
 BASE = {
     "n_clients": 3,
@@ -151,6 +151,55 @@ def test_hinge_losses_by_hand():
     real, fake, y = torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [1.0]]), torch.zeros(2)
     assert recipes.hinge_d(d, real, fake, y).item() == (0 + 0.5) / 2 + (0 + 2) / 2
     assert recipes.score_g(d, fake, y).item() == 1.0
+
+
+REGULARISED = WassersteinGAN(z_dim=8, width=4, lr_g=1e-3, lr_d=1e-3, batch=8, decay_after=0.4, penalty=10)
+
+
+def test_the_gradient_penalty_is_the_slope_between_the_images():
+    """Against finite differences, point by point, with the weights that the released code draws (normal ones)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        d = Critic(28, 1, 2, 4).double()
+        real, fake, y = (
+            torch.rand(3, 1, 28, 28, dtype=torch.double),
+            torch.rand(3, 1, 28, 28, dtype=torch.double),
+            torch.tensor([0, 1, 1]),
+        )
+    loss = recipes.wasserstein_d(d, real, fake, y, REGULARISED, torch.Generator().manual_seed(5))
+    share = torch.randn(3, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    lengths = []
+    for i in range(3):
+        point = share[i] * real[i] + (1 - share[i]) * fake[i]
+        slope = torch.zeros(28 * 28, dtype=torch.double)
+        with torch.no_grad():
+            for k in range(28 * 28):
+                step = torch.zeros(28 * 28, dtype=torch.double)
+                step[k] = 1e-6
+                near = torch.stack([point + step.view(1, 28, 28), point - step.view(1, 28, 28)])
+                up, down = d(near, y[i].repeat(2))
+                slope[k] = (up - down) / 2e-6
+        lengths.append(slope.norm())
+    penalty = (torch.stack(lengths) - 1).square().mean()
+    with torch.no_grad():
+        expected = d(fake, y).mean() - d(real, y).mean() + 10 * penalty
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_critic_judges_each_image_by_itself():
+    d, x, y = Critic(32, 1, 2, 4).train(), torch.rand(4, 1, 32, 32), torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(d(x, y)[:1], d(x[:1], y[:1]))
+
+
+def test_a_regularised_federation_learns_and_repeats():
+    params = FedGANParams.model_validate(BASE | {"n_clients": 2}).model_copy(update={"gan": REGULARISED})
+    images = [torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    start, first, second = (fedgan.new_federation(images, [torch.arange(16) % 2] * 2, 2, params, 3) for _ in range(3))
+    fedgan.run(first)
+    fedgan.run(second)
+    assert all(torch.equal(v, second.state[k]) for k, v in first.state.items())
+    assert not all(torch.equal(v, start.state[k]) for k, v in first.state.items())
+    assert {type(client.optimizer_d) for client in first.clients} == {torch.optim.RMSprop}
 
 
 def test_augmentation_by_hand_and_its_gradient():
