@@ -84,7 +84,7 @@ NOTEBOOKS = {
         ("data_and_threats", "backdoor_fedgan", "feddetect"),
         ("medsec/federated", "medsec/backdoor"),
         ("device", "seeds", "cohorts", "classifier", "fedgan", "feddetect", "own.rules"),
-        _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack"),
+        _all("aware", "downstream", "evidence", "gallery", "matrix", "no_attack") | {"hospitals": False},
         claims=("1-fedgan-defence",),
         record=True,
         recorded=("hospitals", "drawing", "regularised"),
