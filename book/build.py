@@ -222,9 +222,12 @@ def annotate(
         for output in cell.outputs:
             if shown := output.get("data", {}).get("text/markdown"):
                 output.data["text/markdown"] = keep_together(shown)
-        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+        drawn = [output.data for output in cell.outputs if "image/png" in output.get("data", {})]
+        if drawn:
+            told = dict.fromkeys(data.get("text/plain", "") for data in drawn)
+            said = "; ".join(text for text in told if text and not text.startswith("<"))
             cell.metadata["mystnb"] = {
-                "image": {"alt": f"Figure of the section “{head}”"},
+                "image": {"alt": said or f"Figure of the section “{head}”"},
                 "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},
             }
     notebook.cells = gathered(cell for cell in notebook.cells if not SET_UP & set(cell.metadata.get("tags", [])))

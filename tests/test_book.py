@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+from nbformat import v4
 from PIL import Image
 
 from experiments import panels as computed
@@ -87,6 +88,19 @@ def test_only_the_method_of_a_notebook_stays_open():
         "03": ["invert", "undo"],
         "04": ["pgd"],
     }
+
+
+def test_a_screen_reader_says_what_a_figure_shows():
+    """The finding in its title, not where it stands."""
+    figure = v4.new_output("display_data", {"image/png": "", "text/plain": "Noise does not help"})
+    nameless = v4.new_output("display_data", {"image/png": "", "text/plain": "<Figure size 1x1>"})
+    cells = [
+        v4.new_markdown_cell("# Title\n\n## Part"),
+        *(v4.new_code_cell("x", outputs=[o]) for o in (figure, nameless)),
+    ]
+    page = book.annotate(v4.new_notebook(cells=cells), "03_gia_defense", "phantom", [])
+    alts = [c.metadata["mystnb"]["image"]["alt"] for c in page.cells if "mystnb" in c.metadata]
+    assert alts == ["Noise does not help", "Figure of the section “Part”"]
 
 
 def test_what_is_a_method():

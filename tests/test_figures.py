@@ -193,6 +193,17 @@ def test_the_style_is_that_of_seaborn_with_ours_on_top():
     assert {key for key in ours if ours[key] != matplotlib.rcParamsDefault.get(key)} > set(plots.STYLE)
 
 
+def test_the_text_of_a_figure_is_its_message():
+    fig, axes = plt.subplots(1, 2)
+    assert plots.message(fig) == repr(fig)  # no title
+    axes[0].set_title("left one", loc="left")
+    axes[1].set_title("right\none")
+    assert plots.message(fig) == "left one; right one"
+    fig.suptitle("the whole\n figure")
+    assert plots.message(fig) == "the whole figure"
+    plt.close(fig)
+
+
 @pytest.fixture
 def figure():
     """What matplotlib writes of coloured lines: smooth edges, an alpha channel."""

@@ -85,7 +85,18 @@ def use_style() -> None:
     shell = get_ipython()
     if shell and plt.get_backend().lower() in FILES:  # as MPLBACKEND says, where pyplot was imported before medsec
         shell.enable_matplotlib("inline")
+    if shell:  # a figure's text is its message: what a screen reader says, and what stands where no picture can
+        Figure._repr_pretty_ = lambda fig, out, _: out.text(
+            message(fig)
+        )  # a formatter for the type IPython would forget
     plt.rcParams.update(THEME | STYLE)
+
+
+def message(fig: Figure) -> str:
+    """What a figure says in its title, or in those of its panels, on one line."""
+    titles = [ax.get_title(loc) for ax in fig.axes for loc in ("left", "center", "right")]
+    whole = fig.get_suptitle() or "; ".join(title for title in titles if title)
+    return " ".join(whole.split()) or repr(fig)
 
 
 def save(fig: Figure, file: Path) -> None:
