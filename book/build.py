@@ -164,6 +164,7 @@ def command(name: str, cohort: str) -> str:
     return f"dvc repro -f {stage}"
 
 
+SAYS = "Figure: "  # before what a figure says (`medsec.show.plots.use_style`)
 SET_UP = {
     "parameters",
     "injected-parameters",
@@ -225,7 +226,7 @@ def annotate(
         drawn = [output.data for output in cell.outputs if "image/png" in output.get("data", {})]
         if drawn:
             told = dict.fromkeys(data.get("text/plain", "") for data in drawn)
-            said = "; ".join(text for text in told if text and not text.startswith("<"))
+            said = "; ".join(text.removeprefix(SAYS) for text in told if text.startswith(SAYS))
             cell.metadata["mystnb"] = {
                 "image": {"alt": said or f"Figure of the section “{head}”"},
                 "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},

@@ -92,7 +92,7 @@ def test_only_the_method_of_a_notebook_stays_open():
 
 def test_a_screen_reader_says_what_a_figure_shows():
     """The finding in its title, not where it stands."""
-    figure = v4.new_output("display_data", {"image/png": "", "text/plain": "Noise does not help"})
+    figure = v4.new_output("display_data", {"image/png": "", "text/plain": "Figure: Noise does not help"})
     nameless = v4.new_output("display_data", {"image/png": "", "text/plain": "<Figure size 1x1>"})
     cells = [
         v4.new_markdown_cell("# Title\n\n## Part"),

@@ -85,10 +85,10 @@ def use_style() -> None:
     shell = get_ipython()
     if shell and plt.get_backend().lower() in FILES:  # as MPLBACKEND says, where pyplot was imported before medsec
         shell.enable_matplotlib("inline")
-    if shell:  # a figure's text is its message: what a screen reader says, and what stands where no picture can
-        Figure._repr_pretty_ = lambda fig, out, _: out.text(
-            message(fig)
-        )  # a formatter for the type IPython would forget
+    if (
+        shell
+    ):  # a figure's text is its message: what a screen reader says. (What a formatter is told of it, IPython forgets.)
+        Figure._repr_pretty_ = lambda fig, out, _: out.text(f"Figure: {message(fig)}")
     plt.rcParams.update(THEME | STYLE)
 
 
