@@ -2,7 +2,8 @@
 
 Clients whose images differ by nature are what robust rules fear most: honest updates lie far apart, and an attacker hides
 between them. The server may own clean images here, the split ``public``: FLTrust measures updates by what it learns from
-them, `feddetect.ClipThenTrain` trains the average on them. `ALONE` is the control for both, a server that needs no client.
+them, `feddetect.ClipThenTrain` trains the average on them. The controls for both are servers that hear no client: `ONLY` never,
+`ALONE` after the warm-up.
 """
 
 import copy
@@ -35,6 +36,7 @@ ARMS = {
     "hospitals_no_attack": "no_attack",
     "hospitals_boost_liar": "boost_liar",
     "hospitals_aware": "aware_rule",
+    "hospitals_only": "no_attack",
 }
 RULES = (
     "median",
@@ -44,14 +46,20 @@ RULES = (
     "root_set",
     "clip_then_train",
 )  # of four, the trimmed mean is the median
-ALONE = "server_alone"  # a control, no defence: the server trains on its own images and hears nobody
+# Controls, no defences: the server trains on its own images and hears nobody, after the warm-up or at all.
+ALONE, ONLY = "server_alone", "server_only"
 BEHAVES = {"no_attack": "no_attack", "boost_liar": "boost_liar", "aware_rule": "aware"}  # as `SCENARIOS` calls it
 Train = Callable[[State, int], State]
 
 
-def variants(scenario: str) -> tuple[str, ...]:
+def variants(arm: str) -> tuple[str, ...]:
     """What a cell runs: what the record has not run in the same federation already."""
-    return {"no_attack": (*RULES, ALONE), "boost_liar": RULES, "aware_rule": ("none", *RULES)}[scenario]
+    return {
+        "hospitals_no_attack": (*RULES, ALONE),
+        "hospitals_boost_liar": RULES,
+        "hospitals_aware": ("none", *RULES),
+        "hospitals_only": (ONLY,),
+    }[arm]
 
 
 def server_of(setup: GANSetup, seed: int) -> GANClient:
@@ -153,6 +161,8 @@ def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
     if cell.arm not in ARMS:
         return plain.run(cohort, params, cell)
     torch.set_num_threads(1)
+    if cell.arm == "hospitals_only":
+        return _only_the_server(cohort, params, cell), {}
     scenario = ARMS[cell.arm]
     behaves = BEHAVES[scenario]
     changed = plain.settings(params, behaves, cell.keys)
@@ -174,6 +184,19 @@ def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
     return pd.concat(parts, ignore_index=True), {}
 
 
+def _only_the_server(cohort: str, params: Params, cell: cells.Cell) -> pd.DataFrame:
+    """The server as a client of nobody: from its first round on it trains, as often as in the rules, on its own images."""
+    setup = plain.instruments(cohort, params, plain.settings(params, "no_attack", cell.keys), "no_attack")
+    p = setup.params
+    federation = fedgan.new_federation(*fedgan_eval.deal(setup, cell.seed), setup.cohort.n_classes, p.fedgan, cell.seed)
+    train = trains(server_of(setup, cell.seed), federation, p.hospitals.passes)
+    for round in range(p.fedgan.rounds):
+        federation.state = train(federation.state, round)
+    rows = tables.Rows(KEYS, cell.seed, ONLY, ARMS[cell.arm])
+    _image_rows(rows, setup, federation)
+    return rows.table().assign(**{k: str(v) for k, v in cell.keys.items()})
+
+
 def _image_rows(rows: tables.Rows, setup: GANSetup, federation: FederatedGAN) -> None:
     """The averaged generator's trigger rate and distance, on the same latents as `fedgan_eval.generator_rows`."""
     n, draw = setup.params.fedgan.measure.synthetic, derive_seed(federation.seed, "measure")
@@ -191,7 +214,7 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
 
 def family(cell: cells.Cell) -> str:
     """As that of the notebook's cells; who knows the rule is honest at first, like everybody without an attack."""
-    begins = {**ARMS, "hospitals_aware": "no_attack"}
+    begins = {**ARMS, "hospitals_aware": "no_attack", "hospitals_only": cell.arm}
     return plain.family(dataclasses.replace(cell, arm=begins.get(cell.arm, cell.arm)))
 
 

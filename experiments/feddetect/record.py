@@ -73,10 +73,10 @@ def _where_hospitals_differ(cohort: str, p: Params) -> list[Cell]:
     """Seed by seed, in the federations of the sweep; what that runs there is not run again."""
     sweep = p.record.feddetect
     return [
-        Cell(arm, seed, keys={"partition": scheme}, variants=hospitals.variants(scenario))
+        Cell(arm, seed, keys={"partition": scheme}, variants=hospitals.variants(arm))
         for seed in p.seeds.evaluation[: sweep.seeds]
         for scheme in record_plans.allowed(cohort, p, sweep.partition)
-        for arm, scenario in hospitals.ARMS.items()
+        for arm in hospitals.ARMS
     ]
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 
 from experiments.feddetect import gans
 from experiments.feddetect.cells import KEYS, READS_LOSSES
-from experiments.feddetect.hospitals import ALONE, RULES
+from experiments.feddetect.hospitals import ALONE, ONLY, RULES
 from experiments.params import Params
 from medsec.evidence import tables
 
@@ -72,7 +72,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
     """Each rule where hospitals differ: in style if the record has that, else in their patients.
 
     Returns:
-        Rows of the summary with ``name`` (rule, or the control `ALONE`) and ``group``: the trigger rate of ``boost_liar``
+        Rows of the summary with ``name`` (rule or control) and ``group``: the trigger rate of ``boost_liar``
         and of its ``own attacker``; without an attack honest ``weight lost``, the share ``excluded``, and the ``distance``
         of the images, also under its own attacker. Empty where the record has no such rows.
     """
@@ -90,7 +90,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
     }
     rows = rows.assign(name=rows["variant"])
     found = pd.concat([rows[at].assign(group=group) for group, at in groups.items()])
-    order = [*COMPARED, ALONE]
+    order = [*COMPARED, ALONE, ONLY]
     return found[found["name"].isin(order)].sort_values("name", key=lambda c: c.map(order.index), kind="stable")
 
 
@@ -131,19 +131,19 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
     best = kept[0]
     far = {
         at: told.get(at, "(not measured)")
-        for at in ((best, "distance"), (best, "attacked distance"), ("none", "distance"), (ALONE, "distance"))
+        for at in ((best, "distance"), (best, "attacked distance"), ("none", "distance"), (ONLY, "distance"))
     }
-    gains = cells["high"].get((best, "distance"), np.inf) < cells["low"].get((ALONE, "distance"), -np.inf)
+    gains = cells["high"].get((best, "distance"), np.inf) < cells["low"].get((ONLY, "distance"), -np.inf)
     lead, worth = f"take `{best}`", ""
     if not gains:
-        lead = f"`{best}` holds, and a server without hospitals draws no worse"
-        worth = " What stops the attacker is the server's own data; that the hospitals add to it is not shown."
+        lead = f"`{best}` holds, but it is not shown to draw better than a server without hospitals"
+        worth = " So what stops the attacker may be no more than the server's own data."
     return (
         f"**Where hospitals differ, {lead}**: who knows it plants its trigger in {told[best, 'own attacker']} of the "
         f"images, without it in {told['none', 'own attacker']}. Its Fréchet distance is {far[best, 'distance']} without an "
         f"attack and {far[best, 'attacked distance']} under that one; the undefended federation's is "
-        f"{far['none', 'distance']} without an attack, and that of the server alone, without any hospital, "
-        f"{far[ALONE, 'distance']}.{worth}"
+        f"{far['none', 'distance']} without an attack, and that of a server that never hears a hospital "
+        f"{far[ONLY, 'distance']}.{worth}"
     )
 
 
