@@ -79,9 +79,10 @@ PROMISED = {  # without an attack
     ORACLE: IMAGES | WEIGHTS,
 }
 # And in the cells of hospitals that differ:
-HOSPITALS = {v: {"trigger_rate", "frechet", "server_ms"} for v in ("none", *hospitals.RULES, hospitals.ALONE)}
+DIFFERING = ("none", *hospitals.RULES, *hospitals.SERVED, hospitals.ONCE)
+HOSPITALS = {v: {"trigger_rate", "frechet", "server_ms"} for v in DIFFERING}
 HOSPITALS[hospitals.ONLY] = {"trigger_rate", "frechet"}
-HOSPITALS |= {v: HOSPITALS[v] | WEIGHTS for v in HOSPITALS if v not in ("median", hospitals.ALONE, hospitals.ONLY)}
+HOSPITALS |= {v: HOSPITALS[v] | WEIGHTS for v in HOSPITALS if v not in ("median", hospitals.ONLY)}
 ADDRESS = ["seed", "variant", "scenario", "metric", *KEYS]
 SUMMARY = ["variant", "scenario", "metric", *KEYS]
 
@@ -819,8 +820,8 @@ def differing(p):
 
     @functools.cache
     def run(arm):
-        cell = cells.Cell(arm, SEED, keys=DIFFER, variants=hospitals.variants(arm))
-        return hospitals.run(COHORT, p, cell)[0]
+        listed = [cells.Cell(arm, SEED, keys=DIFFER, variants=some) for some in hospitals.plan(arm).values()]
+        return pd.concat([hospitals.run(COHORT, p, cell)[0] for cell in listed], ignore_index=True).fillna("")
 
     return run
 
@@ -828,7 +829,7 @@ def differing(p):
 @pytest.mark.parametrize("arm", hospitals.ARMS)
 def test_every_rule_differing(differing, arm):
     table, scenario = differing(arm), hospitals.ARMS[arm]
-    assert tuple(table["variant"].unique()) == hospitals.variants(arm)
+    assert list(table["variant"].unique()) == [v for some in hospitals.plan(arm).values() for v in some]
     assert (table["scenario"] == scenario).all()
     assert (table["partition"] == "dirichlet").all()
     assert not table.duplicated(ADDRESS).any()
@@ -847,7 +848,7 @@ def test_every_rule_differing(differing, arm):
 def test_rules_differ_and_clip_then_train_excludes_nobody(differing):
     table = differing("hospitals_no_attack")
     rows = table[(table["round"] == "") & (table["client"] == "")]
-    assert rows[rows["metric"] == "frechet"]["value"].nunique() == len(hospitals.RULES) + 1
+    assert rows[rows["metric"] == "frechet"]["value"].nunique() == len((*hospitals.RULES, *hospitals.SERVED))
     assert value(rows, variant="clip_then_train", scenario="no_attack", metric="false_exclusion", **DIFFER) == 0
     assert value(rows, variant="clip_then_train", scenario="no_attack", metric="weight_lost", **DIFFER) == 0
 
@@ -857,13 +858,36 @@ def test_hospitals_begin_as_the_cells_of_the_sweep_do(p):
     setup = feddetect_eval.instruments(COHORT, p, feddetect_eval.settings(p, "boost_liar", DIFFER), "boost_liar")
     for scenario in ("no_attack", "boost_liar"):
         first, _ = feddetect_eval.warm_up(setup, SEED, scenario)
-        second, server = hospitals.warm_up(setup, SEED, scenario)
+        second, servers = hospitals.warm_up(setup, SEED, scenario, {1, 2})
         assert all(torch.equal(first.state[k], v) for k, v in second.state.items())
-        assert (server.index, server.malicious) == (4, False)
+        assert {(server.index, server.malicious) for server in servers.values()} == {(4, False)}
+        learnt = [server.discriminator.state_dict() for server in servers.values()]
+        assert not all(torch.equal(v, learnt[1][k]) for k, v in learnt[0].items())
     # The one who knows the rule is honest until the defences act.
-    clean, _ = hospitals.warm_up(setup, SEED, "no_attack")
-    aware, _ = hospitals.warm_up(setup, SEED, "aware_rule")
+    clean, _ = hospitals.warm_up(setup, SEED, "no_attack", set())
+    aware, _ = hospitals.warm_up(setup, SEED, "aware_rule", set())
     assert all(torch.equal(clean.state[k], v) for k, v in aware.state.items())
+
+
+def test_every_pass_of_the_server_has_random_numbers_of_its_own(p, monkeypatch):
+    seeds = []
+    setup = feddetect_eval.instruments(COHORT, p, p, "no_attack")
+    federation, servers = hospitals.warm_up(setup, SEED, "no_attack", {1})
+
+    def train_client(client, state, federation, round):
+        seeds.append(federation.seed)
+        return Update(client.index, state, 1)
+
+    monkeypatch.setattr(fedgan_eval, "train_client", train_client)
+    hospitals.trains(servers[1], federation, 3)(federation.state, 4)
+    assert len(set(seeds)) == 3
+    assert seeds[0] == federation.seed  # a single pass is a client's epoch
+    assert [hospitals.passes(v, p) for v in ("root_set", hospitals.ONCE, "clip_then_train", hospitals.ONLY)] == [
+        1,
+        1,
+        p.hospitals.passes,
+        p.hospitals.passes,
+    ]
 
 
 def test_the_server_trains_on_public_images_only_and_needs_some(p):
@@ -922,7 +946,7 @@ def test_the_rule_that_a_hospital_should_take_by_hand():
     assert "take `clip_then_train`" in said
     assert "0.03 [0.02, 0.04] of the images, without it in 1 [0.99, 1.01]" in said
     assert "is 10 [9.99, 10] without an attack and 17 [17, 17] under that one" in said
-    assert said.endswith("without any hospital, 30 [30, 30].")
+    assert said.endswith("a server that never hears a hospital 30 [30, 30].")
     alike = where_hospitals_differ(summary_of(rates | {hospitals.ONLY: (None, None, None, 10.0)}))
     told = advice(alike, 0.5, 0.05, 0.01)
     assert "it is not shown to draw better than a server without hospitals" in told
@@ -963,7 +987,7 @@ def test_cells_of_the_plan_have_names_of_their_own(p, profile):
             feddetect_eval.settings(changed, c.arm, c.keys)
             assert set(c.variants) <= {*VARIANTS, ORACLE}
         elif c.arm in hospitals.ARMS:
-            assert c.variants == hospitals.variants(c.arm)
+            assert c.variants == hospitals.plan(c.arm)[c.group]
         elif c.arm in gans.ARMS:
             assert c.variants == gans.ARMS[c.arm].variants
         else:
@@ -1031,7 +1055,7 @@ def test_every_claim_asks_for_a_row_that_can_exist():
     for claim in ledger["claims"]:
         where, name = dict(claim["where"]), claim["id"]
         variant, scenario, metric = (where.pop(key) for key in ("variant", "scenario", "metric"))
-        assert variant in {*VARIANTS, *hospitals.RULES, "augmentation"}, name
+        assert variant in {*VARIANTS, *DIFFERING, "augmentation"}, name
         assert scenario in {*SCENARIOS, *hospitals.ARMS.values(), *gans.ARMS, "null", "downstream"}, name
         assert metric in UNITS, name
         assert set(where) <= set(KEYS), name
@@ -1042,7 +1066,7 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         elif scenario == "aware_rule" or variant in ("root_set", "clip_then_train"):
             # Only measured where hospitals differ.
             arms = [arm for arm, of in hospitals.ARMS.items() if of == scenario]
-            assert any(variant in hospitals.variants(arm) for arm in arms), name
+            assert any(variant in some for arm in arms for some in hospitals.plan(arm).values()), name
             assert set(where) == {"partition"}, name
             assert metric in HOSPITALS[variant] | {"frechet_minus_clean"}, name
         elif scenario in gans.ARMS:

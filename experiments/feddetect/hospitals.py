@@ -2,8 +2,7 @@
 
 Clients whose images differ by nature are what robust rules fear most: honest updates lie far apart, and an attacker hides
 between them. The server may own clean images here, the split ``public``: FLTrust measures updates by what it learns from
-them, `feddetect.ClipThenTrain` trains the average on them. The controls for both are servers that hear no client: `ONLY` never,
-`ALONE` after the warm-up.
+them, `feddetect.ClipThenTrain` trains the average on them. The control for both is `ONLY`, a server that never hears a client.
 """
 
 import copy
@@ -38,28 +37,27 @@ ARMS = {
     "hospitals_aware": "aware_rule",
     "hospitals_only": "no_attack",
 }
-RULES = (
-    "median",
-    "krum",
-    "multi_krum",
-    "norm_clip",
-    "root_set",
-    "clip_then_train",
-)  # of four, the trimmed mean is the median
-# Controls, no defences: the server trains on its own images and hears nobody, after the warm-up or at all.
-ALONE, ONLY = "server_alone", "server_only"
 BEHAVES = {"no_attack": "no_attack", "boost_liar": "boost_liar", "aware_rule": "aware"}  # as `SCENARIOS` calls it
+RULES = ("median", "krum", "multi_krum", "norm_clip")  # of four, the trimmed mean is the median
+ONCE = "clip_then_train_once"  # with a single pass: can the attacker who knows the rule get through at all?
+SERVED = ("root_set", "clip_then_train")  # rules with images of the server's own
+ONLY = "server_only"  # a control, no defence
 Train = Callable[[State, int], State]
 
 
-def variants(arm: str) -> tuple[str, ...]:
-    """What a cell runs: what the record has not run in the same federation already."""
+def plan(arm: str) -> dict[str, tuple[str, ...]]:
+    """The cells of an arm, by the name of their group, and their rules: what no older cell has run in the same federation."""
     return {
-        "hospitals_no_attack": (*RULES, ALONE),
-        "hospitals_boost_liar": RULES,
-        "hospitals_aware": ("none", *RULES),
-        "hospitals_only": (ONLY,),
+        "hospitals_no_attack": {"": RULES, "served": SERVED},
+        "hospitals_boost_liar": {"": RULES, "served": SERVED},
+        "hospitals_aware": {"": ("none", *RULES), "served": (*SERVED, ONCE)},
+        "hospitals_only": {"": (ONLY,)},
     }[arm]
+
+
+def passes(variant: str, p: Params) -> int:
+    """How often the server goes over its images in a round. FLTrust's does as a client does."""
+    return p.hospitals.passes if variant in ("clip_then_train", ONLY) else 1
 
 
 def server_of(setup: GANSetup, seed: int) -> GANClient:
@@ -79,25 +77,24 @@ def server_of(setup: GANSetup, seed: int) -> GANClient:
 
 
 def trains(server: GANClient, federation: FederatedGAN, passes: int) -> Train:
-    """The server's own passes over its images, at the clients' learning rate."""
+    """The server's own passes over its images, at the clients' learning rate; each with random numbers of its own."""
+    streams = [federation.seed, *(derive_seed(federation.seed, "pass", k) for k in range(1, passes))]
 
     def train(state: State, round: int) -> State:
-        for _ in range(passes):
-            state = fedgan_eval.train_client(server, state, federation, round).state
+        for seed in streams:
+            state = fedgan_eval.train_client(server, state, dataclasses.replace(federation, seed=seed), round).state
         return state
 
     return train
 
 
-def defence(variant: str, params: Params, federation: FederatedGAN, server: GANClient) -> Aggregator:
+def defence(variant: str, params: Params, federation: FederatedGAN, server: GANClient | None) -> Aggregator:
     """A fresh rule for the rounds after the warm-up."""
-    train = trains(server, federation, params.hospitals.passes)
+    train = trains(server, federation, passes(variant, params))
     if variant == "root_set":
         return RootSet(federation.state, train)
-    if variant == "clip_then_train":
+    if variant in ("clip_then_train", ONCE):
         return feddetect.ClipThenTrain(federation.state, train)
-    if variant == ALONE:
-        return lambda updates, round: (train(federation.state, round), {})
     return plain.defence(variant, params, federation, None)
 
 
@@ -115,7 +112,7 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
             return {f"generator.{name}": value for name, value in state.items()}
 
         def after(state: State) -> State:
-            ahead = trains(copy.deepcopy(server), federation, p.hospitals.passes)
+            ahead = trains(copy.deepcopy(server), federation, passes(variant, p))
             return part_of(ahead(whole(state), round), "generator")
 
         def accepts(state: State) -> bool:
@@ -127,33 +124,37 @@ def knowing(variant: str, setup: GANSetup, federation: FederatedGAN, server: GAN
         sent = attackers.planted(
             federation.generator(),
             setup.trigger,
-            attackers.known(variant, 1 + len(others), root),
+            attackers.known("clip_then_train" if variant == ONCE else variant, 1 + len(others), root),
             peers,
             held,
             torch_generator(federation.seed, "aware", round),
             **settings.model_dump(),
             **({"accepts": accepts} if variant in ("krum", "multi_krum") else {}),
-            after=after if variant == "clip_then_train" else None,
+            after=after if variant in ("clip_then_train", ONCE) else None,
         )
         return own | whole(sent)
 
     return aware
 
 
-def warm_up(setup: GANSetup, seed: int, scenario: str) -> tuple[FederatedGAN, GANClient]:
-    """A federation after the rounds in which no defence acts, and the server, whose discriminator learnt with it."""
+def warm_up(setup: GANSetup, seed: int, scenario: str, often: set[int]) -> tuple[FederatedGAN, dict[int, GANClient]]:
+    """A federation after the rounds in which no defence acts.
+
+    Besides, for every number in ``often``, a server whose discriminator learnt with it, in so many passes a round.
+    """
     what, p = SCENARIOS[BEHAVES[scenario]], setup.params
     trigger = setup.trigger if what.attacks and not what.aware else None
     federation = fedgan.new_federation(*fedgan_eval.deal(setup, seed), setup.cohort.n_classes, p.fedgan, seed, trigger)
-    server = server_of(setup, seed)
-    learn = trains(server, federation, p.hospitals.passes)
+    servers = {n: server_of(setup, seed) for n in often}
+    learn = [trains(server, federation, n) for n, server in servers.items()]
 
     def look_on(updates: Sequence[Update], round: int) -> tuple[State, dict]:
-        learn(federation.state, round)
+        for each in learn:
+            each(federation.state, round)
         return uniform_mean(updates)
 
     fedgan.run(federation, plain.warm_up_rounds(p), train=fedgan_eval.train_client, aggregate=look_on, strict=True)
-    return federation, server
+    return federation, servers
 
 
 def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
@@ -167,11 +168,13 @@ def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
     behaves = BEHAVES[scenario]
     changed = plain.settings(params, behaves, cell.keys)
     setup = plain.instruments(cohort, params, changed, behaves)
-    start, server = warm_up(setup, cell.seed, scenario)
+    often = {passes(variant, changed) for variant in cell.variants if variant in (*SERVED, ONCE)}
+    start, servers = warm_up(setup, cell.seed, scenario, often)
     boost = changed.fedgan.poison.boost if SCENARIOS[behaves].boosted else None
     parts = []
     for variant in cell.variants:
-        federation, own = fedgan.branch(start, boost, plain.warm_up_rounds(changed)), copy.deepcopy(server)
+        federation = fedgan.branch(start, boost, plain.warm_up_rounds(changed))
+        own = copy.deepcopy(servers.get(passes(variant, changed)))
         rule = defence(variant, changed, federation, own)
         aware = knowing(variant, setup, federation, own, rule) if SCENARIOS[behaves].aware else None
         attack = BackdoorAttack(SCENARIOS[behaves], changed.fedgan.malicious, aware=aware)
@@ -189,7 +192,7 @@ def _only_the_server(cohort: str, params: Params, cell: cells.Cell) -> pd.DataFr
     setup = plain.instruments(cohort, params, plain.settings(params, "no_attack", cell.keys), "no_attack")
     p = setup.params
     federation = fedgan.new_federation(*fedgan_eval.deal(setup, cell.seed), setup.cohort.n_classes, p.fedgan, cell.seed)
-    train = trains(server_of(setup, cell.seed), federation, p.hospitals.passes)
+    train = trains(server_of(setup, cell.seed), federation, passes(ONLY, p))
     for round in range(p.fedgan.rounds):
         federation.state = train(federation.state, round)
     rows = tables.Rows(KEYS, cell.seed, ONLY, ARMS[cell.arm])
@@ -214,7 +217,9 @@ def lacks(cohort: data.Cohort, p: Params, cell: cells.Cell) -> list[str]:
 
 def family(cell: cells.Cell) -> str:
     """As that of the notebook's cells; who knows the rule is honest at first, like everybody without an attack."""
-    begins = {**ARMS, "hospitals_aware": "no_attack", "hospitals_only": cell.arm}
+    if cell.arm == "hospitals_only":
+        return ""
+    begins = {**ARMS, "hospitals_aware": "no_attack"}
     return plain.family(dataclasses.replace(cell, arm=begins.get(cell.arm, cell.arm)))
 
 

@@ -73,10 +73,11 @@ def _where_hospitals_differ(cohort: str, p: Params) -> list[Cell]:
     """Seed by seed, in the federations of the sweep; what that runs there is not run again."""
     sweep = p.record.feddetect
     return [
-        Cell(arm, seed, keys={"partition": scheme}, variants=hospitals.variants(arm))
+        Cell(arm, seed, keys={"partition": scheme}, variants=variants, group=group)
         for seed in p.seeds.evaluation[: sweep.seeds]
         for scheme in record_plans.allowed(cohort, p, sweep.partition)
         for arm in hospitals.ARMS
+        for group, variants in hospitals.plan(arm).items()
     ]
 
 
@@ -98,7 +99,7 @@ def keep(rows: pd.DataFrame, cell: Cell) -> pd.DataFrame:
 
 
 def multiple(p: Params, cell: Cell) -> float:
-    """An aware attacker's optimisation costs about as much as the training itself, and twice that."""
+    """An aware attacker's optimisation makes a rule's rounds three times as dear."""
     each = (1 - p.feddetect.warm_up) * (3 if "aware" in cell.arm else 1)
     return {"null": 0.05, "downstream": 3, **COST}.get(cell.arm, p.feddetect.warm_up + len(cell.variants) * each)
 

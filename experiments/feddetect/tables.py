@@ -5,7 +5,7 @@ import pandas as pd
 
 from experiments.feddetect import gans
 from experiments.feddetect.cells import KEYS, READS_LOSSES
-from experiments.feddetect.hospitals import ALONE, ONLY, RULES
+from experiments.feddetect.hospitals import ONCE, ONLY, RULES, SERVED
 from experiments.params import Params
 from medsec.evidence import tables
 
@@ -64,7 +64,7 @@ def evade_curve(summary: pd.DataFrame, params: Params) -> pd.DataFrame:
     return rows.assign(name=rows["variant"], x=share).sort_values(["name", "x"], ascending=[False, True])
 
 
-COMPARED = ("none", "feddetect_hardened", *RULES)  # where hospitals differ
+COMPARED = ("none", "feddetect_hardened", *RULES, *SERVED)  # where hospitals differ
 ASIDE = ("excluded", "distance", "attacked distance")  # groups of `where_hospitals_differ` that are told, not drawn
 
 
@@ -72,7 +72,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
     """Each rule where hospitals differ: in style if the record has that, else in their patients.
 
     Returns:
-        Rows of the summary with ``name`` (rule or control) and ``group``: the trigger rate of ``boost_liar``
+        Rows of the summary with ``name`` (rule, or `ONCE` or `ONLY`) and ``group``: the trigger rate of ``boost_liar``
         and of its ``own attacker``; without an attack honest ``weight lost``, the share ``excluded``, and the ``distance``
         of the images, also under its own attacker. Empty where the record has no such rows.
     """
@@ -90,7 +90,7 @@ def where_hospitals_differ(summary: pd.DataFrame) -> pd.DataFrame:
     }
     rows = rows.assign(name=rows["variant"])
     found = pd.concat([rows[at].assign(group=group) for group, at in groups.items()])
-    order = [*COMPARED, ALONE, ONLY]
+    order = [*COMPARED, ONCE, ONLY]
     return found[found["name"].isin(order)].sort_values("name", key=lambda c: c.map(order.index), kind="stable")
 
 
