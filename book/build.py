@@ -21,6 +21,7 @@ from sphinx.cmd.build import build_main
 
 from medsec.core import files as disk
 from medsec.evidence import claims, ledger, tables
+from medsec.show import plots
 
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
@@ -164,7 +165,6 @@ def command(name: str, cohort: str) -> str:
     return f"dvc repro -f {stage}"
 
 
-SAYS = "Figure: "  # before what a figure says (`medsec.show.plots.use_style`)
 SET_UP = {
     "parameters",
     "injected-parameters",
@@ -226,7 +226,7 @@ def annotate(
         drawn = [output.data for output in cell.outputs if "image/png" in output.get("data", {})]
         if drawn:
             told = dict.fromkeys(data.get("text/plain", "") for data in drawn)
-            said = "; ".join(text.removeprefix(SAYS) for text in told if text.startswith(SAYS))
+            said = "; ".join(text.removeprefix(plots.SAYS) for text in told if text.startswith(plots.SAYS))
             cell.metadata["mystnb"] = {
                 "image": {"alt": said or f"Figure of the section “{head}”"},
                 "figure": {"caption": _caption(name, cohort, anchor), "classes": "made-by"},

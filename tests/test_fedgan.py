@@ -179,7 +179,7 @@ def test_the_gradient_penalty_is_the_slope_between_the_images():
                 near = torch.stack([point + step.view(1, 28, 28), point - step.view(1, 28, 28)])
                 up, down = d(near, y[i].repeat(2))
                 slope[k] = (up - down) / 2e-6
-        lengths.append(slope.norm())
+        lengths.append(slope.norm() / 2)  # by images in [-1, 1]
     penalty = (torch.stack(lengths) - 1).square().mean()
     with torch.no_grad():
         expected = d(fake, y).mean() - d(real, y).mean() + 10 * penalty
@@ -191,7 +191,7 @@ def test_a_critic_judges_each_image_by_itself():
     torch.testing.assert_close(d(x, y)[:1], d(x[:1], y[:1]))
 
 
-def test_a_regularised_federation_learns_and_repeats():
+def test_a_regularised_federation_trains_and_repeats():
     params = FedGANParams.model_validate(BASE | {"n_clients": 2}).model_copy(update={"gan": REGULARISED})
     images = [torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     start, first, second = (fedgan.new_federation(images, [torch.arange(16) % 2] * 2, 2, params, 3) for _ in range(3))

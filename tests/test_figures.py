@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from types import SimpleNamespace
 
 import ipywidgets
 import matplotlib
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import seaborn
 import yaml
+from IPython.core.formatters import PlainTextFormatter
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from nbformat import v4
@@ -201,6 +203,18 @@ def test_the_text_of_a_figure_is_its_message():
     assert plots.message(fig) == "left one; right one"
     fig.suptitle("the whole\n figure")
     assert plots.message(fig) == "the whole figure"
+    plt.close(fig)
+
+
+def test_a_notebook_tells_a_figure_in_words(monkeypatch):
+    monkeypatch.setattr(Figure, "_repr_pretty_", None, raising=False)  # so that it is taken away afterwards
+    monkeypatch.setattr(plots, "get_ipython", lambda: SimpleNamespace(enable_matplotlib=lambda _: None))
+    plots.use_style()
+    fig = plt.figure()
+    fig.suptitle("Noise does not help")
+    assert PlainTextFormatter()(fig) == f"{plots.SAYS}Noise does not help"
+    sanitize = (paths.ROOT / "tests" / "nbval_sanitize.cfg").read_text(encoding="utf-8")
+    assert f"\nregex: {plots.SAYS}[^" in sanitize  # a replay does not compare it
     plt.close(fig)
 
 

@@ -1,9 +1,10 @@
 """Notebook 02, record only: the same rules on other GANs.
 
 *Harm.* The headline's GAN poisons every class, so that no class can be taken for another. Here the federation is the one of
-notebook 01 that draws (`experiments.backdoor_fedgan.drawing`), the attacker stamps its trigger on one class only, and scales its
-update and lies about its loss as ``boost_liar`` does. What counts is what a classifier becomes that learns from the images: how
-often it calls real images of the other class the poisoned one once they carry the trigger.
+notebook 01 that draws (`experiments.backdoor_fedgan.drawing`), and the attacker stamps its trigger on one class only. It scales its
+update and lies about its loss as ``boost_liar`` does, from the end of the warm-up on: earlier than in notebook 01. What counts is
+what a classifier becomes that learns from the images: how often it calls real images of the other class the poisoned one once they
+carry the trigger.
 
 *Regularised.* The release has a second defence, "local training regularisation": every client, the attacker too, trains a WGAN-GP
 (`medsec.backdoor.recipes`). It is run alone and together with FedDetect, as the authors recommend.
@@ -45,7 +46,7 @@ class Arm(NamedTuple):
 WITH_FEDDETECT = ("none", "feddetect_released")
 # Arm, which is also the scenario of its rows -> what it is. Of each GAN the first one is the control.
 ARMS = {
-    "harm_clean": Arm("drawing", "no_attack", ("none",)),
+    "harm_clean": Arm("drawing", "no_attack", ("none", "feddetect_released", "feddetect_hardened")),
     "harm": Arm("drawing", "boost_liar", ("none", "multi_krum", "feddetect_released", "feddetect_hardened")),
     "regularised_clean": Arm("regularised", "no_attack", WITH_FEDDETECT),
     "regularised_honest": Arm("regularised", "honest", WITH_FEDDETECT),
@@ -53,7 +54,7 @@ ARMS = {
 }
 CLEAN = {"drawing": "harm_clean", "regularised": "regularised_clean"}
 KEPT = {"blocked_tpr", "false_exclusion", "frechet", "label_accuracy", "downstream_auc", "trigger_rate"}
-HARM = ("attack_success", "attack_success_unstamped", "attack_success_few")
+HARM = ("attack_success", "attack_success_unstamped")
 
 
 def federation(p: Params, gan: str) -> FedGANParams:

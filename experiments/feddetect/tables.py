@@ -147,37 +147,27 @@ def advice(table: pd.DataFrame, works: float, stopped: float, excluded: float) -
     )
 
 
-HARM = {  # column -> digits and metric
-    "called the stamped class, with the trigger": (2, "attack_success"),
-    "without it": (2, "attack_success_unstamped"),
-    "AUC": (2, "downstream_auc"),
-    "Fréchet distance": (1, "frechet"),
-    "honest excluded": (2, "false_exclusion"),
+OF_GAN = {  # what is told of each GAN of `gans`: column -> digits and metric
+    "drawing": {
+        "called the stamped class, with the trigger": (2, "attack_success"),
+        "without it": (2, "attack_success_unstamped"),
+        "AUC": (2, "downstream_auc"),
+        "Fréchet distance": (1, "frechet"),
+        "honest excluded": (2, "false_exclusion"),
+    },
+    "regularised": {
+        "trigger rate": (3, "trigger_rate"),
+        "attacker blocked": (2, "blocked_tpr"),
+        "honest excluded": (2, "false_exclusion"),
+        "label agreement": (2, "label_accuracy"),
+        "Fréchet distance": (1, "frechet"),
+    },
 }
 
 
-REGULARISED = {
-    "trigger rate": (3, "trigger_rate"),
-    "attacker blocked": (2, "blocked_tpr"),
-    "honest excluded": (2, "false_exclusion"),
-    "label agreement": (2, "label_accuracy"),
-    "Fréchet distance": (1, "frechet"),
-}
-
-
-def harm_table(summary: pd.DataFrame) -> pd.DataFrame | None:
-    """One line a rule on the GAN that draws, the federation without an attack first; see `_of_gan`."""
-    return _of_gan(summary, "drawing", HARM)
-
-
-def regularised_table(summary: pd.DataFrame) -> pd.DataFrame | None:
-    """The same of the release's second defence; see `_of_gan`."""
-    return _of_gan(summary, "regularised", REGULARISED)
-
-
-def _of_gan(summary: pd.DataFrame, gan: str, wanted: dict[str, tuple[int, str]]) -> pd.DataFrame | None:
-    """One line an attacker and rule of `gans`; None where the record has none of it."""
-    parts = []
+def of_gan(summary: pd.DataFrame, gan: str) -> pd.DataFrame | None:
+    """One line an attacker and rule of a GAN of `gans`; None where the record has none of it."""
+    parts, wanted = [], OF_GAN[gan]
     for scenario, arm in gans.ARMS.items():
         if arm.gan == gan and scenario in set(summary["scenario"]):
             columns = {name: (n, {"scenario": scenario, "metric": metric}) for name, (n, metric) in wanted.items()}

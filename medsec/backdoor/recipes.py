@@ -1,7 +1,7 @@
 """Recipes of federated GANs: networks, losses, what the discriminator sees, and the optimiser.
 
 ``dcgan`` is small enough for a lesson, ``projection`` draws, ``wgan_gp`` is the "local training regularisation" of the release
-of Jin & Li: every client trains with a gradient penalty, without batch normalisation in the critic, and with RMSprop.
+of Jin & Li: every client trains with a gradient penalty, a critic without batch normalisation, and RMSprop.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsec.core.settings import GAN, ProjectionGAN, WassersteinGAN
+from medsec.core.settings import DCGAN, GAN, ProjectionGAN, WassersteinGAN
 from medsec.nets.models import Critic, Discriminator, Generator, ProjectionDiscriminator, UpGenerator
 
 __all__: list[str] = []  # for the other modules of the package
@@ -48,6 +48,7 @@ def wasserstein_d(
     share = torch.randn(len(real), 1, 1, 1, generator=rng).to(real.device)
     between = (share * real + (1 - share) * fake).requires_grad_()
     (slope,) = torch.autograd.grad(d(between, y).sum(), between, create_graph=True)
+    slope = slope / 2  # released images, and what our critic works on, lie in [-1, 1]
     penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
     return d(fake, y).mean() - d(real, y).mean() + gan.penalty * penalty
 
@@ -70,7 +71,7 @@ def augmented(images: Tensor, gan: ProjectionGAN, rng: torch.Generator) -> Tenso
     return (moved - mean) * (1 + gan.contrast * steeper) + mean + gan.brightness * brighter
 
 
-def adam(net: nn.Module, lr: float, gan: GAN) -> torch.optim.Optimizer:
+def adam(net: nn.Module, lr: float, gan: DCGAN) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), lr=lr, betas=(gan.beta1, 0.999), fused=True)
 
 

@@ -108,7 +108,7 @@ class ClassifierParams(Section):
     shift: int = Field(ge=0, le=224)
 
 
-class AnyGAN(Section):
+class GAN(Section):
     """Networks and training of a federated GAN; ``recipe`` is no parameter: it says which class of settings this is."""
 
     recipe: ClassVar[str]
@@ -120,22 +120,22 @@ class AnyGAN(Section):
     decay_after: float = Field(ge=0, le=1)
 
 
-class GAN(AnyGAN):
-    """That of the lessons."""
+class DCGAN(GAN):
+    """A DCGAN with Adam."""
 
     recipe: ClassVar[str] = "dcgan"
     beta1: float = Field(ge=0, lt=1)
 
 
-class WassersteinGAN(AnyGAN):
-    """The same with a gradient penalty, whose weight is ``penalty``."""
+class WassersteinGAN(GAN):
+    """A WGAN-GP with RMSprop; ``penalty`` weighs that of the critic's gradient."""
 
     recipe: ClassVar[str] = "wgan_gp"
     penalty: Positive
 
 
-class ProjectionGAN(GAN):
-    """The same for the GAN that draws; besides, what both kinds of images go through before the discriminator sees them."""
+class ProjectionGAN(DCGAN):
+    """The GAN that draws; besides, what both kinds of images go through before the discriminator sees them."""
 
     recipe: ClassVar[str] = "projection"
     shift: int = Field(ge=0, le=224)
@@ -172,7 +172,7 @@ class FedGANParams(Section):
     images_per_client: Count
     rounds: Count
     average: Literal["generator", "both"]
-    gan: GAN
+    gan: DCGAN
     trigger: TriggerParams
     poison: Poison
     measure: Measure

@@ -50,6 +50,8 @@ def read(file: Path) -> dict:
 def memory(rule: Aggregator) -> dict[str, Any]:
     """What a server's rule remembers: the attributes of an object that are no functions; of a function, nothing.
 
+    Functions among the attributes, such as what draws images, are trusted to remember nothing from round to round.
+
     Raises:
         InputError: a rule that may remember elsewhere: after a fault it would go on as if nothing had been.
     """

@@ -80,15 +80,17 @@ STYLE = {
 }
 
 
+SAYS = "Figure: "  # before what a figure says, in the text of its output
+
+
 def use_style() -> None:
     """Apply the companion's style to all figures that follow, and show them if this is a notebook."""
     shell = get_ipython()
     if shell and plt.get_backend().lower() in FILES:  # as MPLBACKEND says, where pyplot was imported before medsec
         shell.enable_matplotlib("inline")
-    if (
-        shell
-    ):  # a figure's text is its message: what a screen reader says. (What a formatter is told of it, IPython forgets.)
-        Figure._repr_pretty_ = lambda fig, out, _: out.text(f"Figure: {message(fig)}")
+    if shell:
+        # A figure's text is its message: what a screen reader says. A method, since IPython drops formatters of this class.
+        Figure._repr_pretty_ = lambda fig, out, _: out.text(f"{SAYS}{message(fig)}")
     plt.rcParams.update(THEME | STYLE)
 
 
