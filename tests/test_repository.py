@@ -301,6 +301,18 @@ def test_the_pipelines_are_what_their_description_gives():
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in pinned.values())
 
 
+@pytest.mark.parametrize("file", [file for file in SOURCES if file.stem != "99_claims"], ids=lambda file: file.stem)
+def test_a_notebook_depends_on_the_claims_that_it_reads(file):
+    read = set(re.findall(r'claims\.(?:load|beside|verdicts)\(\s*"([^"]+)"', source_text(file)))
+    told = set(script("pipelines/generate.py").NOTEBOOKS[file.stem].claims)
+    assert read <= told
+    assert told - read <= {"matrix-readings"}  # read by `experiments.threat_matrix.surprises`
+
+
+def source_text(file):
+    return "\n".join(cell.source for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code")
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.stem)
 def test_only_training_cells_are_not_compared(file):
     tags = [cell.metadata.get("tags", []) for cell in nbformat.read(file, as_version=4).cells]

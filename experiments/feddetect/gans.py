@@ -1,10 +1,10 @@
 """Notebook 02, record only: the same rules on other GANs.
 
 *Harm.* The headline's GAN poisons every class, so that no class can be taken for another. Here the federation is the one of
-notebook 01 that draws (`experiments.backdoor_fedgan.drawing`), and the attacker stamps its trigger on one class only. It scales its
-update and lies about its loss as ``boost_liar`` does, from the end of the warm-up on: earlier than in notebook 01. What counts is
-what a classifier becomes that learns from the images: how often it calls real images of the other class the poisoned one once they
-carry the trigger.
+notebook 01 that draws (`experiments.backdoor_fedgan.drawing`), and the attacker stamps its trigger on one class only. It scales
+its update and lies about its loss as ``boost_liar`` does, from the end of the warm-up on: earlier than in notebook 01. What
+counts is what a classifier becomes that learns from the images: how often it calls real images of the other class the poisoned
+one once they carry the trigger.
 
 *Regularised.* The release has a second defence, "local training regularisation": every client, the attacker too, trains a WGAN-GP
 (`medsec.backdoor.recipes`). It is run alone and together with FedDetect, as the authors recommend.
