@@ -804,6 +804,22 @@ def test_other_gans_are_compared_with_their_own_clean_federation(other):
         assert cell.startswith(f"{its:.{digits}f}")
 
 
+def test_a_harm_below_the_clean_federations_has_an_interval():
+    """A share's interval over images asks for the shares that were subtracted, not for their difference."""
+    success = {("harm_clean", "none"): 0.3, ("harm", "multi_krum"): 0.02}
+    runs = pd.DataFrame(
+        [
+            row(v, scenario, "attack_success", share + 0.01 * seed, seed) | {"n_items": 100}
+            for (scenario, v), share in success.items()
+            for seed in range(5)
+        ]
+    )
+    table = tables.summarise(pd.concat([runs, gans.minus_clean(runs)], ignore_index=True), KEYS)
+    found = tables.row(table, variant="multi_krum", scenario="harm", metric="attack_success_minus_clean")
+    assert found["value"] == pytest.approx(-0.28)
+    assert -0.4 < found["low"] < -0.28 < found["high"] < -0.15
+
+
 def test_only_its_own_cells_depend_on_another_gan(p):
     cell = {name: cells.Cell(name, SEED, variants=arm.variants) for name, arm in gans.ARMS.items()}
     changed = params.validate(params.merge(p.model_dump(), {"regularised": {"penalty": 1.0}}))

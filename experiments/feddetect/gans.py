@@ -111,7 +111,7 @@ def minus_clean(runs: pd.DataFrame) -> pd.DataFrame:
     for gan, control in CLEAN.items():
         rows = runs[compared & runs["scenario"].isin([name for name, arm in ARMS.items() if arm.gan == gan])]
         clean = (rows["scenario"] == control) & (rows["variant"] == "none")
-        parts.append(tables.minus(rows[~clean], rows[clean], [], "clean")[runs.columns])
+        parts.append(tables.minus(rows[~clean], rows[clean], [], "clean"))
     return pd.concat(parts, ignore_index=True)
 
 
