@@ -624,7 +624,7 @@ def test_a_client_that_sends_nan(bad, monkeypatch):
 
 
 def test_a_client_that_stumbles_is_absent_for_a_round_and_strictly_it_ends_the_run(monkeypatch):
-    original, stumbled = fedgan.F.softplus, []
+    original, stumbled = recipes.F.softplus, []
 
     def softplus(x):
         weights = federation.clients[0].discriminator.parameters()
@@ -633,7 +633,7 @@ def test_a_client_that_stumbles_is_absent_for_a_round_and_strictly_it_ends_the_r
             raise RuntimeError("no\nmemory")
         return original(x)
 
-    monkeypatch.setattr(fedgan.F, "softplus", softplus)
+    monkeypatch.setattr(recipes.F, "softplus", softplus)
     federation = federation_of()
     fedgan.run(federation)
     assert [h for h in federation.history if "absent" in h] == [

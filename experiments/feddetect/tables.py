@@ -34,7 +34,8 @@ def complete(runs: pd.DataFrame, params: Params) -> pd.DataFrame:
     for liar, truthful in SAME_BUT_FOR_LOSSES.items():
         like = runs[(runs["scenario"] == truthful) & ~runs["variant"].isin(READS_LOSSES)]
         runs = _with(runs, like.assign(scenario=liar))
-    return pd.concat([runs, _minus_clean(runs, params), gans.minus_clean(runs)], ignore_index=True)
+    parts = [runs, _minus_clean(runs, params), gans.minus_clean(runs)]
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
 def has_twin(params: Params) -> bool:
