@@ -52,7 +52,9 @@ def alone(model, x):
 def test_images_alone_in_their_bins_come_back_and_others_do_not(sent):
     x, y = drawn(16, 2)
     found, _, _ = recovered(sent, x, y)
-    psnr = torch.from_numpy(reconstruction.psnr(reconstruction.match(found.numpy(), x.numpy()), x.numpy()))
+    # The nearest of all: which one a matching gives to whom depends on the noise in empty bins, and that on the processor.
+    error = (found[:, None] - x[None]).square().mean((2, 3, 4)).amin(0)
+    psnr = -10 * error.clamp_min(1e-10).log10()
     single = alone(sent, x)
     assert 8 <= single.sum() <= 15, "both kinds are tested"
     assert (psnr[single] > 50).all()
