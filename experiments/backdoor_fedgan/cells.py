@@ -4,6 +4,7 @@
 is one cell of the experiment: one seed of one arm. Cells are independent, so `run_cells` spreads them over processes.
 """
 
+import dataclasses
 import functools
 import math
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from medsec.core import parallel
 from medsec.core.errors import InputError
 from medsec.core.params import rounds_until
 from medsec.core.seeds import derive_seed, torch_generator
+from medsec.core.settings import FedGANParams
 from medsec.data.cohort import setting
 from medsec.evidence import cells, tables
 from medsec.federated.rounds import State, Update
@@ -132,6 +134,11 @@ def lacks(cohort: data.Cohort, params: Params, cell: cells.Cell) -> list[str]:
     if p.poison.label is not None and not all((held[c] == p.poison.label).any() for c in p.malicious):
         found.append(f"a malicious client holds no image of fedgan.poison.label {p.poison.label}; choose another class")
     return found
+
+
+def with_federation(cohort: str, params: Params, fed: FedGANParams) -> GANSetup:
+    """The instruments of `prepare`, with another section ``fedgan``: other networks, rounds or poison."""
+    return dataclasses.replace(prepare(cohort, params), params=params.model_copy(update={"fedgan": fed}))
 
 
 def parts(cohort: data.Cohort, params: Params, seed: int) -> list[np.ndarray]:

@@ -47,8 +47,7 @@ def federation(params: Params, label: int | None = None) -> FedGANParams:
 
 def setup_of(cohort: str, params: Params, label: int | None = None) -> GANSetup:
     """The headline's instruments, with the parameters of the GAN that draws."""
-    setup = plain.prepare(cohort, params)
-    return dataclasses.replace(setup, params=params.model_copy(update={"fedgan": federation(params, label)}))
+    return plain.with_federation(cohort, params, federation(params, label))
 
 
 def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:

@@ -64,19 +64,13 @@ def federation(p: Params, gan: str) -> FedGANParams:
     return p.fedgan.model_copy(update={"gan": p.regularised})
 
 
-def setup_of(cohort: str, p: Params, gan: str) -> GANSetup:
-    """The headline's instruments, with the parameters of that federation."""
-    setup = fedgan_eval.prepare(cohort, p)
-    return dataclasses.replace(setup, params=p.model_copy(update={"fedgan": federation(p, gan)}))
-
-
 def run(cohort: str, params: Params, cell: cells.Cell) -> cells.Finished:
     """One cell: every rule of an arm from the same warm-up; rows as of `experiments.feddetect.cells.run_cell`, without rounds."""
     if cell.arm not in ARMS:
         return hospitals.run(cohort, params, cell)
     torch.set_num_threads(1)
     arm = ARMS[cell.arm]
-    setup = setup_of(cohort, params, arm.gan)
+    setup = fedgan_eval.with_federation(cohort, params, federation(params, arm.gan))
     start, watcher = plain.warm_up(setup, cell.seed, arm.behaves)
     parts = []
     for variant in arm.variants:
