@@ -37,7 +37,7 @@ from medsec.nets import fit
 SHOWN = 4  # images a row
 PLACES = ("corner", "inside")  # of the trigger: where the attacker puts it, and a quarter of a side inside, on anatomy
 OPACITIES = tuple(round(0.05 * k, 2) for k in range(1, 21))
-NETWORKS = ("base", "prune_cbam", "hardened")
+NETWORKS = ("base", "prune_cbam", "at_ramp")
 EPS = (0, 0.25, 0.5, 1, 2, 4)  # times the headline's
 ATTACKED = 50  # test images, of which the first are shown
 WHERE = ("image", "gradient")  # what noise is put on

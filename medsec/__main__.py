@@ -359,18 +359,19 @@ def _tell_time(cohort, settings: Path) -> None:
     from medsec.core.settings import Recipe
     from medsec.judge import own
 
-    (tree, file), usual = params.read(str(settings)), params.read()[0]["evasion"]
+    (tree, file), usual = params.read(str(settings)), params.read()[0]
     evasion, cores = (
         tree["evasion"],
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
+    fewer, most = ([str(each) for each in own.epochs(found).values()] for found in (tree, usual))
     recipe = params.validated(Recipe, evasion["clean"], f"{file}, evasion.clean")
     busy = own.seconds(cohort, tree, recipe, len(tree["seeds"]["evaluation"])) / 60
     _tell(
         f"it trains its networks first, since none lies ready for these images: about {busy:.0f} minutes of one processor, "
         f"{busy / min(cores, 6):.0f} on the {cores} here. To keep it so short, {evasion['test_images']} images are attacked, and "
-        f"training has {evasion['clean']['epochs']} and {evasion['hardened']['epochs']} epochs (the repository's own cohorts: "
-        f"{usual['test_images']}; {usual['clean']['epochs']} and {usual['hardened']['epochs']}). "
+        f"training has {', '.join(fewer[:-1])} and {fewer[-1]} epochs (the repository's own cohorts: "
+        f"{usual['evasion']['test_images']}; {', '.join(most[:-1])} and {most[-1]}). "
         "A --profile may set evasion otherwise"
     )
 

@@ -28,6 +28,7 @@ from medsec.nets.models import SmallResNet
 RECIPE = {"epochs": 1, "batch": 32, "finetune_epochs": 1}
 SMALL = {
     "seeds": {"tuning": [9], "evaluation": [0, 1]},
+    "at_ramp": RECIPE,
     "evasion": {
         "test_images": 40,
         "sweep": [2, 4, 8],
@@ -572,8 +573,12 @@ def test_the_record_has_every_arm_on_five_seeds_and_the_whole_test_set():
     full = params.load("full")
     cells = evasion_record.plan("phantom", full)
     assert len({cell.name for cell in cells}) == len(cells)
-    for variant in evasion_arms.VARIANTS:
-        assert len({c.seed for c in cells if c.arm == "arm" and c.variants == (variant,)}) >= 5
+    for variant in set(evasion_arms.VARIANTS) - {"longer"}:
+        assert len({c.seed for c in cells if c.arm in ("arm", "ramp") and c.variants == (variant,)}) >= 5
+    costs = [(variant, c.seed) for c in cells if c.arm in ("arm", "ramp", "costs") for variant in c.variants]
+    assert len(costs) == len(set(costs)), "each network's answers without an attack once"
+    for variant in ("base", "at_ramp", "longer"):
+        assert len([seed for name, seed in costs if name == variant]) >= 10, "what costs are told from"
     assert full.evasion.test_images is None
     attacks = full.evasion.attacks
     assert {"pgd20", "pgd20_eps10", "pgd_margin", "pgd_detached", "deepfool_capped", "square"} <= set(attacks.scenarios)
@@ -618,11 +623,49 @@ def test_every_claim_asks_for_a_row_that_can_exist():
         where = claim["where"]
         known = evasion_arms.VARIANTS if "record_only" in claim else evasion_arms.QUICK
         assert where["variant"] in known, claim["id"]
-        assert where["scenario"] in {"clean", transfer.MADE, *p.attacks.scenarios}, claim["id"]
+        assert where["scenario"] in {"clean", "check", transfer.MADE, *p.attacks.scenarios}, claim["id"]
         assert where["metric"] in tables.metrics(), claim["id"]
         assert where.get("f0", "other_seeds") in transfer.F0, claim["id"]
         elsewhere = attacked if "record_only" in claim else {at}
-        assert where.get("eps", "") in ({""} if where["scenario"] == "clean" else elsewhere), claim["id"]
+        assert where.get("eps", "") in ({""} if where["scenario"] in ("clean", "check") else elsewhere), claim["id"]
+
+
+def test_costs_have_more_seeds_than_attacks_and_their_controls(p):
+    """Rows of the same network in two kinds of cells agree; paired differences rest on every seed that has both."""
+    cell = cells.Cell("costs", 5, variants=evasion_record.COSTS)
+    more, _ = ev.run("npz", p, cell)
+    assert set(more["scenario"]) == {"clean"}
+    assert set(more["variant"]) == {"base", "at_ramp", "longer"}
+    attacked, _ = ev.run("npz", p, ev.arm_of("at_ramp", 5))
+    clean = [part[(part["variant"] == "at_ramp") & (part["scenario"] == "clean")] for part in (more, attacked)]
+    values = [part.set_index("metric")["value"].drop("sparsity", errors="ignore") for part in clean]
+    assert values[0].equals(values[1])
+    others = [
+        ev.run("npz", p, each)[0] for each in (ev.arm_of("base", 0), cells.Cell("costs", 0, variants=("longer",)))
+    ]
+    summary = evasion_record.summarise(pd.concat([more, *others], ignore_index=True), p)
+    of = {"scenario": "clean", "metric": "auc"}
+    assert tables.row(summary, variant="base", **of)["n"] == 2
+    assert tables.row(summary, variant="longer", **of | {"metric": "auc_minus_base"})["n"] == 2
+    assert tables.row(summary, variant="at_ramp", **of | {"metric": "auc_minus_finetune"})["n"] == 1
+    images = len(ev.prepare("npz", p).splits["test"][1])
+    assert evasion_tables.size(summary).startswith(f"1 seeds of {images} images"), "of attacks, not of costs"
+    assert evasion_tables.headline(summary, p.evasion)["arm"].tolist() == ["base", "longer", "at_ramp"]
+    assert list(evasion_tables.whitebox(summary, p.evasion).columns) == ["attack", "base"]
+    assert evasion_tables.gaps(summary)["arm"].tolist() == ["base"]
+
+
+def test_a_longer_network_is_trained_like_at_ramp_without_its_attack(p):
+    setup = evasion_arms.prepare("npz", p)
+    recipes = [evasion_arms.recipe_of(p, evasion_arms.ARMS[name]).model_dump() for name in ("longer", "at_ramp")]
+    assert {key for key in recipes[0] if recipes[0][key] != recipes[1][key]} == {"eps"}
+    assert recipes[0]["eps"] == 0
+    names = {evasion_arms.identity(setup, name) for name in ("base", "longer", "at_ramp", "hardened_plain")}
+    assert len(names) == 4
+    other = params.validate(params.merge(p.model_dump(), {"at_ramp": {"hold": 0.5}}))
+    changed = evasion_arms.Setup(other, setup.cohort, setup.splits)
+    assert evasion_arms.identity(changed, "at_ramp") != evasion_arms.identity(setup, "at_ramp")
+    assert evasion_arms.identity(changed, "base") == evasion_arms.identity(setup, "base")
 
 
 def test_views_of_a_summary(p, transferred):
@@ -706,7 +749,8 @@ def test_views_of_a_summary(p, transferred):
     assert far.loc["base", "DeepFool, L2"].startswith(tables.cell(summary, 2, **length, norm="l2"))
     assert far.loc["base", "DeepFool, largest change (255ths)"].startswith(f"{255 * pixels['value']:.2f} [")
     assert list(far.index) == ["base", "prune_cbam"]
-    assert evasion_tables.recipes(e)["epochs"].tolist() == [e.clean.epochs, e.robust.epochs, e.hardened.epochs]
+    epochs = [recipe.epochs for recipe in (e.clean, e.robust, e.hardened, p.at_ramp)]
+    assert evasion_tables.recipes(e, p.at_ramp)["epochs"].tolist() == epochs
     assert evasion_tables.pointing(summary)[0].empty
     setup = evasion_arms.prepare("npz", p)
     x, y = (part[:3] for part in setup.splits["test"])

@@ -657,19 +657,18 @@ def test_a_table_that_lacks_rows_is_no_error_and_no_verdict():
     assert own.summary("00_data_and_threats", table, "folder") is None
 
 
-@pytest.mark.parametrize(("each", "size", "epochs"), [(10, 28, (8, 30)), (400, 32, (3, 12)), (4000, 64, (3, 6))])
+@pytest.mark.parametrize(
+    ("each", "size", "epochs"), [(10, 28, (8, 30, 40)), (400, 32, (3, 12, 17)), (4000, 64, (3, 6, 8))]
+)
 def test_many_images_are_seen_in_fewer_epochs(each, size, epochs):
     images, labels = np.zeros((each, 1, size, size), np.uint8), np.arange(each) % 2
     of = Cohort("folder", {name: Split(images, labels) for name in data.SPLITS}, ("a", "b"), (), "", "", "", (), {})
     change = own.smaller("04_adversarial_pruning_defense", of)
-    assert (change["evasion"]["clean"]["epochs"], change["evasion"]["hardened"]["epochs"]) == epochs
+    assert tuple(own.epochs(change).values()) == epochs
     assert own.smaller("03_gia_defense", of) == {}
     whole, usual = params.validate(params.merge(params.load().model_dump(), change)), params.load().evasion
     assert whole.evasion.sweep == usual.sweep  # what claims are about is measured
-    assert {name: most for name, (most, _) in own.EPOCHS.items()} == {
-        "clean": usual.clean.epochs,
-        "hardened": usual.hardened.epochs,
-    }
+    assert {name: most for name, (most, _) in own.EPOCHS.items()} == own.epochs(params.load().model_dump())
     if each == 10:
         few, many = (own.seconds(of, change, whole.evasion.clean, n) for n in (1, 30))
         assert 0 < few < many

@@ -184,6 +184,45 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_start_alone():
     assert not same(first, robust.fit(start, x, y, RECIPE, seed=4, epochs=1, lr=2e-3))
 
 
+def test_eps_rises_evenly_over_its_share_of_the_steps_and_then_stays(monkeypatch):
+    """50 images in batches of 16 are 4 steps an epoch; over half of 4 epochs eps has risen to 8 after the 8th step."""
+    used, real = [], robust._loss
+
+    def watched(model, x, y, recipe, rng, weight):
+        used.append(recipe.eps)
+        return real(model, x, y, recipe, rng, weight)
+
+    monkeypatch.setattr(robust, "_loss", watched)
+    recipe = RECIPE.model_copy(update={"eps": 8.0})
+    risen = fit(recipe, epochs=4, ramp=0.5)
+    assert used == [0, 1, 2, 3, 4, 5, 6, 7, *[8] * 8]
+    used.clear()
+    at_once = fit(recipe, epochs=4)
+    assert used == [8] * 16
+    assert not same(risen, at_once)
+    for ramp in (-0.1, 1.5):
+        with pytest.raises(InputError, match=rf"ramp {ramp}, hold 0: must be in \[0, 1\]"):
+            fit(recipe, ramp=ramp)
+
+
+def test_eps_waits_until_the_network_is_right_and_never_falls():
+    """The running share of right answers by hand: 1, 1, then only wrong ones; a rare class counts as much as it weighs."""
+    rising, right, one = robust.Rising(4.0, steps=2, hold=0.09), torch.tensor([True, False]), torch.ones(2)
+    rising.saw(right, one)
+    assert (rising.right, rising.eps) == (pytest.approx(0.05 * 0.5), 0.0)
+    rising.saw(right, torch.tensor([3.0, 1.0]))
+    assert (rising.right, rising.eps) == (pytest.approx(0.05 * (0.95 * 0.5 + 0.75)), 0.0)
+    for eps in (2.0, 4.0, 4.0):
+        rising.saw(right | True, one)
+        assert rising.eps == eps
+    for _ in range(40):
+        rising.saw(right & False, one)
+    assert rising.right < 0.09
+    assert rising.eps == 4.0
+    assert rising.applied(RECIPE).eps == 4.0
+    assert robust.Rising(4.0, steps=0, hold=0.9).eps == 4.0, "no ramp: from the start"
+
+
 def test_new_networks_differ_by_seed_and_share_what_is_not_attention():
     assert same(robust.new(1, 2, seed=0), robust.new(1, 2, seed=0))
     assert not same(robust.new(1, 2, seed=0), robust.new(1, 2, seed=1))
@@ -213,7 +252,7 @@ def test_trades_by_hand():
     recipe = RECIPE.model_copy(update={"eps": 4.0, "beta": 6.0})
     model, (x, y) = robust.new(1, 2, seed=0).train(), data(8)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    loss = robust._loss(model, x, y, recipe, torch.Generator().manual_seed(0))
+    loss, _ = robust._loss(model, x, y, recipe, torch.Generator().manual_seed(0))
     model.load_state_dict(state)
     clean = model(x)
     found = robust._adversarial(model, x, y, clean, recipe, torch.Generator().manual_seed(0))

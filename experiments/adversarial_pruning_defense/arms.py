@@ -34,7 +34,8 @@ class Arm:
     """What an arm is made of.
 
     Attributes:
-        recipe: which of the parameters' recipes trains it: ``clean``, ``robust`` or ``hardened``.
+        recipe: which of the parameters' recipes trains it (`recipe_of`): ``clean``, ``robust``, ``hardened``, ``at_ramp``; or
+            ``longer``, as ``at_ramp`` without an attack.
         cbam: with attention in every block.
         prune: "no"; "yes", pruned and trained on; "control", trained on as long, and nothing pruned.
         other_seed: trained like another arm, from another seed.
@@ -58,9 +59,11 @@ ARMS = {
     "at_cbam": Arm("robust", cbam=True),
     "hardened": Arm("hardened", cbam=True, prune="yes"),
     "hardened_plain": Arm("hardened", prune="control"),
+    "longer": Arm("longer"),
+    "at_ramp": Arm("at_ramp"),
 }
 VARIANTS = tuple(ARMS)
-QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened")  # what the notebook itself attacks
+QUICK = ("base", "retrain", "prune", "cbam", "prune_cbam", "hardened", "at_ramp")  # what the notebook itself attacks
 FIRST = 8  # test images that figures show
 GENERATION = 1  # raised by hand when what trains an arm is meant to give other networks
 
@@ -123,6 +126,13 @@ def test_lesions(setup: Setup) -> np.ndarray | None:
     return part.lesion[test_order(setup.params, torch.from_numpy(part.labels)).numpy()].astype(bool)
 
 
+def recipe_of(params: Params, arm: Arm) -> Recipe:
+    """What trains an arm."""
+    if arm.recipe == "longer":
+        return params.at_ramp.model_copy(update={"eps": 0.0})
+    return params.at_ramp if arm.recipe == "at_ramp" else getattr(params.evasion, arm.recipe)
+
+
 def ratio(arm: Arm, params: EvasionParams) -> float | None:
     """The share that an arm prunes: 0 for the control, None for an arm that is not trained on."""
     if arm.prune == "no":
@@ -150,16 +160,18 @@ def train(setup: Setup, variant: str, seed: int, prune: float | None = None) -> 
     run = derive_seed(seed, "retrain") if arm.other_seed else seed
     model = _fitted(setup, arm.recipe, arm.cbam, run)
     if share is not None:
-        model = robust.pruned(model, *setup.splits["train"], getattr(p, arm.recipe), ratio=share, seed=run)
+        model = robust.pruned(model, *setup.splits["train"], recipe_of(setup.params, arm), ratio=share, seed=run)
     return copy.deepcopy(model).half().float()
 
 
 @functools.lru_cache(maxsize=8)  # arms which prune need not train their start again
 def _fitted(setup: Setup, recipe: str, cbam: bool, seed: int) -> nn.Module:
     """A network before it is pruned."""
-    chosen: Recipe = getattr(setup.params.evasion, recipe)
-    start = _untrained(setup, cbam, seed)
-    return robust.fit(start, *setup.splits["train"], chosen, seed=seed, epochs=chosen.epochs, lr=chosen.lr)
+    chosen, start = recipe_of(setup.params, Arm(recipe)), _untrained(setup, cbam, seed)
+    how = {"epochs": chosen.epochs, "lr": chosen.lr}
+    if recipe == "at_ramp":
+        how |= {"ramp": chosen.ramp, "hold": chosen.hold}
+    return robust.fit(start, *setup.splits["train"], chosen, seed=seed, **how)
 
 
 def _untrained(setup: Setup, cbam: bool, seed: int) -> nn.Module:
@@ -186,7 +198,7 @@ def identity(setup: Setup, variant: str) -> str:
     p, arm = setup.params.evasion, _arm(variant)
     what = {
         "generation": GENERATION,
-        "recipe": getattr(p, arm.recipe).model_dump(),
+        "recipe": recipe_of(setup.params, arm).model_dump(),
         "attention": p.attention.model_dump() if arm.cbam else None,
         "arm": dataclasses.asdict(arm),
         "prune": ratio(arm, p),

@@ -129,6 +129,19 @@ def prune_cell(cohort: str, params: Params, variant: str, seed: int, ratio: floa
     return run.table().assign(prune=f"{ratio:g}")
 
 
+def costs_cell(cohort: str, params: Params, variants: Sequence[str], seed: int) -> pd.DataFrame:
+    """Arms of one run without an attack: on more seeds than are attacked, or for an arm that is a control of costs only."""
+    torch.set_num_threads(1)
+    setup = prepare(cohort, params)
+    x, y = setup.splits["test"]
+    found = []
+    for variant in variants:
+        run = Run(setup, variant, evasion_arms.train(setup, variant, seed), seed)
+        run.answers("clean", classifier.predict(run.model, x), y)
+        found.append(run.table())
+    return pd.concat(found, ignore_index=True)
+
+
 def attack(run: Run, base: nn.Module, scenarios: Sequence[str], sweep: Sequence[float]) -> dict:
     """Measure an arm under attacks of the maximum norm; those of `SLOW` on the first ``evasion.attacks.slow_images``.
 
@@ -284,7 +297,7 @@ def one_step(runs: pd.DataFrame, params: Params) -> list[pd.DataFrame]:
     gaps = tables.minus(fgsm, pgd, ["variant", "eps"], "pgd20").assign(scenario="check")
     found = []
     for (variant, _), part in gaps.groupby(["variant", "seed"], sort=False):
-        trained = getattr(params.evasion, evasion_arms.ARMS[variant].recipe).eps
+        trained = evasion_arms.recipe_of(params, evasion_arms.ARMS[variant]).eps
         if not trained:
             continue
         eps = 255 * part["eps"].astype(float)
@@ -299,9 +312,11 @@ def one_step(runs: pd.DataFrame, params: Params) -> list[pd.DataFrame]:
 
 
 def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
-    """One cell: an arm under every attack, an arm pruned to another share, or all arms on examples made for other networks."""
+    """One cell: an arm under every attack or without one, an arm pruned to another share, or all on examples made for others."""
     if cell.arm == "transfer":
         return transfer.transfer_cell(cohort, p, cell), {}
+    if cell.arm == "costs":
+        return costs_cell(cohort, p, cell.variants, cell.seed), {}
     (variant,) = cell.variants
     if cell.arm == "own":
         return attack_cell(cohort, p, variant, cell.seed, cell.given["attack"]), {}
@@ -310,13 +325,22 @@ def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
     return arm_cell(cohort, p, variant, cell.seed, retrained=bool(cell.given.get("retrained"))), {}
 
 
-EXPERIMENT = cells.Experiment("04_adversarial_pruning_defense", 1, ("evasion",), run)
+RAMP = ("at_ramp",)  # the section of the parameters on which these kinds of cells depend besides
+EXPERIMENT = cells.Experiment(
+    "04_adversarial_pruning_defense", 1, ("evasion",), run, more={"ramp": RAMP, "costs": RAMP}
+)
+
+
+def arm_of(variant: str, seed: int, change: dict | None = None, **given) -> cells.Cell:
+    """The cell of an arm under every attack; one that section ``at_ramp`` trains is of a kind of its own."""
+    kind = "ramp" if variant == "at_ramp" else "arm"
+    return cells.Cell(kind, seed, change or {}, group=variant, variants=(variant,), given=given)
 
 
 def quick(p: Params, variants: Sequence[str]) -> list[cells.Cell]:
     """What the notebook itself runs: some arms, the dearest first, and the attacks of ``own.attacks`` besides."""
     arms = [(variant, seed) for variant in reversed(variants) for seed in p.seeds.evaluation]
-    found = [cells.Cell("arm", seed, group=variant, variants=(variant,)) for variant, seed in arms]
+    found = [arm_of(variant, seed) for variant, seed in arms]
     found += transfer.plan(p, variants)
     return found + [
         cells.Cell("own", seed, group=f"{attack}-{variant}", variants=(variant,), given={"attack": attack})

@@ -5,10 +5,13 @@ import pandas as pd
 from experiments import record_plans
 from experiments.adversarial_pruning_defense import arms as evasion_arms
 from experiments.adversarial_pruning_defense import cells, transfer
-from experiments.params import Params
+from experiments.params import Params, merge
 from medsec.evidence import tables
 from medsec.evidence.cells import Cell
 from medsec.evidence.record import Design
+
+COSTS = ("base", "at_ramp", "longer")  # the last one only there: it is trained as long as `at_ramp`, without an attack
+ATTACKED = tuple(variant for variant in evasion_arms.VARIANTS if variant != "longer")
 
 
 def plan(cohort: str, p: Params) -> list[Cell]:
@@ -18,16 +21,11 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     record_plans.check_names(sweep.variants, pruned, "record.evasion.variants")
     for name in ("transfer", "transfer_dear"):
         record_plans.check_names(getattr(sweep, name), evasion_arms.VARIANTS, f"record.evasion.{name}")
-    record_plans.check_names(p.record.other_modality.evasion, evasion_arms.VARIANTS, "record.other_modality.evasion")
-    arms = p.record.other_modality.evasion if record_plans.headline_only(cohort) else evasion_arms.VARIANTS
-    change = record_plans.other_modality(p, "evasion") if record_plans.headline_only(cohort) else {}
-    found = [
-        Cell("arm", seed, change, group=variant, variants=(variant,), given={"retrained": True})
-        for seed in p.seeds.evaluation
-        for variant in arms
-    ]
     if record_plans.headline_only(cohort):
-        return found
+        return _elsewhere(p)
+    found = [cells.arm_of(variant, seed, retrained=True) for seed in p.seeds.evaluation for variant in ATTACKED]
+    found += [Cell("costs", seed, variants=COSTS[-1:]) for seed in p.seeds.evaluation]
+    found += [Cell("costs", seed, variants=COSTS) for seed in sweep.cost_seeds]
     found += [
         Cell("prune", seed, keys={"prune": ratio}, group=variant, variants=(variant,))
         for seed in p.seeds.evaluation[: sweep.seeds]
@@ -37,9 +35,23 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     return found + transfer.plan(p, sweep.transfer, sweep.transfer_dear)
 
 
+def _elsewhere(p: Params) -> list[Cell]:
+    """The headline's cells on another modality; some arms are attacked at other eps besides."""
+    own = p.record.other_modality
+    record_plans.check_names(own.evasion, ATTACKED, "record.other_modality.evasion")
+    record_plans.check_names(own.near.arms, own.evasion, "record.other_modality.near.arms")
+    usual = record_plans.other_modality(p, "evasion")
+    near = {"sweep": own.near.sweep, "attacks": {"autoattack_more": own.near.autoattack_more}}
+    changes = {v: merge(usual, {"evasion": near}) if v in own.near.arms else usual for v in own.evasion}
+    found = [cells.arm_of(v, seed, changes[v], retrained=True) for seed in p.seeds.evaluation for v in own.evasion]
+    if "at_ramp" in own.evasion:
+        found += [Cell("costs", seed, usual, variants=COSTS[-1:]) for seed in p.seeds.evaluation]
+    return found
+
+
 CONTROLS = {  # what a method adds is the difference to the same training without it, not to a network trained for less
-    "plain": {"hardened": "hardened_plain"},
-    "finetune": {"prune": "finetune", "prune_cbam": "finetune"},
+    "plain": {"hardened": "hardened_plain", "at_ramp": "hardened_plain"},
+    "finetune": {"prune": "finetune", "prune_cbam": "finetune", "at_ramp": "longer"},  # trained as long
 }
 
 
@@ -61,7 +73,9 @@ def multiple(p: Params, cell: Cell) -> float:
     """As a multiple of a federation of GANs, measured on two cores."""
     if cell.arm in ("prune", "transfer"):
         return 1.0 if cell.arm == "prune" else 5.0
-    return 8.0 if cell.variants[0].startswith("hardened") else 6.0
+    if cell.arm == "costs":
+        return 2.0 * len(cell.variants)
+    return 8.0 if cell.variants[0].startswith(("hardened", "at_ramp")) else 6.0
 
 
 DESIGN = Design(cells.EXPERIMENT, plan, lambda rows, cell: rows, summarise, record_plans.cost(multiple))

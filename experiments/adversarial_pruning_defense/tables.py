@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.adversarial_pruning_defense.arms import ARMS, VARIANTS
 from experiments.adversarial_pruning_defense.transfer import F0, MADE
-from experiments.params.adversarial_pruning_defense import EvasionParams, Review
+from experiments.params.adversarial_pruning_defense import EvasionParams, Review, RisingRecipe
 from medsec.evasion.sanity import QUESTIONS, ceiling
 from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
@@ -72,7 +72,7 @@ def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
     rows = summary[(summary["metric"] == at["metric"]) & (summary["eps"] == at["eps"])]
     rows = rows[(rows[["prune", "f0"]] == "").all(axis=1)]
     columns = {s.replace("_", " "): (2, at | {"scenario": s}) for s in dict.fromkeys(rows["scenario"])}
-    return by_arm(summary, columns, _arms(summary)).set_index("arm").T.rename_axis("attack").reset_index()
+    return by_arm(summary, columns, _arms(rows, "pgd20")).set_index("arm").T.rename_axis("attack").reset_index()
 
 
 def transferred(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
@@ -105,28 +105,30 @@ def gaps(summary: pd.DataFrame) -> pd.DataFrame:
     rows = summary[(summary["scenario"] == "check") & (summary["metric"] == "accuracy_minus_pgd20")]
     where = {"scenario": "check", "metric": "accuracy_minus_pgd20"}
     columns = {f"{255 * float(eps):.3g}/255": (2, where | {"eps": eps}) for eps in sorted(set(rows["eps"]), key=float)}
-    return by_arm(summary, columns, _arms(summary))
+    return by_arm(summary, columns, _arms(rows, "check"))
 
 
-def _arms(summary: pd.DataFrame) -> list[str]:
-    """The arms that a table has, other shares of pruning aside."""
-    there = summary[(summary["scenario"] == "clean") & (summary["prune"] == "")]["variant"]
+def _arms(summary: pd.DataFrame, scenario: str = "clean") -> list[str]:
+    """The arms of which a table has rows of a scenario, other shares of pruning aside."""
+    there = summary[(summary["scenario"] == scenario) & (summary["prune"] == "")]["variant"]
     return [variant for variant in VARIANTS if variant in set(there)]
 
 
-def recipes(p: EvasionParams) -> pd.DataFrame:
+def recipes(p: EvasionParams, at_ramp: RisingRecipe) -> pd.DataFrame:
     """How the arms are trained: one line a recipe."""
     named = {
         "base, finetune, prune, cbam, prune_cbam, retrain": (p.clean, p.prune),
         "at, at_prune, at_cbam": (p.robust, p.prune),
         "hardened, hardened_plain": (p.hardened, p.prune_hardened),
+        "at_ramp": (at_ramp, 0.0),
     }
     return pd.DataFrame(
         {
             "arms": arms,
             "examples within": f"{recipe.eps:g}/255" if recipe.eps else "(plain training)",
+            "steps": recipe.steps if recipe.eps else "",
             "epochs": recipe.epochs,
-            "share pruned, where it is": pruned,
+            "share pruned, where it is": pruned or "",
             "mean of the weights": f"running, {recipe.ema:g}" if recipe.ema else "no",
         }
         for arms, (recipe, pruned) in named.items()
@@ -139,7 +141,8 @@ def size(summary: pd.DataFrame) -> str:
     def images(row: pd.Series) -> int:
         return round(row["n_items"] / row["n"])
 
-    clean = tables.row(summary, variant="base", scenario="clean", metric="accuracy", norm="", prune="", map="")
+    attacked = (summary["variant"] == "base") & (summary["scenario"] == "fgsm") & (summary["metric"] == "accuracy")
+    clean = summary[attacked].iloc[0]  # more seeds may have been trained than were attacked
     slow = summary[summary["scenario"].isin(["square", "autoattack"]) & (summary["metric"] == "accuracy")]
     fewer = {images(row) for _, row in slow.iterrows()} - {images(clean)}
     aside = f" (Square and AutoAttack: {', '.join(map(str, sorted(fewer)))})" if fewer else ""
@@ -157,11 +160,11 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
         name, attacked = f"AutoAttack, {255 * float(eps):.3g}/255", {"scenario": "autoattack", "eps": eps}
         columns[f"{name}: rate"] = (3, attacked | {"metric": "dr_whitebox"})
         columns[f"{name}: accuracy"] = (3, attacked | {"metric": "accuracy"})
-    return by_arm(summary, columns, ["base", "at", "hardened_plain", "hardened"])
+    return by_arm(summary, columns, ["base", "longer", "at", "hardened", "hardened_plain", "at_ramp"])
 
 
 def added(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
-    """What pruning and attention add to the same training without them: paired differences, one line a measure."""
+    """What a method adds to the same training without it (`record.CONTROLS`): paired differences, one line a measure."""
     at = eps_key(p.eps / 255)
     measures = {
         "AUC, clean": ("clean", "auc", ""),
@@ -169,13 +172,19 @@ def added(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
         f"rate, PGD {p.eps:g}/255": ("pgd20", "dr_whitebox", at),
         f"rate, AutoAttack {p.eps:g}/255": ("autoattack", "dr_whitebox", at),
     }
-    controls = {"prune": "finetune", "prune_cbam": "finetune", "hardened": "plain"}
+    contrasts = {  # heading -> arm and ``<metric>_minus_``…
+        "prune − finetune": ("prune", "finetune"),
+        "prune_cbam − finetune": ("prune_cbam", "finetune"),
+        "hardened − hardened_plain": ("hardened", "plain"),
+        "at_ramp − hardened_plain": ("at_ramp", "plain"),
+        "at_ramp − longer": ("at_ramp", "finetune"),
+    }
     lines = []
-    for told, (scenario, metric, eps) in measures.items():
-        line = {"measure": told}
-        for arm, control in controls.items():
+    for measure, (scenario, metric, eps) in measures.items():
+        line = {"measure": measure}
+        for heading, (arm, control) in contrasts.items():
             where = {"variant": arm, "scenario": scenario, "metric": f"{metric}_minus_{control}", "eps": eps}
-            line[f"{arm} − {control.replace('plain', 'hardened_plain')}"] = tables.cell(summary, 3, **where)
+            line[heading] = tables.cell(summary, 3, **where)
         lines.append(line)
     return pd.DataFrame(lines)
 

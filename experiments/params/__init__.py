@@ -5,7 +5,14 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from experiments.params.adversarial_pruning_defense import EvasionParams, EvasionRecord, Review, Transfer
+from experiments.params.adversarial_pruning_defense import (
+    EvasionParams,
+    EvasionRecord,
+    Near,
+    Review,
+    RisingRecipe,
+    Transfer,
+)
 from experiments.params.backdoor_fedgan import Drawing, FedGANRecord
 from experiments.params.data_and_threats import Threats
 from experiments.params.feddetect import FedDetectParams, FedDetectRecord, Hospitals
@@ -20,12 +27,13 @@ __all__ = ["Params", "load", "merge", "validate"]
 class OtherModality(Section):
     """What the record of a second modality has: headline rows only, of these scenarios and variants.
 
-    ``change`` holds, by their section, parameters that are others there.
+    ``change`` holds, by their section, parameters that are others there; ``near`` what some arms of ``evasion`` meet besides.
     """
 
     feddetect: list[str]
     inversion: list[str]
     evasion: list[str]
+    near: Near
     change: dict[Literal["inversion", "evasion"], dict]
 
 
@@ -81,6 +89,7 @@ class Params(Section):
     fingerprint: FingerprintParams
     imprint: ImprintParams
     evasion: EvasionParams
+    at_ramp: RisingRecipe
     transfer: Transfer
     review: Review
     matrix: MatrixParams

@@ -1,4 +1,4 @@
-"""Sections ``evasion``, ``transfer``, ``review`` and ``record.evasion`` of the parameters."""
+"""Sections ``evasion``, ``at_ramp``, ``transfer``, ``review`` and ``record.evasion`` of the parameters."""
 
 from typing import Annotated, Literal
 
@@ -81,6 +81,13 @@ class EvasionParams(Section):
         return self
 
 
+class RisingRecipe(Recipe):
+    """Section ``at_ramp``: adversarial training whose eps rises from 0 (`medsec.evasion.training.Rising`)."""
+
+    ramp: Rate
+    hold: Rate
+
+
 class Transfer(Section):
     """Section ``transfer``: which networks examples are made for, and an attack made to transfer."""
 
@@ -99,6 +106,14 @@ class Review(Section):
     times_training: Positive
 
 
+class Near(Section):
+    """Arms that the record of another modality attacks at other eps as well."""
+
+    arms: list[str]
+    sweep: list[Annotated[float, Field(gt=0, le=255)]] = Field(min_length=1)
+    autoattack_more: list[Eps255]
+
+
 class EvasionRecord(Section):
     """What notebook 04's record adds: other shares of pruning, and the arms that meet examples made for other networks."""
 
@@ -107,3 +122,4 @@ class EvasionRecord(Section):
     variants: list[str]
     transfer: list[str]
     transfer_dear: list[str]
+    cost_seeds: list[Seed]

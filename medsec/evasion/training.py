@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from medsec.core.errors import InputError
 from medsec.core.guards import check_images, check_labels
 from medsec.core.seeds import derive_seed, torch_generator
 from medsec.core.settings import AttentionParams, Recipe
@@ -41,6 +42,8 @@ def fit(
     seed: int,
     epochs: int,
     lr: float,
+    ramp: float = 0.0,
+    hold: float = 0.0,
     keep: Masks | None = None,
 ) -> nn.Module:
     """Train a copy of a network with AdamW, a one-cycle learning rate and random shifts.
@@ -56,14 +59,18 @@ def fit(
         recipe: see `medsec.core.settings.Recipe`.
         seed: of the order, the shifts and the random starts.
         epochs, lr: passes over the images, and the peak learning rate.
+        ramp: share of the steps over which eps rises from 0 to ``recipe.eps`` at the fastest; 0: eps is that from the start.
+        hold: eps rises only while at least this share of the training examples is answered rightly (`Rising`).
         keep: weights that may be other than zero (`medsec.evasion.pruning.masks`).
 
     Returns:
         The trained copy in evaluation mode; with ``recipe.ema`` the running mean of its weights.
 
     Raises:
-        InputError: images or labels that do not fit.
+        InputError: images or labels that do not fit, a share outside [0, 1].
     """
+    if not (0 <= ramp <= 1 and 0 <= hold <= 1):
+        raise InputError(f"ramp {ramp:g}, hold {hold:g}: must be in [0, 1], shares of the steps and of the examples")
     check_images(images)
     check_labels(model, images, labels)
     model, rng = copy.deepcopy(model).train(), torch_generator(seed, "robust training")
@@ -71,11 +78,15 @@ def fit(
     batch = min(recipe.batch, len(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
     weight = class_weights(labels) if recipe.balanced else None
+    rising = Rising(recipe.eps, round(ramp * epochs * -(-len(images) // batch)), hold)
 
     def loss(rows: Tensor) -> Tensor | None:
         if len(rows) == 1:  # BatchNorm cannot normalise one image
             return None
-        return _loss(model, random_shift(images[rows], recipe.shift, rng), labels[rows], recipe, rng, weight)
+        x, y, now = random_shift(images[rows], recipe.shift, rng), labels[rows], rising.applied(recipe)
+        value, logits = _loss(model, x, y, now, rng, weight)
+        rising.saw(logits.detach().argmax(1) == y, torch.ones(len(y)) if weight is None else weight[y])
+        return value
 
     def after_step() -> None:
         if keep is not None:
@@ -97,16 +108,49 @@ def class_weights(labels: Tensor) -> Tensor:
     return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp_min(1)), 0.0)
 
 
+class Rising:
+    """The eps of training, which rises from 0 while the network is mostly right on the examples that are made with it.
+
+    If the attack turns nearly every answer of a young network, its examples teach nothing, and the network ends with one answer
+    for all images. So eps waits until it has learnt enough, and stays where it cannot follow. (A curriculum, as in Cai et
+    al. 2018, Curriculum adversarial training, IJCAI; the rule is ours.)
+
+    Attributes:
+        eps: in 255ths, of the next step.
+        right: running share of the examples that were answered rightly, over some twenty steps; every class counts alike where
+            it does in the loss.
+    """
+
+    MEMORY = 0.95
+
+    def __init__(self, most: float, steps: int, hold: float):
+        self.most, self.steps, self.hold = most, steps, hold
+        self.eps, self.right = (0.0, 0.0) if steps else (most, 0.0)
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe with today's eps."""
+        return recipe.model_copy(update={"eps": self.eps})
+
+    def saw(self, right: Tensor, weight: Tensor) -> None:
+        """(b,) which answers of a step were right, and how much each counts."""
+        share = float((weight * right).sum() / weight.sum())
+        self.right = self.MEMORY * self.right + (1 - self.MEMORY) * share
+        if self.steps and self.right >= self.hold:
+            self.eps = min(self.most, self.eps + self.most / self.steps)
+
+
 def _loss(
     model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, rng: torch.Generator, weight: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and the answers (b, K) that it is made of: to the changed images where there are any."""
     if recipe.eps == 0:
-        return _cross_entropy(model(x), y, weight)
+        answers = model(x)
+        return _cross_entropy(answers, y, weight), answers
     clean = model(x) if recipe.beta else None
-    x_adv = _adversarial(model, x, y, clean, recipe, rng)
+    answers = model(_adversarial(model, x, y, clean, recipe, rng))
     if clean is None:
-        return _cross_entropy(model(x_adv), y, weight)
-    return _cross_entropy(clean, y, weight) + recipe.beta * _divergence(clean, model(x_adv))
+        return _cross_entropy(answers, y, weight), answers
+    return _cross_entropy(clean, y, weight) + recipe.beta * _divergence(clean, answers), answers
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:

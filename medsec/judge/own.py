@@ -23,21 +23,31 @@ FEWER = {  # of notebook 04: images that are attacked, and those of the checks
     "test_images": 80,
     "checks": {"images": 24, "more_steps": 60, "planted": 8},
 }
-EPOCHS = {"clean": (8, 3), "hardened": (30, 6)}  # recipe -> the usual epochs, and the least
-PASSES = {"clean": 46, "hardened": 99}  # of a seed's networks over the images, forth and back, at the usual epochs
+EPOCHS = {"clean": (8, 3), "hardened": (30, 6), "at_ramp": (40, 8)}  # recipe -> the usual epochs, and the least
+PASSES = {
+    "clean": 46,
+    "hardened": 99,
+    "at_ramp": 120,
+}  # of a seed's networks over the images, forth and back, at the usual epochs
 ATTACKED = 130.0  # and what all attacks of a seed cost, in passes over 500 images
 
 
 def smaller(notebook: str, cohort: Cohort) -> dict:
-    """What of section ``evasion`` is smaller for a cohort without trained networks; {} for every other notebook.
+    """What of the parameters is smaller for a cohort without trained networks; {} for every other notebook.
 
     Many images are seen in fewer epochs: a network then takes about as many steps as on `AT_EASE` images.
     """
     if notebook != TRAINS:
         return {}
     fewer = min(1.0, AT_EASE / _load(cohort))
-    epochs = {name: {"epochs": max(least, round(usual * fewer))} for name, (usual, least) in EPOCHS.items()}
-    return {"evasion": FEWER | epochs}
+    recipes = {name: {"epochs": max(least, round(usual * fewer))} for name, (usual, least) in EPOCHS.items()}
+    return {"at_ramp": recipes.pop("at_ramp"), "evasion": FEWER | recipes}
+
+
+def epochs(change: dict) -> dict[str, int]:
+    """How many passes over the images each recipe has, by its name, of parameters that hold what `smaller` gives."""
+    recipes = change["evasion"] | {"at_ramp": change["at_ramp"]}
+    return {name: recipes[name]["epochs"] for name in EPOCHS}
 
 
 def _load(cohort: Cohort) -> float:
@@ -66,8 +76,7 @@ def seconds(cohort: Cohort, change: dict, recipe: Recipe, seeds: int) -> float:
     finally:
         torch.set_num_threads(before)
     images = sum(len(cohort[split]) for split in TRAINED_ON)
-    share = {name: change["evasion"][name]["epochs"] / usual for name, (usual, _) in EPOCHS.items()}
-    passes = sum(PASSES[name] * share[name] for name in EPOCHS)
+    passes = sum(PASSES[name] * found / EPOCHS[name][0] for name, found in epochs(change).items())
     return seeds * one * (passes * images + ATTACKED * AT_EASE)
 
 
