@@ -96,6 +96,12 @@ def evasion(cohort: str, arm: str, *variants: str, **keys) -> Golden:
     return recorded("04_adversarial_pruning_defense", cohort, *each)
 
 
+def rising(cohort: str) -> Golden:
+    """What section ``at_ramp`` trains: the arm, and its control without an attack."""
+    attacked = Cell("ramp", SEED, variants=("at_ramp",), given=RETRAINED)
+    return recorded("04_adversarial_pruning_defense", cohort, attacked, Cell("costs", SEED, variants=("longer",)))
+
+
 def transferred(cohort: str, *variants: str) -> Golden:
     own = {"networks": 2, "other_width": 4, "steps": 3, "decay": 1.0, "diverse": 0.5, "smallest": 0.8}
     cell = Cell("transfer", SEED, variants=variants, given={"transfer": own, "others": [1, 2]})
@@ -189,6 +195,7 @@ CELLS = {
     "04-hardened": evasion("phantom", "arm", "base", "hardened", "hardened_plain"),
     "04-clean": evasion("fundus", "arm", "finetune", "prune", "retrain", "cbam", "prune_cbam"),
     "04-robust": evasion("fundus", "arm", "at", "at_prune", "at_cbam"),
+    "04-ramp": rising("fundus"),
     "04-prune": evasion("fundus", "prune", "at_prune", prune=0.5),
     "04-transfer": transferred("phantom", "base", "prune_cbam"),
     "05-none": matrix("phantom", "none", "none_again"),
