@@ -102,7 +102,7 @@ NOTEBOOKS = {
         "Adversarial examples, pruning and attention, and training against the attack",
         ("data_and_threats", "adversarial_pruning_defense"),
         ("medsec/evasion",),
-        ("seeds", "cohorts", "evasion", "transfer", "review", "own.attacks"),
+        ("seeds", "cohorts", "evasion", "at_ramp", "transfer", "review", "own.attacks"),
         _all("examples", "rates", "eps", "maps", "sparsity") | {"pointing": False},
         claims=("3-pruning",),
         record=True,
@@ -253,7 +253,7 @@ def panels_stage() -> Stage:
         "Every position of the panels that can be moved in the book",
         "python -m experiments panels --cohort phantom",
         [images("phantom"), "networks/phantom", "experiments/panels.py"],
-        ("seeds", "cohorts", "fedgan", "inversion", "evasion"),
+        ("seeds", "cohorts", "fedgan", "inversion", "evasion", "at_ramp"),
         (*(f"experiments/{name}" for name in experiments), *(f"medsec/{name}" for name in packages)),
         [f"results/phantom/panels.{kind}" for kind in ("json", "png")],
     )
