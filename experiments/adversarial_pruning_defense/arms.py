@@ -133,6 +133,11 @@ def recipe_of(params: Params, arm: Arm) -> Recipe:
     return params.at_ramp if arm.recipe == "at_ramp" else getattr(params.evasion, arm.recipe)
 
 
+def section_of(params: Params, variants: Sequence[str]) -> dict:
+    """Section ``at_ramp``, by its name, if it trains one of these arms: their cells depend on it, those of others do not."""
+    return {"at_ramp": params.at_ramp.model_dump()} if {"at_ramp", "longer"} & set(variants) else {}
+
+
 def ratio(arm: Arm, params: EvasionParams) -> float | None:
     """The share that an arm prunes: 0 for the control, None for an arm that is not trained on."""
     if arm.prune == "no":

@@ -343,7 +343,13 @@ def quick(p: Params, variants: Sequence[str]) -> list[cells.Cell]:
     found = [arm_of(variant, seed) for variant, seed in arms]
     found += transfer.plan(p, variants)
     return found + [
-        cells.Cell("own", seed, group=f"{attack}-{variant}", variants=(variant,), given={"attack": attack})
+        cells.Cell(
+            "own",
+            seed,
+            group=f"{attack}-{variant}",
+            variants=(variant,),
+            given={"attack": attack} | evasion_arms.section_of(p, [variant]),
+        )
         for attack in p.own.attacks
         for variant, seed in arms
         if attack in attacks_for(variant, set(p.own.attacks) - set(p.evasion.attacks.scenarios))

@@ -10,7 +10,7 @@ from medsec.evidence import tables
 from medsec.evidence.cells import Cell
 from medsec.evidence.record import Design
 
-COSTS = ("base", "at_ramp", "longer")  # the last one only there: it is trained as long as `at_ramp`, without an attack
+COSTS = ("base", "at_ramp", "longer")  # `longer`, a control of costs, is in no other cell
 ATTACKED = tuple(variant for variant in evasion_arms.VARIANTS if variant != "longer")
 
 
@@ -25,7 +25,7 @@ def plan(cohort: str, p: Params) -> list[Cell]:
         return _elsewhere(p)
     found = [cells.arm_of(variant, seed, retrained=True) for seed in p.seeds.evaluation for variant in ATTACKED]
     found += [Cell("costs", seed, variants=COSTS[-1:]) for seed in p.seeds.evaluation]
-    found += [Cell("costs", seed, variants=COSTS) for seed in sweep.cost_seeds]
+    found += [Cell("costs", seed, variants=COSTS) for seed in sweep.cost_seeds if seed not in p.seeds.evaluation]
     found += [
         Cell("prune", seed, keys={"prune": ratio}, group=variant, variants=(variant,))
         for seed in p.seeds.evaluation[: sweep.seeds]

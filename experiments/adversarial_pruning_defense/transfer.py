@@ -68,16 +68,12 @@ def plan(p: Params, variants: Sequence[str], dear: Sequence[str] = ()) -> list[C
         variants: the arms.
         dear: further arms, of those seeds only of which the repository holds the networks (``evasion.checkpoint_seeds``).
     """
-    chosen = p.transfer.model_dump()
-    return [
-        Cell(
-            "transfer",
-            seed,
-            variants=(*variants, *(dear if seed in p.evasion.checkpoint_seeds else ())),
-            given={"transfer": chosen, "others": others(p, seed)},
-        )
-        for seed in p.seeds.evaluation
-    ]
+    chosen, found = p.transfer.model_dump(), []
+    for seed in p.seeds.evaluation:
+        arms = (*variants, *(dear if seed in p.evasion.checkpoint_seeds else ()))
+        given = {"transfer": chosen, "others": others(p, seed)} | evasion_arms.section_of(p, arms)
+        found.append(Cell("transfer", seed, variants=arms, given=given))
+    return found
 
 
 def others(p: Params, seed: int) -> list[int]:

@@ -59,7 +59,7 @@ def fit(
         recipe: see `medsec.core.settings.Recipe`.
         seed: of the order, the shifts and the random starts.
         epochs, lr: passes over the images, and the peak learning rate.
-        ramp: share of the steps over which eps rises from 0 to ``recipe.eps`` at the fastest; 0: eps is that from the start.
+        ramp: share of the steps in which eps rises from 0 to ``recipe.eps``, if it never waits; 0: it is that from the start.
         hold: eps rises only while at least this share of the training examples is answered rightly (`Rising`).
         keep: weights that may be other than zero (`medsec.evasion.pruning.masks`).
 
@@ -109,16 +109,16 @@ def class_weights(labels: Tensor) -> Tensor:
 
 
 class Rising:
-    """The eps of training, which rises from 0 while the network is mostly right on the examples that are made with it.
+    """The eps of training: it rises from 0 while the network answers most of the examples made with it rightly.
 
     If the attack turns nearly every answer of a young network, its examples teach nothing, and the network ends with one answer
-    for all images. So eps waits until it has learnt enough, and stays where it cannot follow. (A curriculum, as in Cai et
-    al. 2018, Curriculum adversarial training, IJCAI; the rule is ours.)
+    for all images. So eps waits until the network has learnt enough, and stays where it cannot follow. (A curriculum, as in
+    Cai et al. 2018, Curriculum adversarial training, IJCAI; the rule is ours.)
 
     Attributes:
         eps: in 255ths, of the next step.
-        right: running share of the examples that were answered rightly, over some twenty steps; every class counts alike where
-            it does in the loss.
+        right: running share of the examples that were answered rightly, mostly of the last twenty steps; every class counts
+            alike where it does in the loss.
     """
 
     MEMORY = 0.95
@@ -126,6 +126,7 @@ class Rising:
     def __init__(self, most: float, steps: int, hold: float):
         self.most, self.steps, self.hold = most, steps, hold
         self.eps, self.right = (0.0, 0.0) if steps else (most, 0.0)
+        self._sum = self._weights = 0.0
 
     def applied(self, recipe: Recipe) -> Recipe:
         """The recipe with today's eps."""
@@ -134,7 +135,8 @@ class Rising:
     def saw(self, right: Tensor, weight: Tensor) -> None:
         """(b,) which answers of a step were right, and how much each counts."""
         share = float((weight * right).sum() / weight.sum())
-        self.right = self.MEMORY * self.right + (1 - self.MEMORY) * share
+        self._sum, self._weights = self.MEMORY * self._sum + share, self.MEMORY * self._weights + 1
+        self.right = self._sum / self._weights
         if self.steps and self.right >= self.hold:
             self.eps = min(self.most, self.eps + self.most / self.steps)
 
