@@ -42,7 +42,7 @@ PANELS = {
         "controls": {
             "network": (
                 "Network",
-                {"base": "plain", "prune_cbam": "with pruning and attention", "hardened": "trained against the attack"},
+                {"base": "plain", "prune_cbam": "with pruning and attention", "at_ramp": "trained against the attack"},
             ),
             "eps": ("eps", "{eps}/255"),
         },

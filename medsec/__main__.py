@@ -330,8 +330,10 @@ def _run(args: argparse.Namespace) -> int:
     from medsec.judge import own
 
     base = {} if args.profile == "quick" else params.read(args.profile)[0]
-    untouched = base.get("evasion", {}) in ({}, params.read()[0]["evasion"])  # a profile that sets it has its way
-    less = own.smaller(notebook, cohort) if untouched else {}
+    usual = params.read()[0]
+    less = {  # a profile that sets a section has its way
+        name: fewer for name, fewer in own.smaller(notebook, cohort).items() if base.get(name, {}) in ({}, usual[name])
+    }
     whole = params.merge(params.merge(base, less), {"cohorts": change})
     settings = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     out = _output(args, f"{args.data.absolute().stem}-medsec-{notebook[:2]}", settings)
@@ -372,7 +374,7 @@ def _tell_time(cohort, settings: Path) -> None:
         f"{busy / min(cores, 6):.0f} on the {cores} here. To keep it so short, {evasion['test_images']} images are attacked, and "
         f"training has {', '.join(fewer[:-1])} and {fewer[-1]} epochs (the repository's own cohorts: "
         f"{usual['evasion']['test_images']}; {', '.join(most[:-1])} and {most[-1]}). "
-        "A --profile may set evasion otherwise"
+        "A --profile may set evasion and at_ramp otherwise"
     )
 
 

@@ -655,6 +655,45 @@ def test_costs_have_more_seeds_than_attacks_and_their_controls(p):
     assert evasion_tables.gaps(summary)["arm"].tolist() == ["base"]
 
 
+def test_cells_that_train_at_ramp_depend_on_its_section_and_no_others_do(p):
+    """Also transferred examples and attacks of one's own, where it is among the arms; the arms' own networks do not."""
+    tree = params.merge(
+        p.model_dump(), {"own": {"attacks": ["bim"]}, "evasion": {"attacks": {"scenarios": ["fgsm", "pgd20"]}}}
+    )
+    before, after = (params.validate(params.merge(tree, change)) for change in ({}, {"at_ramp": {"hold": 0.5}}))
+    planned = {
+        name: [ev.quick(q, ("base", *more)) for q in (before, after)]
+        for name, more in (("it", ["at_ramp"]), ("not", []))
+    }
+    for name, (old, new) in planned.items():
+        moved = {
+            a.name
+            for a, b in zip(old, new, strict=True)
+            if cells.identity(ev.EXPERIMENT, "", before, a) != cells.identity(ev.EXPERIMENT, "", after, b)
+        }
+        touched = {cell.name for cell in old if "at_ramp" in cell.variants}
+        assert moved == touched
+        assert bool(touched) == (name == "it")
+    assert {cell.arm for cell in planned["it"][0] if "at_ramp" in cell.variants} == {"ramp", "transfer", "own"}
+
+
+def test_a_profile_may_name_more_seeds_or_fewer_arms_elsewhere():
+    full = params.load("full")
+    more = params.validate(params.merge(full.model_dump(), {"seeds": {"evaluation": list(range(8))}}))
+    names = [cell.name for cell in evasion_record.plan("phantom", more)]
+    assert len(names) == len(set(names))
+    fewer = {"record": {"other_modality": {"evasion": ["base", "hardened"]}}, "evasion": {"eps": 1, "sweep": [4, 8]}}
+    fewer = params.validate(params.merge(full.model_dump(), fewer))
+    plan = evasion_record.plan("fundus", fewer)
+    assert {cell.variants for cell in plan} == {("base",), ("hardened",)}
+    assert all(cells.resolved(fewer, cell).evasion.eps == 1 for cell in plan)
+    wrong = params.validate(
+        params.merge(full.model_dump(), {"record": {"other_modality": {"near": {"arms": ["bse"]}}}})
+    )
+    with pytest.raises(InputError, match=r"near\.arms"):
+        evasion_record.plan("phantom", wrong)
+
+
 def test_a_longer_network_is_trained_like_at_ramp_without_its_attack(p):
     setup = evasion_arms.prepare("npz", p)
     recipes = [evasion_arms.recipe_of(p, evasion_arms.ARMS[name]).model_dump() for name in ("longer", "at_ramp")]

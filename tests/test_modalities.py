@@ -55,6 +55,7 @@ CELLS = [
     (inversion, Cell("strength", 0, keys={"strength": 1}, variants=("soteria",))),
     (inversion, Cell("rounds", 0, variants=("dp_sgd",), given={"shares": [0.0, 1.0]})),
     *((evasion, Cell("arm", 0, variants=(variant,))) for variant in ("base", "hardened")),
+    (evasion, Cell("ramp", 0, variants=("at_ramp",))),
     (evasion, Cell("prune", 0, keys={"prune": 0.5}, variants=("prune",))),
     (matrix, Cell("rows", 0, variants=("none", "hardened", "feddetect+shadow"))),
 ]

@@ -682,6 +682,10 @@ def test_notebook_04_says_its_time_and_a_profile_has_its_way(folder, monkeypatch
     line, *_ = started(monkeypatch, ["04", "--data", "my-images", "--profile", "mine.yaml", "--out", "o2"])
     assert params.load(line[-1]).evasion.test_images == 20
     assert params.load(line[-1]).evasion.hardened.epochs == params.load().evasion.hardened.epochs
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"at_ramp": {"epochs": 5}}))
+    line, *_ = started(monkeypatch, ["04", "--data", "my-images", "--profile", "mine.yaml", "--out", "o3"])
+    assert params.load(line[-1]).at_ramp.epochs == 5
+    assert params.load(line[-1]).evasion.test_images == own.FEWER["test_images"]
 
 
 def test_the_page_shows_what_a_run_prints(tmp_path, monkeypatch, capsys):

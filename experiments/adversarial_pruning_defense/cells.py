@@ -312,7 +312,7 @@ def one_step(runs: pd.DataFrame, params: Params) -> list[pd.DataFrame]:
 
 
 def run(cohort: str, p: Params, cell: cells.Cell) -> cells.Finished:
-    """One cell: an arm under every attack or without one, an arm pruned to another share, or all on examples made for others."""
+    """One cell: an arm under attacks or without any, one pruned to another share, or all arms on examples made for others."""
     if cell.arm == "transfer":
         return transfer.transfer_cell(cohort, p, cell), {}
     if cell.arm == "costs":

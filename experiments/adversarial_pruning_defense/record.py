@@ -21,6 +21,11 @@ def plan(cohort: str, p: Params) -> list[Cell]:
     record_plans.check_names(sweep.variants, pruned, "record.evasion.variants")
     for name in ("transfer", "transfer_dear"):
         record_plans.check_names(getattr(sweep, name), evasion_arms.VARIANTS, f"record.evasion.{name}")
+    for name, chosen in (
+        ("evasion", p.record.other_modality.evasion),
+        ("near.arms", p.record.other_modality.near.arms),
+    ):
+        record_plans.check_names(chosen, ATTACKED, f"record.other_modality.{name}")
     if record_plans.headline_only(cohort):
         return _elsewhere(p)
     found = [cells.arm_of(variant, seed, retrained=True) for seed in p.seeds.evaluation for variant in ATTACKED]
@@ -38,10 +43,9 @@ def plan(cohort: str, p: Params) -> list[Cell]:
 def _elsewhere(p: Params) -> list[Cell]:
     """The headline's cells on another modality; some arms are attacked at other eps besides."""
     own = p.record.other_modality
-    record_plans.check_names(own.evasion, ATTACKED, "record.other_modality.evasion")
-    record_plans.check_names(own.near.arms, own.evasion, "record.other_modality.near.arms")
     usual = record_plans.other_modality(p, "evasion")
-    near = {"sweep": own.near.sweep, "attacks": {"autoattack_more": own.near.autoattack_more}}
+    more = [eps for eps in own.near.autoattack_more if eps != p.evasion.eps]  # the headline's is run anyway
+    near = {"sweep": own.near.sweep, "attacks": {"autoattack_more": more}}
     changes = {v: merge(usual, {"evasion": near}) if v in own.near.arms else usual for v in own.evasion}
     found = [cells.arm_of(v, seed, changes[v], retrained=True) for seed in p.seeds.evaluation for v in own.evasion]
     if "at_ramp" in own.evasion:
@@ -49,9 +53,12 @@ def _elsewhere(p: Params) -> list[Cell]:
     return found
 
 
-CONTROLS = {  # what a method adds is the difference to the same training without it, not to a network trained for less
+# What a method adds is the difference to the same training without it, not to a network trained for less. ``plain``: trained
+# against the attack by the recipe of `hardened`, nothing else (`at_ramp` is another recipe: eps, its rise, epochs). ``finetune``:
+# trained as long, without pruning, or without an attack.
+CONTROLS = {
     "plain": {"hardened": "hardened_plain", "at_ramp": "hardened_plain"},
-    "finetune": {"prune": "finetune", "prune_cbam": "finetune", "at_ramp": "longer"},  # trained as long
+    "finetune": {"prune": "finetune", "prune_cbam": "finetune", "at_ramp": "longer"},
 }
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from experiments.adversarial_pruning_defense.arms import ARMS, VARIANTS
 from experiments.adversarial_pruning_defense.transfer import F0, MADE
 from experiments.params.adversarial_pruning_defense import EvasionParams, Review, RisingRecipe
+from medsec.core.settings import Recipe
 from medsec.evasion.sanity import QUESTIONS, ceiling
 from medsec.evasion.scenarios import eps_key
 from medsec.evidence import tables
@@ -62,8 +63,18 @@ def headline(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
         "worst case, rate": (2, worst | {"metric": "dr_whitebox"}),
         "worst case, of all images": (2, worst | {"metric": "accuracy"}),
     }
-    n = [tables.row(summary, variant=arm, scenario="clean", metric="accuracy")["n"] for arm in arms]
-    return by_arm(summary, columns, arms).assign(n=n)
+    seeds = {"n, clean": {"scenario": "clean"}, "n, attacked": worst}
+    n = {
+        name: [_runs(summary, where | {"variant": arm, "metric": "accuracy"}) for arm in arms]
+        for name, where in seeds.items()
+    }
+    return by_arm(summary, columns, arms).assign(**n)
+
+
+def _runs(summary: pd.DataFrame, where: dict) -> int | str:
+    """How many seeds a row rests on; empty if there is none."""
+    rows = tables.select(summary, where)
+    return "" if rows.empty else int(rows.iloc[0]["n"])
 
 
 def whitebox(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
@@ -120,19 +131,26 @@ def recipes(p: EvasionParams, at_ramp: RisingRecipe) -> pd.DataFrame:
         "base, finetune, prune, cbam, prune_cbam, retrain": (p.clean, p.prune),
         "at, at_prune, at_cbam": (p.robust, p.prune),
         "hardened, hardened_plain": (p.hardened, p.prune_hardened),
-        "at_ramp": (at_ramp, 0.0),
+        "at_ramp (longer: without an attack)": (at_ramp, 0.0),
     }
     return pd.DataFrame(
         {
             "arms": arms,
-            "examples within": f"{recipe.eps:g}/255" if recipe.eps else "(plain training)",
-            "steps": recipe.steps if recipe.eps else "",
+            "examples within": _within(recipe),
+            "steps of the attack": recipe.steps if recipe.eps else "",
             "epochs": recipe.epochs,
             "share pruned, where it is": pruned or "",
             "mean of the weights": f"running, {recipe.ema:g}" if recipe.ema else "no",
         }
         for arms, (recipe, pruned) in named.items()
     )
+
+
+def _within(recipe: Recipe) -> str:
+    """The eps of training in words."""
+    if not recipe.eps:
+        return "(plain training)"
+    return f"{recipe.eps:g}/255" if not isinstance(recipe, RisingRecipe) else f"0 to {recipe.eps:g}/255, rising"
 
 
 def size(summary: pd.DataFrame) -> str:
@@ -164,7 +182,7 @@ def contributions(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def added(summary: pd.DataFrame, p: EvasionParams) -> pd.DataFrame:
-    """What a method adds to the same training without it (`record.CONTROLS`): paired differences, one line a measure."""
+    """What an arm has more than its control (`record.CONTROLS`): paired differences, one line a measure."""
     at = eps_key(p.eps / 255)
     measures = {
         "AUC, clean": ("clean", "auc", ""),
