@@ -97,7 +97,7 @@ def test_an_attack_made_to_transfer_step_by_step(model):
     torch.testing.assert_close(ours, at)
     assert sides, "or nothing was made smaller"
     assert len(sides) < 4
-    with pytest.raises(InputError, match=r"0 steps, diverse 0, smallest 0\.9"):
+    with pytest.raises(InputError, match=r"0 steps, decay 1, diverse 0, smallest 0\.9"):
         adv.mi_fgsm(model, x, y, EPS, rng(), steps=0)
 
 
@@ -315,3 +315,17 @@ def test_training_mode_steps_and_norms_are_named(model):
         adv.bim(model, x, y, EPS, steps=0, step=0.5)
     with pytest.raises(InputError, match="norm 'l1': must be l2 or linf"):
         adv.deepfool(model, x, y, norm="l1")
+    with pytest.raises(InputError, match="0 steps, overshoot 0.02"):
+        adv.deepfool(model, x, y, norm="l2", steps=0)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_step_that_is_no_length_is_named(model, wrong):
+    """Else the examples would be NaN, and count as wrong answers."""
+    x, y = batch(2)
+    with pytest.raises(InputError, match=f"steps of {wrong:g} eps"):
+        adv.pgd(model, x, y, EPS, rng(), steps=2, step=wrong)
+    with pytest.raises(InputError, match=f"decay {wrong:g}"):
+        adv.mi_fgsm(model, x, y, EPS, rng(), decay=wrong)
+    with pytest.raises(InputError, match=f"overshoot {wrong:g}"):
+        adv.deepfool(model, x, y, norm="linf", overshoot=wrong)

@@ -7,6 +7,7 @@ notebook 04. FGSM, BIM, PGD and DeepFool are here because they are the subject. 
 from libraries (`medsec.evasion.libraries`).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -104,10 +105,10 @@ def ascend(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int = 2
         how: ``start``, ``loss`` and ``stop`` of `climb`.
 
     Raises:
-        InputError: see `check_inputs`; or steps < 1, step <= 0.
+        InputError: see `check_inputs`; or steps < 1, step <= 0, or not a number.
     """
     check_inputs(model, x, y, eps)
-    if steps < 1 or step <= 0:
+    if steps < 1 or not 0 < step < math.inf:
         raise InputError(f"{steps} steps of {step:g} eps: need at least 1 step, longer than 0")
     return climb(model, x, y, eps, steps=steps, step=step, **how)
 
@@ -179,15 +180,14 @@ def mi_fgsm(
         smallest: side of the smallest copy, in units of the image's.
 
     Raises:
-        InputError: see `check_inputs`; or steps < 1, a share outside [0, 1].
+        InputError: see `check_inputs`; or steps < 1, decay < 0, a share outside [0, 1], or one that is not a number.
     """
     networks = list(model) if isinstance(model, nn.ModuleList) else [model]
     for network in networks:
         check_inputs(network, x, y, eps)
-    if steps < 1 or not (0 <= diverse <= 1 and 0 < smallest <= 1):
-        raise InputError(
-            f"{steps} steps, diverse {diverse:g}, smallest {smallest:g}: need 1 step, and shares in [0, 1]"
-        )
+    if steps < 1 or not (0 <= decay < math.inf and 0 <= diverse <= 1 and 0 < smallest <= 1):
+        told = f"{steps} steps, decay {decay:g}, diverse {diverse:g}, smallest {smallest:g}"
+        raise InputError(f"{told}: need 1 step, a decay of 0 or more, and shares in [0, 1]")
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     x_adv, total = x.clone(), torch.zeros_like(x)
     for _ in range(steps):
@@ -228,11 +228,13 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, steps: int = 
         (N, C, S, S) in [0, 1]; examples whose answer did not change within ``steps`` are returned as far as they came.
 
     Raises:
-        InputError: see `check_inputs`; or another norm.
+        InputError: see `check_inputs`; or another norm, steps < 1, overshoot < 0 or not a number.
     """
     check_inputs(model, x, y)
     if norm not in ("l2", "linf"):
         raise InputError(f"norm {norm!r}: must be l2 or linf")
+    if steps < 1 or not 0 <= overshoot < math.inf:
+        raise InputError(f"{steps} steps, overshoot {overshoot:g}: need 1 step, and an overshoot of 0 or more")
     x_adv, left, first = x.clone(), torch.arange(len(x), device=x.device), None
     for _ in range(steps):
         at = x_adv[left].requires_grad_()
