@@ -315,7 +315,7 @@ def test_training_mode_steps_and_norms_are_named(model):
         adv.bim(model, x, y, EPS, steps=0, step=0.5)
     with pytest.raises(InputError, match="norm 'l1': must be l2 or linf"):
         adv.deepfool(model, x, y, norm="l1")
-    with pytest.raises(InputError, match="0 steps, overshoot 0.02"):
+    with pytest.raises(InputError, match=r"0 steps, overshoot 0\.02"):
         adv.deepfool(model, x, y, norm="l2", steps=0)
 
 
