@@ -112,8 +112,9 @@ class Rising:
     """The eps of training: it rises from 0 while the network answers most of the examples made with it rightly.
 
     If the attack turns nearly every answer of a young network, its examples teach nothing, and the network ends with one answer
-    for all images. So eps waits until the network has learnt enough, and stays where it cannot follow. (A curriculum, as in
-    Cai et al. 2018, Curriculum adversarial training, IJCAI; the rule is ours.)
+    for all images. So eps waits until the network has learnt enough, and stays where the network cannot follow. The rule is ours.
+    Curricula are known from Cai et al. 2018 (IJCAI; the attack's steps grow in number), an eps adapted to each image from Balaji
+    et al. 2019 (arXiv 1910.08051).
 
     Attributes:
         eps: in 255ths, of the next step.
