@@ -392,7 +392,13 @@ def test_the_readers_own_images_have_headlines_only(p):
         assert not any(cell.keys for cell in own)
         section = {"03_gia_defense": "inversion", "04_adversarial_pruning_defense": "evasion"}.get(notebook)
         change = {section: p.record.other_modality.change[section]} if section else {}
-        assert all(cell.change == change for cell in own)
+        near = p.record.other_modality.near if section == "evasion" else None
+        for cell in own:
+            if near and cell.arm != "costs" and set(cell.variants) <= set(near.arms):
+                assert cell.change["evasion"]["sweep"] == near.sweep
+                assert cell.change["evasion"]["test_images"] == change["evasion"]["test_images"]
+            else:
+                assert cell.change == change
 
 
 def test_committed_records_have_unique_rows_and_enough_seeds():
