@@ -78,14 +78,16 @@ def fit(
     batch = min(recipe.batch, len(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay, fused=True)
     weight = class_weights(labels) if recipe.balanced else None
-    rising = Rising(recipe.eps, round(ramp * epochs * -(-len(images) // batch)), hold)
+    rising = Rising(recipe.eps, round(ramp * epochs * -(-len(images) // batch)), hold) if ramp else None
 
     def loss(rows: Tensor) -> Tensor | None:
         if len(rows) == 1:  # BatchNorm cannot normalise one image
             return None
-        x, y, now = random_shift(images[rows], recipe.shift, rng), labels[rows], rising.applied(recipe)
-        value, logits = _loss(model, x, y, now, rng, weight)
-        rising.saw(logits.detach().argmax(1) == y, torch.ones(len(y)) if weight is None else weight[y])
+        x, y = random_shift(images[rows], recipe.shift, rng), labels[rows]
+        value, answers = _loss(model, x, y, rising.applied(recipe) if rising else recipe, rng, weight)
+        if rising:
+            right = answers.detach().argmax(1) == y
+            rising.saw(right, torch.ones_like(right, dtype=answers.dtype) if weight is None else weight[y])
         return value
 
     def after_step() -> None:

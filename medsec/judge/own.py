@@ -24,11 +24,8 @@ FEWER = {  # of notebook 04: images that are attacked, and those of the checks
     "checks": {"images": 24, "more_steps": 60, "planted": 8},
 }
 EPOCHS = {"clean": (8, 3), "hardened": (30, 6), "at_ramp": (40, 8)}  # recipe -> the usual epochs, and the least
-PASSES = {
-    "clean": 46,
-    "hardened": 99,
-    "at_ramp": 120,
-}  # of a seed's networks over the images, forth and back, at the usual epochs
+# Of a seed's networks over the images, forth and back, at the usual epochs.
+PASSES = {"clean": 46, "hardened": 99, "at_ramp": 120}
 ATTACKED = 150.0  # and what all attacks of a seed cost, in passes over 500 images
 
 
